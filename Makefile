@@ -1,0 +1,86 @@
+# Every target works on its own on a fresh machine: it first creates .venv and installs what it needs.
+# Choose the interpreter with `make PYTHON=python3.12 TARGET`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+# Stamps live inside .venv, so that removing .venv is a clean start.
+VENV := .venv/.made
+EXAMPLES := .venv/.examples
+DEV := .venv/.dev
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint types docs wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart: $(EXAMPLES) ## run examples/quickstart.py
+	@$(BIN)/python examples/quickstart.py
+
+test: $(DEV) ## run every test, the slow ones too
+	@echo ">> running the tests"
+	@$(BIN)/python -m pytest -n 2
+
+lint: $(DEV) ## check style and formatting
+	@echo ">> ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(DEV) ## check types
+	@echo ">> mypy"
+	@$(BIN)/mypy
+
+docs: $(DEV) ## build the documentation into site/, warnings being errors
+	@echo ">> mkdocs"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "built site/"
+
+wheel: $(DEV) ## build the wheel into dist/ and import it from a clean environment
+	@echo ">> building the wheel, installing it in a clean environment"
+	@set -eu; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
+	$(BIN)/python -m build --wheel --outdir "$$tmp" . > "$$tmp/build.log" 2>&1 \
+		|| { cat "$$tmp/build.log"; exit 1; }; \
+	$(BIN)/python -m venv "$$tmp/venv"; \
+	"$$tmp/venv/bin/python" -m pip -qq --disable-pip-version-check install "$$tmp"/*.whl; \
+	(cd "$$tmp" && venv/bin/python -W error::SyntaxWarning -c "$$CHECK_WHEEL"); \
+	mkdir -p dist; mv "$$tmp"/*.whl dist/
+
+clean: ## remove .venv, build outputs and caches
+	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache
+
+define CHECK_WHEEL
+import importlib.resources, sys, zipfile, pathlib
+import laplax_kfac
+assert importlib.resources.files(laplax_kfac).joinpath("py.typed").is_file(), "no py.typed"
+assert pathlib.Path(laplax_kfac.__file__).is_relative_to(sys.prefix), laplax_kfac.__file__
+wheel, = pathlib.Path().glob("*.whl")
+tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+assert {t for t in tops if not t.endswith(".dist-info")} == {"laplax_kfac"}, tops
+print(f"{wheel.name}: imports as laplax_kfac {laplax_kfac.__version__}, py.typed included")
+endef
+export CHECK_WHEEL
+
+define CHECK_PYTHON
+import sys
+if not (3, 11) <= sys.version_info[:2] < (3, 14):
+    sys.exit(f"laplax needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is {sys.version.split()[0]}: "
+             "try `make PYTHON=python3.13 ...`")
+endef
+export CHECK_PYTHON
+
+$(VENV):
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	@echo ">> creating .venv"
+	@$(PYTHON) -m venv --clear .venv
+	@touch $@
+
+$(EXAMPLES): $(VENV) pyproject.toml
+	@echo ">> installing laplax-kfac[examples] (minutes the first time)"
+	@$(PIP) install --editable '.[examples]'
+	@touch $@
+
+$(DEV): $(VENV) pyproject.toml
+	@echo ">> installing laplax-kfac[dev] (minutes the first time)"
+	@$(PIP) install --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,199 @@
+"""Curvature blocks: an orthogonal basis, and eigenvalues in it.
+
+Every block, whatever its kind, is a *rotated diagonal*: a vector in the block is an array with one
+or two axes, ``basis`` holds one orthogonal matrix per axis (None: the identity), ``eigenvalues``
+has the array's shape. Everything downstream is then one code path: rotate, apply a function of
+the eigenvalues, rotate back. A stack of blocks has one more axis in front, everywhere.
+
+=============================  ==============  ==========================================
+block                          basis           eigenvalues
+=============================  ==============  ==========================================
+Kronecker                      (U_A, U_B)      outer(alpha, beta), shape (rows, out)
+dense                          (U,)            (p,)
+diagonal                       (None,)         (p,)
+=============================  ==============  ==========================================
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from laplax_kfac.layers import Layer
+from laplax_kfac.layout import ParameterSpace, Segment
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Block:
+    """A symmetric matrix ``U diag(eigenvalues) U^T`` with ``U`` the product of ``basis``.
+
+    Attributes:
+        basis: One orthogonal matrix (stack..., n, n) per axis, eigenvectors in its columns; or
+            None for the identity.
+        eigenvalues: Shape (stack..., n) or (stack..., n, m): one for every basis vector.
+    """
+
+    basis: tuple[Float[Array, "*stack n n"] | None, ...]
+    eigenvalues: Float[Array, "*stack_and_axes"]
+
+
+def kronecker_block(
+    inputs: Float[Array, "*stack rows rows"], outputs: Float[Array, "*stack out out"]
+) -> Block:
+    """The block that takes a matrix V (rows, out) to ``inputs @ V @ outputs``."""
+    alpha, u_inputs = eigh(inputs)
+    beta, u_outputs = eigh(outputs)
+    return Block((u_inputs, u_outputs), alpha[..., :, None] * beta[..., None, :])
+
+
+def dense_block(matrix: Float[Array, "*stack p p"]) -> Block:
+    """The block of a dense positive semi-definite matrix."""
+    eigenvalues, basis = eigh(matrix)
+    return Block((basis,), eigenvalues)
+
+
+def diagonal_block(diagonal: Float[Array, "*stack p"]) -> Block:
+    """The block of a diagonal matrix."""
+    return Block((None,), diagonal)
+
+
+def eigh(
+    matrix: Float[Array, "*stack n n"],
+) -> tuple[Float[Array, "*stack n"], Float[Array, "*stack n n"]]:
+    """Eigenvalues, clipped at zero, and eigenvectors of a positive semi-definite matrix."""
+    symmetric = 0.5 * (matrix + matrix.swapaxes(-1, -2))
+    eigenvalues, vectors = jnp.linalg.eigh(symmetric)
+    return jnp.clip(eigenvalues, 0.0), vectors
+
+
+def rotate(block: Block, v: Float[Array, "*stack_and_axes"]) -> Float[Array, "*stack_and_axes"]:
+    """Coordinates of a vector in the block's basis: ``U^T v``."""
+    return _rotate(block, v, transpose=True)
+
+
+def rotate_back(block: Block, v: Float[Array, "*stack_and_axes"]) -> Float[Array, "*stack_and_axes"]:
+    """The vector with these coordinates in the block's basis: ``U v``."""
+    return _rotate(block, v, transpose=False)
+
+
+def _rotate(block: Block, v: Float[Array, "..."], *, transpose: bool) -> Float[Array, "..."]:
+    axes = len(block.basis)
+    for axis, matrix in enumerate(block.basis):
+        if matrix is None:
+            continue
+        rotation = matrix.swapaxes(-1, -2) if transpose else matrix
+        if axis == axes - 1 and axes == 2:  # V @ U^T acts on columns
+            v = jnp.matmul(v, rotation.swapaxes(-1, -2), precision=jax.lax.Precision.HIGHEST)
+        elif axes == 2:
+            v = jnp.matmul(rotation, v, precision=jax.lax.Precision.HIGHEST)
+        else:
+            v = jnp.matmul(rotation, v[..., None], precision=jax.lax.Precision.HIGHEST)[..., 0]
+    return v
+
+
+def apply(block: Block, v: Float[Array, "*stack_and_axes"]) -> Float[Array, "*stack_and_axes"]:
+    """The block times a vector."""
+    return rotate_back(block, block.eigenvalues * rotate(block, v))
+
+
+def diagonal(block: Block) -> Float[Array, "*stack_and_axes"]:
+    """Diagonal of the block, as an array like a vector in it."""
+    squares = [None if u is None else u * u for u in block.basis]
+    return _rotate(Block(tuple(squares), block.eigenvalues), block.eigenvalues, transpose=False)
+
+
+# -- all blocks of a model ---------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BlockDiagonal:
+    """A symmetric matrix on the parameters, with one block per layer.
+
+    Attributes:
+        blocks: The blocks, one per layer.
+        layers: Which parameters each block is on.
+        space: Structure of the parameters.
+    """
+
+    blocks: tuple[Block, ...]
+    layers: tuple[Layer, ...] = field(metadata={"static": True})
+    space: ParameterSpace = field(metadata={"static": True})
+
+    def read(self, v: PyTree) -> list[Float[Array, "..."]]:
+        """View a pytree like the parameters in every block: arrays of the blocks' shapes."""
+        leaves = self.space.flatten(v)
+        return [_read(self.space, layer, leaves) for layer in self.layers]
+
+    def write(self, parts: Sequence[Float[Array, "..."]]) -> PyTree:
+        """Assemble a pytree like the parameters from arrays of the blocks' shapes."""
+        pieces = []
+        for layer, part in zip(self.layers, parts, strict=True):
+            pieces += _pieces(layer, part)
+        return self.space.unflatten(self.space.write(pieces))
+
+    def map(self, function: Callable[[Float[Array, "..."]], Float[Array, "..."]]) -> Self:
+        """The matrix with a function applied to every eigenvalue."""
+        blocks = tuple(replace(b, eigenvalues=function(b.eigenvalues)) for b in self.blocks)
+        return replace(self, blocks=blocks)
+
+    def mv(self, v: PyTree) -> PyTree:
+        """Matrix-vector product.
+
+        Args:
+            v: Pytree like the parameters.
+
+        Returns:
+            The product, in the dtypes of ``v``.
+
+        Raises:
+            ValueError: If ``v`` has another structure or other shapes than the parameters.
+        """
+        parts = [apply(b, x) for b, x in zip(self.blocks, self.read(v), strict=True)]
+        return jax.tree.map(lambda out, x: out.astype(jnp.result_type(x)), self.write(parts), v)
+
+    def to_dense(self) -> Float[Array, "P P"]:
+        """The whole matrix in laplax's flat order: `jax.tree.leaves`, each raveled."""
+        dtype = jnp.result_type(*(b.eigenvalues for b in self.blocks))
+        dense = jnp.zeros((self.space.size, self.space.size), dtype)
+        for block, layer in zip(self.blocks, self.layers, strict=True):
+            ids = np.concatenate([self.space.ids(s) for s in layer.segments], axis=-2).ravel() if (
+                layer.block == "kronecker"
+            ) else self.space.ids(layer.segments[0])
+            eye = jnp.eye(layer.size, dtype=dtype).reshape(layer.size, *layer.shape)
+            columns = jax.vmap(lambda v, b=block: apply(b, v))(eye)
+            dense = dense.at[ids[:, None], ids[None, :]].set(columns.reshape(layer.size, -1))
+        return dense
+
+    def diagonal(self) -> PyTree:
+        """Diagonal of the matrix, as a pytree like the parameters."""
+        return self.write([diagonal(b) for b in self.blocks])
+
+    def trace(self) -> Float[Array, ""]:
+        """Trace of the matrix."""
+        return sum((jnp.sum(b.eigenvalues) for b in self.blocks), jnp.zeros(()))
+
+    def log_determinant(self) -> Float[Array, ""]:
+        """Logarithm of the determinant; -inf for a singular matrix."""
+        return sum((jnp.sum(jnp.log(b.eigenvalues)) for b in self.blocks), jnp.zeros(()))
+
+
+def _read(space: ParameterSpace, layer: Layer, leaves: Sequence[Array]) -> Float[Array, "..."]:
+    rows = [space.read(segment, leaves) for segment in layer.segments]
+    if layer.block != "kronecker":
+        return rows[0]
+    matrix = rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
+    return matrix.reshape(layer.shape)
+
+
+def _pieces(layer: Layer, part: Float[Array, "..."]) -> list[tuple[Segment, Array]]:
+    if layer.block != "kronecker":
+        return [(layer.segments[0], part)]
+    matrix = part.reshape(layer.stack, layer.rows, layer.out_features)
+    cuts = np.cumsum([s.shape[1] for s in layer.segments])[:-1]
+    return list(zip(layer.segments, jnp.split(matrix, cuts, axis=1), strict=True))

@@ -1,0 +1,274 @@
+"""Data in, curvature out: `kfac`, and the `accumulator` that it is a loop over."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+from tqdm import tqdm
+
+from laplax_kfac import factors
+from laplax_kfac.blocks import BlockDiagonal
+from laplax_kfac.capture import capture_batch
+from laplax_kfac.data import Batch, as_batch, batches, even_batches, first_example, to_arrays
+from laplax_kfac.data import batch_size as size_of
+from laplax_kfac.factors import KFAC_APPROXIMATIONS, KfacApprox, Statistics
+from laplax_kfac.likelihood import FISHER_TYPES, FisherType, Likelihood, resolve_likelihood
+from laplax_kfac.parser import ModelFn, Program, parse
+from laplax_kfac.posterior import Scalar, make_posterior
+
+DEFAULT_BATCH_SIZE = 256
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Curvature(BlockDiagonal):
+    """Curvature of the loss at the trained parameters: a sum over the data, without a prior.
+
+    A pytree: it goes through ``jit``, ``vmap`` and ``grad``. `mv`, `to_dense`, `diagonal` and
+    `trace` are of the curvature alone; the methods here add a prior, posterior precision being
+    ``curvature + prior_prec * I``.
+    """
+
+    def inverse_mv(self, v: PyTree, *, prior_prec: Scalar) -> PyTree:
+        """Posterior covariance times a pytree like the parameters."""
+        return make_posterior(self, prior_prec).covariance_mv(v)
+
+    def logdet(self, *, prior_prec: Scalar) -> Float[Array, ""]:
+        """Log-determinant of the posterior precision."""
+        return make_posterior(self, prior_prec).log_determinant()
+
+    def sample(
+        self, key: Key[Array, ""], n: int, params: PyTree, *, prior_prec: Scalar
+    ) -> PyTree:
+        """Draw ``n`` parameter pytrees from the posterior around ``params``, stacked in front."""
+        return make_posterior(self, prior_prec).sample(key, n, params)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What kind of curvature is computed; see `kfac` for their meaning."""
+
+    likelihood: Likelihood
+    fisher_type: FisherType
+    mc_samples: int
+    key: Key[Array, ""]
+    kfac_approx: KfacApprox
+    separate_weight_and_bias: bool
+    vmap_over_data: bool
+
+    @classmethod
+    def checked(
+        cls,
+        loss_fn: Any,
+        fisher_type: str = "type2",
+        mc_samples: int = 1,
+        key: Key[Array, ""] | None = None,
+        kfac_approx: str = "expand",
+        *,
+        separate_weight_and_bias: bool = False,
+        vmap_over_data: bool = True,
+    ) -> "Options":
+        """Check values that would otherwise fail far from their cause."""
+        _check_choice("fisher_type", fisher_type, FISHER_TYPES)
+        _check_choice("kfac_approx", kfac_approx, KFAC_APPROXIMATIONS)
+        if not isinstance(mc_samples, int) or mc_samples < 1:
+            msg = f"`mc_samples` must be a positive integer, found {mc_samples!r}."
+            raise ValueError(msg)
+        return cls(
+            resolve_likelihood(loss_fn),
+            fisher_type,  # type: ignore[arg-type]
+            mc_samples,
+            jax.random.key(0) if key is None else key,
+            kfac_approx,  # type: ignore[arg-type]
+            separate_weight_and_bias,
+            vmap_over_data,
+        )
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        msg = f"`{name}` must be one of {', '.join(map(repr, choices))}; found {value!r}."
+        raise ValueError(msg)
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """Streaming curvature: pure functions around `factors.Statistics`; made by `accumulator`.
+
+    Statistics are sums: they may be accumulated in any order and over any split of the data, and
+    merged. `finalize` does the eigendecompositions.
+    """
+
+    model_fn: ModelFn
+    params: PyTree
+    options: Options
+
+    def init(self) -> Statistics:
+        """The state before any data."""
+        return factors.empty_statistics()
+
+    def update(
+        self, state: Statistics, batch: Any, weights: Float[Array, " N"] | None = None
+    ) -> Statistics:
+        """Add one batch; compiled once for each shape of a batch.
+
+        Args:
+            state: Statistics so far.
+            batch: ``(input, target)`` or ``{"input": ..., "target": ...}``.
+            weights: 1 for every example that counts and 0 for padding; all count by default.
+
+        Raises:
+            TypeError: If the batch is of no known form.
+            ValueError: If its arrays disagree about the number of examples.
+        """
+        batch = to_arrays(as_batch(batch))
+        weights = jnp.ones(size_of(batch)) if weights is None else jnp.asarray(weights)
+        program, sums_of = self._compiled(first_example(batch))
+        key = jax.random.fold_in(self.options.key, state.num_updates)
+        new = sums_of(jax.tree.leaves(self.params), program.consts, batch, weights, key)
+        return factors.merge(state, new)
+
+    def merge(self, first: Statistics, second: Statistics) -> Statistics:
+        """Statistics of the data of both."""
+        return factors.merge(first, second)
+
+    def finalize(self, state: Statistics) -> Curvature:
+        """The curvature of all data seen.
+
+        Raises:
+            ValueError: If the state has seen no data.
+        """
+        blocks = factors.finalize(state)
+        assert state.space is not None
+        return Curvature(blocks, state.layers, state.space)
+
+    @functools.cached_property
+    def _programs(self) -> dict[Any, tuple[Program, Callable[..., Statistics]]]:
+        return {}
+
+    def _compiled(self, example: PyTree) -> tuple[Program, Callable[..., Statistics]]:
+        """The parsed model and its compiled statistics, for one shape of examples."""
+        leaves, treedef = jax.tree.flatten(example)
+        shapes = (treedef, tuple((x.shape, x.dtype) for x in leaves))
+        if shapes not in self._programs:
+            program = parse(
+                self.model_fn,
+                self.params,
+                example,
+                vmap_over_data=self.options.vmap_over_data,
+                separate_weight_and_bias=self.options.separate_weight_and_bias,
+            )
+            statistics = functools.partial(_statistics, program, self.options)
+            self._programs[shapes] = program, jax.jit(statistics)
+        return self._programs[shapes]
+
+
+def _statistics(
+    program: Program,
+    options: Options,
+    leaves: list[Array],
+    consts: list[Array],
+    batch: Batch,
+    weights: Float[Array, " N"],
+    key: Key[Array, ""],
+) -> Statistics:
+    records = capture_batch(
+        program, leaves, consts, batch, options.likelihood, options.fisher_type,
+        key=key, mc_samples=options.mc_samples,
+    )  # fmt: skip
+    sums = factors.batch_sums(program.resolved, records, weights, options.kfac_approx)
+    return Statistics(jnp.sum(weights), jnp.ones((), jnp.int32), sums, program.layers, program.space)
+
+
+def accumulator(
+    model_fn: ModelFn,
+    params: PyTree,
+    *,
+    loss_fn: Any,
+    fisher_type: str = "type2",
+    mc_samples: int = 1,
+    key: Key[Array, ""] | None = None,
+    kfac_approx: str = "expand",
+    separate_weight_and_bias: bool = False,
+    vmap_over_data: bool = True,
+) -> Accumulator:
+    """Streaming curvature: ``init``, ``update``, ``merge`` and ``finalize``.
+
+    The arguments are those of `kfac`, without the data.
+
+    Raises:
+        ValueError: If an option has an unknown value.
+        TypeError: If ``loss_fn`` is neither a name nor a callable.
+    """
+    options = Options.checked(
+        loss_fn, fisher_type, mc_samples, key, kfac_approx,
+        separate_weight_and_bias=separate_weight_and_bias, vmap_over_data=vmap_over_data,
+    )  # fmt: skip
+    return Accumulator(model_fn, params, options)
+
+
+def kfac(
+    model_fn: ModelFn,
+    params: PyTree,
+    data: Any,
+    *,
+    loss_fn: Any,
+    fisher_type: str = "type2",
+    mc_samples: int = 1,
+    key: Key[Array, ""] | None = None,
+    kfac_approx: str = "expand",
+    separate_weight_and_bias: bool = False,
+    vmap_over_data: bool = True,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    transform: Callable[[Any], Any] | None = None,
+    progress: bool = False,
+) -> Curvature:
+    """Kronecker-factored curvature (Martens & Grosse 2015) of any JAX model.
+
+    One pass over the data. Parameters without a Kronecker form get an exact dense or diagonal
+    block; `find_layers` says which, and why.
+
+    Args:
+        model_fn: ``model_fn(input=, params=)``.
+        params: The trained parameters, a pytree of arrays.
+        data: One batch, ``(input, target)`` or ``{"input": ..., "target": ...}``, or an iterable
+            of batches.
+        loss_fn: A laplax ``LossFn``, its string (``"mse"``, ``"cross_entropy"``,
+            ``"binary_cross_entropy"``), or a callable ``loss(output, target)`` of one example. The
+            loss of the data is the sum over examples.
+        fisher_type: ``"type2"`` for the generalised Gauss-Newton matrix, ``"mc"`` for its estimate
+            from sampled targets, ``"empirical"`` for the Fisher matrix at the observed targets.
+        mc_samples: Samples an example for ``"mc"``.
+        key: Random key for ``"mc"``; ``jax.random.key(0)`` by default.
+        kfac_approx: How positions that share a weight are treated: ``"expand"`` as if they were
+            examples, ``"reduce"`` summed up (Eschenhagen et al. 2023, arXiv 2311.00636).
+        separate_weight_and_bias: Whether biases get blocks of their own.
+        vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
+        batch_size: Most examples that are worked on at once; larger batches are split.
+        transform: Applied to every batch first, to bring it to one of the forms above.
+        progress: Whether to show a progress bar over the batches.
+
+    Returns:
+        The curvature, a sum over the data.
+
+    Raises:
+        ValueError: If an option, the data or the model is not of a supported form.
+        TypeError: If ``data`` or ``loss_fn`` is of an unsupported type.
+    """
+    accumulate = accumulator(
+        model_fn, params, loss_fn=loss_fn, fisher_type=fisher_type, mc_samples=mc_samples, key=key,
+        kfac_approx=kfac_approx, separate_weight_and_bias=separate_weight_and_bias,
+        vmap_over_data=vmap_over_data,
+    )  # fmt: skip
+    if not isinstance(batch_size, int) or batch_size < 1:
+        msg = f"`batch_size` must be a positive integer, found {batch_size!r}."
+        raise ValueError(msg)
+    state = accumulate.init()
+    stream = even_batches(batches(data, transform), batch_size)
+    for batch, weights in tqdm(stream, desc="KFAC", unit="batch", disable=not progress):
+        state = accumulate.update(state, batch, weights)
+    return accumulate.finalize(state)

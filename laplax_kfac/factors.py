@@ -1,0 +1,235 @@
+"""Streaming statistics of all layers: `init`, `update`, `merge`, `finalize`.
+
+With layer inputs a (N, S, rows) and cotangents g (N, R, S, out), a Kronecker layer's block of the
+curvature is ``A kron B / M`` (Eschenhagen et al. 2023, arXiv 2311.00636), where
+
+* ``expand`` (their Eq. 17): A = sum_nt a a^T,  B = sum_nrt g g^T,  M = N S;
+* ``reduce`` (their Eq. 22): A = sum_n a_n a_n^T with a_n = mean_t a, B likewise with
+  g_nr = sum_t g, M = N.
+
+Sums are taken in float32 at least, at full matrix-product precision. Statistics are sums, so they
+may be accumulated in any order, over any split of the data.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from laplax_kfac.blocks import Block, dense_block, diagonal_block, kronecker_block
+from laplax_kfac.capture import ParameterRecord, Record, UseRecord
+from laplax_kfac.layers import Layer
+from laplax_kfac.layout import ParameterSpace
+from laplax_kfac.resolve import Member, Resolved
+
+KfacApprox = Literal["expand", "reduce"]
+KFAC_APPROXIMATIONS = ("expand", "reduce")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KroneckerSums:
+    """Sums of one Kronecker layer, with a leading axis over its U uses.
+
+    Attributes:
+        inputs: A, shape (U, stack, rows, rows).
+        outputs: B, shape (U, stack, out, out).
+        count: M, shape (U, stack).
+    """
+
+    inputs: Float[Array, "U stack rows rows"]
+    outputs: Float[Array, "U stack out out"]
+    count: Float[Array, "U stack"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ParameterSums:
+    """Sums of a probed layer: of g g^T (p, p) for a dense block, of g^2 (p,) for a diagonal."""
+
+    gradients: Float[Array, "p *p"]
+
+
+Sums = KroneckerSums | ParameterSums | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Statistics:
+    """The state of an accumulation; without layers before the first update.
+
+    Attributes:
+        num_examples: Examples seen, a float scalar.
+        num_updates: Updates made, an integer scalar: it tells the random keys of updates apart.
+        sums: Sums of every layer.
+        layers: The layers.
+        space: Structure of the parameters.
+    """
+
+    num_examples: Float[Array, ""]
+    num_updates: Int[Array, ""]
+    sums: tuple[Sums, ...]
+    layers: tuple[Layer, ...] = field(metadata={"static": True})
+    space: ParameterSpace | None = field(metadata={"static": True})
+
+
+def empty_statistics() -> Statistics:
+    """The state before any data: the neutral element of `merge`."""
+    return Statistics(jnp.zeros(()), jnp.zeros((), jnp.int32), (), (), None)
+
+
+def merge(first: Statistics, second: Statistics) -> Statistics:
+    """Statistics of the data of both.
+
+    Raises:
+        ValueError: If they are of different models.
+    """
+    if first.layers and second.layers:
+        if first.layers != second.layers or first.space != second.space:
+            msg = "`merge` needs statistics of one model; the layers of these two differ."
+            raise ValueError(msg)
+        sums = jax.tree.map(jnp.add, first.sums, second.sums)
+    else:
+        sums = first.sums or second.sums
+    return Statistics(
+        first.num_examples + second.num_examples,
+        first.num_updates + second.num_updates,
+        sums,
+        first.layers or second.layers,
+        first.space or second.space,
+    )
+
+
+def batch_sums(
+    resolved: Sequence[Resolved],
+    records: Sequence[Record],
+    weights: Float[Array, " N"],
+    kfac_approx: KfacApprox = "expand",
+) -> tuple[Sums, ...]:
+    """Sums of every layer over one batch of records, whose leaves have a leading axis N."""
+    return tuple(
+        _layer_sums(r, record, weights, kfac_approx)
+        for r, record in zip(resolved, records, strict=True)
+    )
+
+
+def _layer_sums(
+    resolved: Resolved, record: Record, weights: Float[Array, " N"], kfac_approx: KfacApprox
+) -> Sums:
+    if record is None:
+        return None
+    if isinstance(record, ParameterRecord):
+        g = _accumulate(record.gradients)
+        weighted = g * weights.astype(g.dtype)[:, None, None]
+        if resolved.layer.block == "dense":
+            return ParameterSums(_gram(weighted, g))
+        return ParameterSums(jnp.sum(weighted * g, axis=(0, 1)))
+    sums = [
+        _use_sums(m, r, weights, kfac_approx)
+        for m, r in zip(resolved.members, record, strict=True)
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *sums)
+
+
+def _use_sums(
+    member: Member, record: UseRecord, weights: Float[Array, " N"], kfac_approx: KfacApprox
+) -> KroneckerSums:
+    a, g, active = (_accumulate(x) for x in (record.inputs, record.gradients, record.active))
+    if kfac_approx == "reduce":
+        positions = jnp.maximum(jnp.sum(active, axis=1, keepdims=True), 1.0)
+        a = jnp.sum(a, axis=1, keepdims=True) / positions[..., None]
+        g = jnp.sum(g, axis=2, keepdims=True)
+        active = jnp.max(active, axis=1, keepdims=True)
+    weights = weights.astype(a.dtype)
+    inputs = _stacked_gram(a * weights[:, None, None, None], a)
+    outputs = _stacked_gram(g * weights.astype(g.dtype)[:, None, None, None, None], g)
+    count = jnp.einsum("n,nsk->k", weights.astype(active.dtype), active)
+    if member.claim.transposed:
+        inputs, outputs = outputs, inputs
+    return KroneckerSums(inputs, outputs, count)
+
+
+def _accumulate(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _gram(x: Float[Array, "*n p"], y: Float[Array, "*n p"]) -> Float[Array, "p p"]:
+    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    return jnp.matmul(x.T, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _stacked_gram(
+    x: Float[Array, "*n stack p"], y: Float[Array, "*n stack p"]
+) -> Float[Array, "stack p p"]:
+    """sum_n x[n, k] y[n, k]^T for every stack index k."""
+    if x.shape[-2] == 1:  # a plain matrix product is faster than a batch of one
+        return _gram(x, y)[None]
+    x, y = x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:])
+    return jnp.einsum("nkp,nkq->kpq", x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+# -- finalize ----------------------------------------------------------------------------------
+
+
+def finalize(statistics: Statistics) -> tuple[Block, ...]:
+    """Blocks of every layer from the sums: one eigendecomposition a factor.
+
+    Raises:
+        ValueError: If the statistics have seen no data.
+    """
+    if not statistics.layers:
+        msg = "`finalize` needs statistics of some data; call `update` first."
+        raise ValueError(msg)
+    return _blocks(statistics)
+
+
+@jax.jit
+def _blocks(statistics: Statistics) -> tuple[Block, ...]:
+    pairs = zip(statistics.layers, statistics.sums, strict=True)
+    return tuple(_block(layer, sums) for layer, sums in pairs)
+
+
+def _block(layer: Layer, sums: Sums) -> Block:
+    if sums is None:
+        return diagonal_block(jnp.zeros(layer.size))
+    if isinstance(sums, ParameterSums):
+        make = dense_block if layer.block == "dense" else diagonal_block
+        return make(sums.gradients)
+    count = jnp.maximum(sums.count, 1.0)[..., None, None]  # a branch never taken has zero sums
+    inputs, outputs = nearest_kronecker(sums.inputs / count, sums.outputs)
+    block = kronecker_block(inputs, outputs)
+    return block if layer.stack > 1 else jax.tree.map(lambda x: x[0], block)
+
+
+def nearest_kronecker(
+    inputs: Float[Array, "U stack rows rows"],
+    outputs: Float[Array, "U stack out out"],
+    iterations: int = 100,
+) -> tuple[Float[Array, "stack rows rows"], Float[Array, "stack out out"]]:
+    """The Kronecker product nearest to ``sum_u inputs[u] kron outputs[u]`` in Frobenius norm.
+
+    The nearest product lies in the span of the summands (Van Loan & Pitsianis 1993), so the power
+    iteration runs on U coefficients, with the Gram matrices of the summands. These have no
+    negative entries, for the summands are positive semi-definite; so have the coefficients, and
+    the product is positive semi-definite too.
+    """
+    if inputs.shape[0] == 1:
+        return inputs[0], outputs[0]
+    gram_in = jnp.einsum("ukij,vkij->kuv", inputs, inputs, precision=jax.lax.Precision.HIGHEST)
+    gram_out = jnp.einsum("ukij,vkij->kuv", outputs, outputs, precision=jax.lax.Precision.HIGHEST)
+
+    def unit(w: Float[Array, "stack U"], gram: Float[Array, "stack U U"]) -> Float[Array, "stack U"]:
+        norm = jnp.sqrt(jnp.einsum("ku,kuv,kv->k", w, gram, w))[:, None]
+        return w / jnp.where(norm > 0, norm, 1.0)
+
+    def step(_: int, w: Float[Array, "stack U"]) -> Float[Array, "stack U"]:
+        v = unit(jnp.einsum("kuv,kv->ku", gram_in, w), gram_out)
+        return unit(jnp.einsum("kuv,kv->ku", gram_out, v), gram_in)
+
+    start = unit(jnp.ones(gram_in.shape[:2], gram_in.dtype), gram_in)
+    w = jax.lax.fori_loop(0, iterations, step, start)
+    v = jnp.einsum("kuv,kv->ku", gram_in, w)
+    return jnp.einsum("ku,ukij->kij", w, inputs), jnp.einsum("ku,ukij->kij", v, outputs)

@@ -1,0 +1,130 @@
+"""Reading and evaluating jaxprs with public JAX only.
+
+Everything that differs between JAX versions (how a closed jaxpr is opened, how a scan names its
+operands) is here, so that the parser and the capture read the same on all of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import eval_jaxpr
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.interpreters.partial_eval import dce_jaxpr
+
+CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+REMAT = ("remat2", "checkpoint", "remat")
+
+
+def with_consts(jaxpr: Jaxpr) -> Jaxpr:
+    """The jaxpr with its constants as leading inputs."""
+    return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
+    """Split a jaxpr found in an equation's parameters into its equations and its constants."""
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def trace(function: Any, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
+    """Trace ``function`` and drop the equations that its output does not need.
+
+    Returns:
+        The jaxpr (one input per leaf of ``args``), its constants, and the output as a pytree of
+        ``jax.ShapeDtypeStruct``. Dead equations must go: a dead use of a parameter is no use.
+    """
+    closed, out_shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    jaxpr, consts = open_jaxpr(closed)
+    arguments = with_consts(jaxpr)
+    live, _ = dce_jaxpr(arguments, [True] * len(arguments.outvars), instantiate=True)
+    return live, consts, out_shape
+
+
+def is_inexact(atom: Any) -> bool:
+    """Whether a variable or literal holds floating-point (or complex) numbers."""
+    dtype = getattr(atom.aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def consumers(jaxpr: Jaxpr) -> dict[Var, int]:
+    """How often each variable is read: by equations, and as an output."""
+    counts: dict[Var, int] = {}
+    for atom in [a for eqn in jaxpr.eqns for a in eqn.invars] + list(jaxpr.outvars):
+        if not isinstance(atom, Literal):
+            counts[atom] = counts.get(atom, 0) + 1
+    return counts
+
+
+def evaluate(jaxpr: Jaxpr, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Evaluate one equation of ``jaxpr`` at the values of its operands, by JAX's own evaluator.
+
+    Context, custom derivative rules and effects survive, because the equation itself is
+    re-bound. Outputs that nobody reads come back as they are.
+    """
+    operands: dict[Var, Any] = {
+        atom: value
+        for atom, value in zip(eqn.invars, values, strict=True)
+        if not isinstance(atom, Literal)
+    }
+    kept = [v for v in eqn.outvars if not _is_dropped(v)]
+    single = jaxpr.replace(constvars=[], invars=list(operands), outvars=kept, eqns=[eqn])
+    results = iter(eval_jaxpr(single, [], *operands.values()))
+    return [None if _is_dropped(v) else next(results) for v in eqn.outvars]
+
+
+def _is_dropped(var: Any) -> bool:
+    return type(var).__name__ == "DropVar"
+
+
+@dataclass(frozen=True)
+class ScanParts:
+    """The operands of a scan equation: constants, carries, scanned inputs; and its body."""
+
+    body: Jaxpr
+    consts: list[Any]
+    num_consts: int
+    num_carry: int
+    length: int
+    reverse: bool
+
+    def passes_carry(self, output: int) -> bool:
+        """Whether an output of the body is a carry that it hands on unchanged."""
+        carried = self.body.invars[self.num_consts + output] if output < self.num_carry else None
+        return carried is not None and self.body.outvars[output] is carried
+
+
+def scan_parts(eqn: JaxprEqn) -> ScanParts:
+    """Read a scan equation; the parameters that count its operands differ between versions."""
+    params = eqn.params
+    if "num_consts" in params:
+        num_consts, num_carry = params["num_consts"], params["num_carry"]
+    else:
+        num_consts, num_carry, _ = map(len, params["ft_in"].unpack())
+    body, consts = open_jaxpr(params["jaxpr"])
+    return ScanParts(
+        body, consts, num_consts, num_carry, int(params["length"]), bool(params["reverse"])
+    )
+
+
+def cond_branches(eqn: JaxprEqn) -> list[tuple[Jaxpr, list[Any]]]:
+    """The branches of a cond / switch equation; operand 0 is the index."""
+    return [open_jaxpr(branch) for branch in eqn.params["branches"]]
+
+
+def called_jaxpr(eqn: JaxprEqn) -> tuple[Jaxpr, list[Any]] | None:
+    """The body of an equation that merely calls one jaxpr on all its operands (jit, remat, ...).
+
+    Recognised by shape, not by name: names change between versions. Equations with a derivative
+    rule of their own are not calls, for inlining them would lose the rule.
+    """
+    if eqn.primitive.name in CUSTOM_RULES or eqn.primitive.name in ("scan", "while", "cond"):
+        return None
+    found = [v for v in eqn.params.values() if isinstance(getattr(v, "jaxpr", v), Jaxpr)]
+    if len(found) != 1:
+        return None
+    jaxpr, consts = open_jaxpr(found[0])
+    same_inputs = len(jaxpr.invars) == len(eqn.invars)
+    same_outputs = len(jaxpr.outvars) == len(eqn.outvars)
+    return (jaxpr, consts) if same_inputs and same_outputs else None

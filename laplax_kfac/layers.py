@@ -1,0 +1,62 @@
+"""The public record of a layer: which parameters it holds and which curvature block it gets."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from laplax_kfac.layout import Segment
+
+BlockKind = Literal["kronecker", "dense", "diagonal", "none"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A group of parameters that share one curvature block.
+
+    Attributes:
+        name: Path of the layer in the parameter pytree, e.g. ``"encoder/attention/query"``.
+        pattern: How the model uses the parameters: ``"dense"``, ``"conv"``, ``"bias"``,
+            ``"scale"``, ..., or ``"unused"``.
+        params: Paths of the leaves, as ``jax.tree_util.keystr`` writes them.
+        block: ``"kronecker"``, ``"dense"``, ``"diagonal"``, or ``"none"`` where the parameters
+            cannot influence the output, so that their posterior is the prior.
+        in_features: Rows of a Kronecker block's weight matrix, without a joint bias; the number
+            of parameters for the other blocks.
+        out_features: Columns of the weight matrix; 1 for the other blocks.
+        positions: Places one example shares the weight over, S; 1 without weight sharing.
+        stack: Independent matrices in the block: groups, heads, experts, scanned layers.
+        bias: Whether a bias is joint with the weight, as the last row of its matrix.
+        reason: Why this block, and no better one.
+        segments: Ids of the block's rows, in order.
+    """
+
+    name: str
+    pattern: str
+    params: tuple[str, ...]
+    block: BlockKind
+    in_features: int
+    out_features: int
+    positions: int = 1
+    stack: int = 1
+    bias: bool = False
+    reason: str = ""
+    segments: tuple[Segment, ...] = field(default=(), repr=False)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the Kronecker block's matrix: the inputs, and one more for a joint bias."""
+        return self.in_features + int(self.bias)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters in the block."""
+        if self.block == "kronecker":
+            return self.stack * self.rows * self.out_features
+        return self.in_features
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a vector viewed in this block; a leading axis only for a stack."""
+        if self.block != "kronecker":
+            return (self.in_features,)
+        matrix = (self.rows, self.out_features)
+        return matrix if self.stack == 1 else (self.stack, *matrix)

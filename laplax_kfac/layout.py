@@ -1,0 +1,276 @@
+"""Where the entries of a block sit among the parameters.
+
+Blocks are defined on *ids*, positions in the flattened parameter vector (``jax.tree.leaves``, each
+raveled: laplax's order), not on leaves: a leaf may hold several blocks (stacked or fused weights)
+and a block several leaves (a weight and its bias). A `Segment` says which ids form some rows of a
+block. Nearly always they are a permuted contiguous range, so that reading and writing a block is a
+reshape and a transpose; anything else keeps its ids and is a gather.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree, Shaped
+
+
+@dataclass(frozen=True)
+class Contiguous:
+    """Ids ``start, start + 1, ...`` laid out as ``sizes`` and transposed by ``permutation``."""
+
+    start: int
+    sizes: tuple[int, ...]
+    permutation: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        """One past the last id."""
+        return self.start + math.prod(self.sizes)
+
+
+class Scattered:
+    """Ids in no simple order; hashable by content, so that it can be static under ``jit``."""
+
+    def __init__(self, ids: Int[np.ndarray, "..."]) -> None:
+        self.ids = np.ascontiguousarray(ids)
+        self._content = (self.ids.shape, self.ids.tobytes())
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scattered) and self._content == other._content
+
+    def __repr__(self) -> str:
+        return f"Scattered(<{self.ids.size} ids>)"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some rows of a block: the shape ``(stack, rows, columns)`` of their ids, and the ids."""
+
+    shape: tuple[int, ...]
+    place: Contiguous | Scattered
+
+    @property
+    def first(self) -> int:
+        """The smallest id."""
+        place = self.place
+        return place.start if isinstance(place, Contiguous) else int(place.ids.min())
+
+
+def make_segment(ids: Int[np.ndarray, "..."]) -> Segment:
+    """Describe an array of distinct ids as compactly as it allows."""
+    return Segment(ids.shape, _as_contiguous(ids) or Scattered(ids))
+
+
+def _as_contiguous(ids: Int[np.ndarray, "..."]) -> Contiguous | None:
+    """Write ``ids`` as a transposed reshape of a range, if it is one."""
+    if ids.size == 0:
+        return None
+    base = int(ids.flat[0])
+    radices: list[tuple[int, int]] = []  # (size, stride) of every digit, in the order of ids
+    for axis in range(ids.ndim):
+        index = [0] * ids.ndim
+        line = ids[tuple(slice(None) if a == axis else i for a, i in enumerate(index))]
+        digits = _mixed_radix(line.astype(np.int64) - base)
+        if digits is None:
+            return None
+        radices += digits
+    order = sorted(range(len(radices)), key=lambda k: -radices[k][1])
+    sizes = tuple(radices[k][0] for k in order)
+    permutation = tuple(int(p) for p in np.argsort(order))
+    candidate = np.arange(base, base + math.prod(sizes), dtype=ids.dtype).reshape(sizes)
+    if math.prod(sizes) != ids.size:
+        return None
+    if not np.array_equal(candidate.transpose(permutation).reshape(ids.shape), ids):
+        return None
+    return Contiguous(base, sizes, permutation)
+
+
+def _mixed_radix(line: Int[np.ndarray, " n"]) -> list[tuple[int, int]] | None:
+    """Factor ``0, s, 2s, ..., t, t + s, ...`` into digits (size, stride), slowest first."""
+    digits: list[tuple[int, int]] = []
+    while line.size > 1:
+        stride = int(line[1] - line[0])
+        steps = np.flatnonzero(np.diff(line) != stride)
+        size = int(steps[0]) + 1 if steps.size else line.size
+        if stride <= 0 or line.size % size:
+            return None
+        digits.insert(0, (size, stride))
+        line = line[::size]
+    return digits
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """Structure of a parameter pytree: tree, shapes and dtypes of its leaves; no values."""
+
+    treedef: Any
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
+    paths: tuple[str, ...] = field(compare=False)
+    names: tuple[str, ...] = field(compare=False)
+
+    @classmethod
+    def of(cls, params: PyTree) -> "ParameterSpace":
+        """Read the structure of a parameter pytree.
+
+        Raises:
+            ValueError: If it has no leaves.
+            TypeError: If a leaf is not an array.
+        """
+        with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+        if not with_paths:
+            msg = "`params` has no leaves; pass the pytree of arrays that `model_fn` takes."
+            raise ValueError(msg)
+        for path, leaf in with_paths:
+            if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+                msg = (
+                    f"`params` must hold arrays, found {type(leaf).__name__} at "
+                    f"{jax.tree_util.keystr(path)}; convert it with jnp.asarray or close over it."
+                )
+                raise TypeError(msg)
+        return cls(
+            treedef,
+            tuple(tuple(leaf.shape) for _, leaf in with_paths),
+            tuple(np.dtype(leaf.dtype) for _, leaf in with_paths),
+            tuple(jax.tree_util.keystr(path) for path, _ in with_paths),
+            tuple(_slashed(path) for path, _ in with_paths),
+        )
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """First id of every leaf, and one past the last id of all."""
+        return tuple(np.cumsum([0, *(math.prod(s) for s in self.shapes)]).tolist())
+
+    @property
+    def size(self) -> int:
+        """Number of parameters P."""
+        return self.offsets[-1]
+
+    def leaf_ids(self, leaf: int) -> Int[np.ndarray, "..."]:
+        """Ids of one leaf, in the leaf's shape."""
+        dtype = np.int32 if self.size < np.iinfo(np.int32).max else np.int64
+        ids = np.arange(self.offsets[leaf], self.offsets[leaf + 1], dtype=dtype)
+        return ids.reshape(self.shapes[leaf])
+
+    def leaf_at(self, id_: int) -> int:
+        """The leaf that holds one id."""
+        return int(np.searchsorted(self.offsets, id_, side="right")) - 1
+
+    def leaves_of(self, ids: Int[np.ndarray, "..."]) -> list[int]:
+        """The leaves that hold some of ``ids``, in order."""
+        found = np.searchsorted(self.offsets, np.asarray(ids).ravel(), side="right") - 1
+        return [int(leaf) for leaf in np.unique(found)]
+
+    def flatten(self, tree: PyTree, *, name: str = "v") -> list[Array]:
+        """Leaves of a pytree like the parameters.
+
+        Raises:
+            ValueError: If its structure or a shape differs from the parameters'.
+        """
+        leaves, treedef = jax.tree.flatten(tree)
+        shapes = tuple(tuple(jnp.shape(leaf)) for leaf in leaves)
+        if treedef != self.treedef or shapes != self.shapes:
+            msg = (
+                f"`{name}` must be a pytree with the structure and shapes of `params`: expected "
+                f"{self.treedef} with shapes {self.shapes}, found {treedef} with shapes {shapes}."
+            )
+            raise ValueError(msg)
+        return leaves
+
+    def unflatten(self, leaves: Sequence[Array]) -> PyTree:
+        """The pytree with these leaves."""
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def ravel(self, leaves: Sequence[Array]) -> Shaped[Array, " P"]:
+        """Concatenate leaves to one vector in laplax's order."""
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+
+    def unravel(self, vector: Shaped[Array, " P"]) -> list[Array]:
+        """Split a vector in laplax's order into leaves; the inverse of `ravel`."""
+        parts = jnp.split(vector, self.offsets[1:-1])
+        return [p.reshape(s) for p, s in zip(parts, self.shapes, strict=True)]
+
+    def read(self, segment: Segment, leaves: Sequence[Array]) -> Float[Array, "..."]:
+        """Entries of a segment, in its shape."""
+        place = segment.place
+        if isinstance(place, Contiguous):
+            leaf = self._leaf_with(place)
+            if leaf is not None:
+                begin = place.start - self.offsets[leaf]
+                flat = leaves[leaf].reshape(-1)[begin : begin + place.stop - place.start]
+                flat = flat.reshape(place.sizes)
+                return flat.transpose(place.permutation).reshape(segment.shape)
+        ids = self.ids(segment)
+        if ids.size == 0:
+            return jnp.zeros(segment.shape)
+        touched = self.leaves_of(ids)
+        starts = np.concatenate([self.leaf_ids(leaf).ravel() for leaf in touched])
+        flat = jnp.concatenate([leaves[leaf].reshape(-1) for leaf in touched])
+        return flat[np.searchsorted(starts, ids)]
+
+    def write(self, pieces: Sequence[tuple[Segment, Float[Array, "..."]]]) -> list[Array]:
+        """Assemble leaves from the entries of segments; entries of no segment are zero."""
+        whole: dict[int, Array] = {}
+        buffers: dict[int, Array] = {}
+        for segment, values in pieces:
+            place = segment.place
+            leaf = self._leaf_with(place) if isinstance(place, Contiguous) else None
+            if leaf is not None and isinstance(place, Contiguous):
+                permuted = tuple(place.sizes[p] for p in place.permutation)
+                inverse = tuple(int(i) for i in np.argsort(place.permutation))
+                flat = values.reshape(permuted).transpose(inverse).reshape(-1)
+                if flat.size == math.prod(self.shapes[leaf]):
+                    whole[leaf] = flat.reshape(self.shapes[leaf])
+                    continue
+                begin = place.start - self.offsets[leaf]
+                buffer = self._buffer(buffers, leaf, values)
+                buffers[leaf] = buffer.at[begin : begin + flat.size].set(flat)
+                continue
+            ids = self.ids(segment).ravel()
+            for leaf in self.leaves_of(ids):
+                inside = (ids >= self.offsets[leaf]) & (ids < self.offsets[leaf + 1])
+                buffer = self._buffer(buffers, leaf, values)
+                local = ids[inside] - self.offsets[leaf]
+                buffers[leaf] = buffer.at[local].set(values.reshape(-1)[np.flatnonzero(inside)])
+        return [
+            whole[leaf] if leaf in whole else self._buffer(buffers, leaf).reshape(shape)
+            for leaf, shape in enumerate(self.shapes)
+        ]
+
+    def ids(self, segment: Segment) -> Int[np.ndarray, "..."]:
+        """Ids of a segment, in its shape."""
+        place = segment.place
+        if isinstance(place, Scattered):
+            return place.ids
+        ids = np.arange(place.start, place.stop).reshape(place.sizes)
+        return ids.transpose(place.permutation).reshape(segment.shape)
+
+    def _leaf_with(self, place: Contiguous) -> int | None:
+        leaf = self.leaf_at(place.start)
+        return leaf if place.stop <= self.offsets[leaf + 1] else None
+
+    def _buffer(
+        self, buffers: dict[int, Array], leaf: int, like: Float[Array, "..."] | None = None
+    ) -> Array:
+        dtype = jnp.float32 if like is None else like.dtype
+        empty = jnp.zeros(math.prod(self.shapes[leaf]), dtype)
+        return buffers.get(leaf, empty)
+
+
+def _slashed(path: tuple[Any, ...]) -> str:
+    """A key path as a person writes it: ``encoder/attention/query/kernel``."""
+    parts = []
+    for key in path:
+        part = getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))
+        parts.append(str(part).strip("./"))
+    if len(parts) > 1 and parts[-1] == "value":  # flax.nnx variables hold their array in `value`
+        parts.pop()
+    return "/".join(parts) or "params"

@@ -1,0 +1,222 @@
+"""The registry of patterns: how a primitive uses a parameter as the weight of a layer.
+
+A pattern says, for one equation ``y = primitive(..., w, ..., x, ...)`` that is linear in ``w``,
+how to view the weight as ``(stack, in, out)`` matrices, the other operands as layer inputs
+``(positions, stack, in)`` and the output as layer outputs ``(positions, stack, out)``, so that
+
+    outputs[t, k] = inputs[t, k] @ weight[k]        for every position t and stack index k.
+
+That identity is the whole contract: `check` tests it for any equation. ``positions`` are the
+places one weight is shared over (tokens, pixels); ``stack`` counts independent matrices (groups,
+heads, experts). ``weight`` and ``outputs`` may only rearrange entries (``reshape``,
+``transpose``), for the parser also applies them to arrays of indices.
+
+Example: a primitive ``scaled_matmul`` whose operands are the input and the weight.
+
+    register("scaled_matmul", Pattern(
+        name="scaled_matmul",
+        operands=lambda eqn: (1,),
+        weight=lambda eqn, operand, w: w[None],
+        inputs=lambda eqn, operand, others: eqn.params["scale"] * others[0][:, None],
+        outputs=lambda eqn, operand, y: y[:, None],
+    ))
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import JaxprEqn
+from jaxtyping import Array, Shaped
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How one primitive uses a weight; see the module's docstring for the contract.
+
+    Attributes:
+        name: What a report calls layers of this pattern, e.g. ``"dense"``.
+        operands: Equation -> positions of the operands that may be the weight; empty when the
+            equation is not of this pattern.
+        weight: (equation, operand, w) -> w as ``(stack, in, out)``; rearranges entries only.
+        inputs: (equation, operand, other operands) -> layer inputs ``(positions, stack, in)``.
+        outputs: (equation, operand, y) -> y as ``(positions, stack, out)``; rearranges only.
+    """
+
+    name: str
+    operands: Callable[[JaxprEqn], tuple[int, ...]]
+    weight: Callable[[JaxprEqn, int, Any], Any]
+    inputs: Callable[[JaxprEqn, int, tuple[Any, ...]], Shaped[Array, "positions stack in"]]
+    outputs: Callable[[JaxprEqn, int, Any], Any]
+
+
+_REGISTRY: dict[str, Pattern] = {}
+
+
+def register(primitive: str, pattern: Pattern) -> None:
+    """Register the pattern for equations of a primitive; a later registration wins.
+
+    Args:
+        primitive: The primitive's name as printed in jaxprs, e.g. ``"dot_general"``.
+        pattern: How that primitive uses its weight.
+
+    Raises:
+        TypeError: If ``primitive`` is not a string or ``pattern`` not a `Pattern`.
+    """
+    if not isinstance(primitive, str):
+        msg = (
+            f"`primitive` must be the primitive's name as a string, "
+            f"got {type(primitive).__name__}; pass `primitive.name`."
+        )
+        raise TypeError(msg)
+    if not isinstance(pattern, Pattern):
+        msg = f"`pattern` must be a laplax_kfac.patterns.Pattern, got {type(pattern).__name__}."
+        raise TypeError(msg)
+    _REGISTRY[primitive] = pattern
+
+
+def find(eqn: JaxprEqn) -> Pattern | None:
+    """The pattern registered for an equation's primitive, if there is one."""
+    return _REGISTRY.get(eqn.primitive.name)
+
+
+def check(function: Callable[..., Array], operand: int, *operands: Array) -> float:
+    """Largest violation of the contract on an example, to test a newly registered pattern.
+
+    Args:
+        function: A function whose jaxpr is one equation of the pattern's primitive.
+        operand: Which of ``operands`` is the weight.
+        *operands: Example values of the operands.
+
+    Returns:
+        ``max |outputs - inputs @ weight|``, which is zero up to rounding.
+
+    Raises:
+        ValueError: If the function is not one equation of a registered primitive.
+    """
+    eqns = jax.make_jaxpr(function)(*operands).eqns
+    pattern = find(eqns[0]) if len(eqns) == 1 else None
+    if pattern is None or operand not in pattern.operands(eqns[0]):
+        names = [e.primitive.name for e in eqns]
+        msg = (
+            f"`function` must be one equation of a registered primitive with operand {operand} as "
+            f"its weight, found the equations {names}; registered are {sorted(_REGISTRY)}."
+        )
+        raise ValueError(msg)
+    others = tuple(o for i, o in enumerate(operands) if i != operand)
+    inputs = pattern.inputs(eqns[0], operand, others)
+    weight = pattern.weight(eqns[0], operand, operands[operand])
+    outputs = pattern.outputs(eqns[0], operand, function(*operands))
+    return float(jnp.max(jnp.abs(outputs - jnp.einsum("tki,kio->tko", inputs, weight))))
+
+
+# -- dense: dot_general with any dimension numbers, the weight on either side ------------------
+
+
+@dataclass(frozen=True)
+class _DotAxes:
+    """Axes of a dot_general's weight ``w`` and other operand ``x``."""
+
+    w_batch: tuple[int, ...]
+    w_in: tuple[int, ...]
+    w_out: tuple[int, ...]
+    x_batch: tuple[int, ...]
+    x_in: tuple[int, ...]
+    x_positions: tuple[int, ...]
+
+
+def _dot_axes(eqn: JaxprEqn, operand: int) -> _DotAxes:
+    contract, batch = eqn.params["dimension_numbers"]
+    other = 1 - operand
+
+    def free(side: int) -> tuple[int, ...]:
+        taken = (*contract[side], *batch[side])
+        return tuple(d for d in range(eqn.invars[side].aval.ndim) if d not in taken)
+
+    return _DotAxes(
+        tuple(batch[operand]), tuple(contract[operand]), free(operand),
+        tuple(batch[other]), tuple(contract[other]), free(other),
+    )  # fmt: skip
+
+
+def _size(array: Any, axes: tuple[int, ...]) -> int:
+    return math.prod(array.shape[a] for a in axes)
+
+
+def _dense_weight(eqn: JaxprEqn, operand: int, w: Any) -> Any:
+    axes = _dot_axes(eqn, operand)
+    shape = (_size(w, axes.w_batch), _size(w, axes.w_in), _size(w, axes.w_out))
+    return w.transpose(axes.w_batch + axes.w_in + axes.w_out).reshape(shape)
+
+
+def _dense_inputs(eqn: JaxprEqn, operand: int, others: tuple[Any, ...]) -> Any:
+    axes, (x,) = _dot_axes(eqn, operand), others
+    shape = (_size(x, axes.x_positions), _size(x, axes.x_batch), _size(x, axes.x_in))
+    return x.transpose(axes.x_positions + axes.x_batch + axes.x_in).reshape(shape)
+
+
+def _dense_outputs(eqn: JaxprEqn, operand: int, y: Any) -> Any:
+    # dot_general lays its output out as (batch, free axes of lhs, free axes of rhs).
+    axes = _dot_axes(eqn, operand)
+    n_batch, n_pos, n_out = len(axes.w_batch), len(axes.x_positions), len(axes.w_out)
+    batch = tuple(range(n_batch))
+    first = tuple(range(n_batch, n_batch + (n_out if operand == 0 else n_pos)))
+    last = tuple(range(n_batch + len(first), y.ndim))
+    positions, out = (last, first) if operand == 0 else (first, last)
+    shape = (_size(y, positions), _size(y, batch), _size(y, out))
+    return y.transpose(positions + batch + out).reshape(shape)
+
+
+DENSE = Pattern("dense", lambda _: (0, 1), _dense_weight, _dense_inputs, _dense_outputs)
+
+
+# -- conv: conv_general_dilated of any rank, layout, stride, padding, dilation, groups ---------
+
+
+def _conv_operands(eqn: JaxprEqn) -> tuple[int, ...]:
+    # A convolution with batch groups sums over examples: it arises from derivatives, not layers.
+    return (1,) if eqn.params["batch_group_count"] == 1 else ()
+
+
+def _conv_weight(eqn: JaxprEqn, _: int, w: Any) -> Any:
+    groups = eqn.params["feature_group_count"]
+    w = w.transpose(eqn.params["dimension_numbers"].rhs_spec)  # (out, in / groups, *kernel)
+    return w.reshape(groups, w.shape[0] // groups, math.prod(w.shape[1:])).transpose(0, 2, 1)
+
+
+def _conv_inputs(eqn: JaxprEqn, _: int, others: tuple[Any, ...]) -> Any:
+    params, (x,) = eqn.params, others
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    kernel = tuple(eqn.invars[1].aval.shape[d] for d in numbers.rhs_spec[2:])
+    patches = lax.conv_general_dilated_patches(
+        x.transpose(numbers.lhs_spec),
+        filter_shape=kernel,
+        window_strides=params["window_strides"],
+        padding=params["padding"],
+        lhs_dilation=params["lhs_dilation"],
+        rhs_dilation=params["rhs_dilation"],
+        precision=lax.Precision.HIGHEST,  # a selection of entries must not round them
+    )
+    return _channels_last_by_group(patches, groups)
+
+
+def _conv_outputs(eqn: JaxprEqn, _: int, y: Any) -> Any:
+    y = y.transpose(eqn.params["dimension_numbers"].out_spec)
+    return _channels_last_by_group(y, eqn.params["feature_group_count"])
+
+
+def _channels_last_by_group(x: Any, groups: int) -> Any:
+    """(batch, channels, *space) -> (batch x space, groups, channels / groups)."""
+    batch, channels, space = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    x = x.reshape(batch, groups, channels // groups, space).transpose(0, 3, 1, 2)
+    return x.reshape(batch * space, groups, channels // groups)
+
+
+CONV = Pattern("conv", _conv_operands, _conv_weight, _conv_inputs, _conv_outputs)
+
+register("dot_general", DENSE)
+register("conv_general_dilated", CONV)

@@ -1,0 +1,118 @@
+"""Prior and curvature make a Gaussian posterior; all of it is functions of eigenvalues.
+
+Posterior precision: ``(sigma_squared * curvature + prior_prec * I) / loss_scaling_factor``, the
+convention of laplax's own curvature types. No factorisation happens here: the curvature's
+eigendecomposition serves every prior, so everything is differentiable in the hyperparameters.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+from laplax_kfac.blocks import BlockDiagonal, rotate_back
+
+Scalar = Float[Array, ""] | float
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Posterior:
+    """A Gaussian on the parameters, centred at zero.
+
+    Attributes:
+        precision: Its precision matrix.
+    """
+
+    precision: BlockDiagonal
+
+    def covariance_mv(self, v: PyTree) -> PyTree:
+        """Covariance times a pytree like the parameters."""
+        return self.precision.map(jnp.reciprocal).mv(v)
+
+    def scale_mv(self, v: PyTree) -> PyTree:
+        """A square root of the covariance times ``v``: scale scale^T = covariance.
+
+        The entries of ``v`` are coordinates in the eigenbases, so that one rotation is enough.
+        """
+        precision = self.precision
+        parts = [
+            rotate_back(b, x / jnp.sqrt(b.eigenvalues))
+            for b, x in zip(precision.blocks, precision.read(v), strict=True)
+        ]
+        return jax.tree.map(
+            lambda out, x: out.astype(jnp.result_type(x)), precision.write(parts), v
+        )
+
+    def covariance_diagonal(self) -> PyTree:
+        """Marginal variances, as a pytree like the parameters."""
+        return self.precision.map(jnp.reciprocal).diagonal()
+
+    def log_determinant(self) -> Float[Array, ""]:
+        """Log-determinant of the *precision*."""
+        return self.precision.log_determinant()
+
+    def sample(self, key: Key[Array, ""], num_samples: int, mean: PyTree) -> PyTree:
+        """Draw parameters; sample i depends on ``key`` and i alone, not on ``num_samples``.
+
+        Args:
+            key: Random key.
+            num_samples: Number of samples n.
+            mean: The posterior mean: the trained parameters.
+
+        Returns:
+            Samples stacked in front of every leaf, in the leaves' dtypes. Integer leaves keep
+            their value.
+
+        Raises:
+            ValueError: If ``mean`` has another structure or other shapes than the parameters.
+        """
+        leaves = self.precision.space.flatten(mean, name="params")
+        dtype = jnp.result_type(*(b.eigenvalues for b in self.precision.blocks))
+
+        def one(index: Array) -> PyTree:
+            keys = jax.random.split(jax.random.fold_in(key, index), len(leaves))
+            noise = [jax.random.normal(k, x.shape, dtype) for k, x in zip(keys, leaves, strict=True)]
+            moved = jax.tree.leaves(self.scale_mv(self.precision.space.unflatten(noise)))
+            drawn = [
+                (x + d).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+                for x, d in zip(leaves, moved, strict=True)
+            ]
+            return self.precision.space.unflatten(drawn)
+
+        return jax.vmap(one)(jnp.arange(num_samples))
+
+
+def make_posterior(
+    curvature: BlockDiagonal,
+    prior_prec: Scalar,
+    *,
+    sigma_squared: Scalar = 1.0,
+    loss_scaling_factor: Scalar = 1.0,
+) -> Posterior:
+    """The posterior of a curvature and an isotropic Gaussian prior.
+
+    Args:
+        curvature: Curvature of the loss, a sum over the data.
+        prior_prec: Prior precision, a positive scalar.
+        sigma_squared: Factor of the curvature.
+        loss_scaling_factor: Factor by which the loss was scaled.
+
+    Raises:
+        ValueError: If ``prior_prec`` is not a scalar, or not positive.
+    """
+    prior_prec = _checked(prior_prec)
+    return Posterior(
+        curvature.map(lambda e: (sigma_squared * e + prior_prec) / loss_scaling_factor)
+    )
+
+
+def _checked(prior_prec: Scalar) -> Scalar:
+    if jnp.ndim(prior_prec) != 0:
+        msg = f"`prior_prec` must be a scalar, found shape {jnp.shape(prior_prec)}."
+        raise ValueError(msg)
+    if not isinstance(prior_prec, jax.core.Tracer) and not prior_prec > 0:
+        msg = f"`prior_prec` must be positive, or the posterior is improper; found {prior_prec}."
+        raise ValueError(msg)
+    return prior_prec

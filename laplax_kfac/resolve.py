@@ -1,0 +1,413 @@
+"""From uses to layers: every parameter in exactly one, each with the best block it allows.
+
+A *claim* is a use that could be a Kronecker block: distinct ids, viewed as ``(stack, in, out)``
+matrices; a bias is a claim with one input, the constant 1. Claims on the same ids are one layer
+with several uses. A claim stands only if nothing else touches its ids; what is left over is
+probed at the parameter itself (exact, dense or diagonal), or does not influence the output.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from laplax_kfac.layers import BlockKind, Layer
+from laplax_kfac.layout import ParameterSpace, make_segment
+from laplax_kfac.structure import FOREIGN
+from laplax_kfac.walk import Findings, Opaque, Shift, Use
+
+DENSE_LIMIT = 256
+"""Largest number of parameters for which an exact dense block replaces an exact diagonal."""
+
+Ids = Int[np.ndarray, "stack rows out"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One use, seen as matrices of distinct parameters.
+
+    Attributes:
+        use: Number of the use.
+        ids: The parameters, (stack, in, out).
+        shared: For each enclosing scan, then the pattern's stack axis: whether the weight is
+            shared along it (so that it counts as positions) or not (so that it is stacked).
+        positions: Places one example shares the weight over.
+        input_scale: Factor of every input, (stack, in), or None.
+        output_scale: Factor of every output, (stack, out), or None.
+        bias: None for a weight. For a bias, its constant input: d(use's output) / d(bias).
+        transposed: Whether ids are those of the layer with in and out exchanged.
+    """
+
+    use: int
+    ids: Ids
+    shared: tuple[bool, ...]
+    positions: int
+    input_scale: Float[np.ndarray, "stack rows"] | None = None
+    output_scale: Float[np.ndarray, "stack out"] | None = None
+    bias: float | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Member:
+    """A claim as part of a layer, with the joint bias it may carry."""
+
+    claim: Claim
+    joint_bias: float | None = None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A layer and how its statistics are read: from uses, or from a probe on its parameters."""
+
+    layer: Layer
+    members: tuple[Member, ...] = ()
+
+
+def resolve(
+    findings: Findings, space: ParameterSpace, *, separate_weight_and_bias: bool = False
+) -> tuple[Resolved, ...]:
+    """Group the findings into layers, ordered by their first parameter."""
+    claims, opaque = _claims(findings)
+    groups = _group(claims, opaque, space.size)
+    if not separate_weight_and_bias:
+        groups = _join_biases(groups)
+    layers = [_kronecker_layer(group, findings.uses, space) for group in groups]
+    taken = np.zeros(space.size, bool)
+    for group in groups:
+        for ids in group.all_ids:
+            taken[ids] = True
+    layers += _fallback_layers(opaque, taken, space)
+    layers.sort(key=lambda r: (space.paths.index(r.layer.params[0]), _first(r.layer)))
+    return tuple(_named(layers, space))
+
+
+# -- claims ------------------------------------------------------------------------------------
+
+
+def _claims(findings: Findings) -> tuple[list[Claim], list[Opaque]]:
+    """Turn uses and shifts into claims; those that cannot be are opaque."""
+    claims: list[Claim] = []
+    opaque = list(findings.opaque)
+
+    def refuse(ids: Int[np.ndarray, "..."], pattern: str, reason: str) -> None:
+        opaque.append(Opaque(np.unique(ids[ids != FOREIGN]), pattern, reason))
+
+    for number, use in enumerate(findings.uses):
+        claim = _weight_claim(number, use)
+        if isinstance(claim, str):
+            refuse(use.ids, use.pattern.name, claim)
+        else:
+            claims.append(claim)
+    for number, use in enumerate(findings.uses):
+        for shift in _combined([s for s in findings.shifts if s.use == number]):
+            bias = _bias_claim(number, use, shift)
+            if isinstance(bias, str):
+                refuse(shift.ids, "bias", bias)
+            else:
+                claims.append(bias)
+    return claims, opaque
+
+
+def _weight_claim(number: int, use: Use) -> Claim | str:
+    lanes = use.ids.shape[:-3]
+    shared = (*(_constant_along(use.ids, a) for a in range(len(lanes))),
+              use.ids.shape[-3] > 1 and _constant_along(use.ids, len(lanes)))  # fmt: skip
+    ids = _take_first(use.ids, shared)
+    problem = _not_a_matrix(ids)
+    if problem:
+        return problem
+    sizes = (*use.lanes, use.ids.shape[-3])
+    aval = use.eqn.outvars[0].aval
+    per_iteration = aval.size // max(use.ids.shape[-3] * use.ids.shape[-1], 1)
+    positions = per_iteration * int(np.prod([n for n, s in zip(sizes, shared, strict=True) if s]))
+    claim = Claim(number, ids, shared, positions)
+    if use.scale is None:
+        return claim
+    scale = np.broadcast_to(use.scale, np.broadcast_shapes(use.scale.shape, use.ids.shape))
+    if any(s and not _constant_along(scale, a) for a, s in enumerate(shared)):
+        return "scaled differently where it is shared"
+    factors = _rank_one(_take_first(scale, shared))
+    if factors is None:
+        return "scaled entry by entry, which no Kronecker product can follow"
+    return replace(claim, input_scale=factors[0], output_scale=factors[1])
+
+
+def _bias_claim(number: int, use: Use, shift: Shift) -> Claim | str:
+    """View a shift as (lanes, positions, stack, out) of the use; a bias is one for all positions."""
+    aval = use.eqn.outvars[0].aval
+    lanes = shift.ids.shape[1:]
+    ids_of_output = np.full((aval.size, *lanes), FOREIGN, dtype=shift.ids.dtype)
+    ids_of_output[shift.output] = shift.ids
+    place = use.pattern.outputs(
+        use.eqn, use.operand, np.arange(aval.size).reshape(aval.shape)
+    )
+    ids = np.moveaxis(ids_of_output[place], range(3), range(-3, 0))  # (lanes, T, K, out)
+    if (ids == FOREIGN).any():
+        return "added to a part of a layer's output"
+    if np.unique(shift.output).size != shift.output.size:
+        return "added to copies of a layer's output"
+    if np.ptp(shift.factor) > 1e-6 * np.abs(shift.factor).max() or not shift.factor.any():
+        return "added to outputs that are scaled differently"
+    if not _constant_along(ids, len(lanes)):
+        return "differs between the positions of its layer"
+    ids = ids.take(0, axis=len(lanes))  # (lanes, K, out)
+    shared = (*(_constant_along(ids, a) for a in range(len(lanes))),
+              ids.shape[-2] > 1 and _constant_along(ids, len(lanes)))  # fmt: skip
+    core = _take_first(ids[..., None, :], shared)
+    problem = _not_a_matrix(core)
+    if problem:
+        return problem
+    sizes = (*use.lanes, ids.shape[-2])
+    positions = place.shape[0] * int(
+        np.prod([n for n, s in zip(sizes, shared, strict=True) if s])
+    )
+    return Claim(number, core, shared, positions, bias=float(shift.factor.flat[0]))
+
+
+def _combined(shifts: list[Shift]) -> list[Shift]:
+    """Join shifts of disjoint parts of one output: a split output takes its bias in pieces."""
+    combined: list[Shift] = []
+    for shift in shifts:
+        for k, other in enumerate(combined):
+            if (
+                other.ids.shape[1:] == shift.ids.shape[1:]
+                and not np.isin(shift.output, other.output).any()
+            ):
+                combined[k] = Shift(
+                    shift.use,
+                    np.concatenate([other.output, shift.output]),
+                    np.concatenate([other.ids, shift.ids]),
+                    np.concatenate([other.factor, shift.factor]),
+                )
+                break
+        else:
+            combined.append(shift)
+    return combined
+
+
+def _constant_along(x: Int[np.ndarray, "..."], axis: int) -> bool:
+    first = x.take([0], axis=axis)
+    # The second entry decides nearly always, without a pass over all of them.
+    return bool(x.shape[axis] == 1 or ((x.take([1], axis=axis) == first).all() and (x == first).all()))
+
+
+def _take_first(x: Int[np.ndarray, "..."], shared: Sequence[bool]) -> Ids:
+    """Drop the shared leading axes and merge the stacked ones."""
+    index = tuple(0 if s else slice(None) for s in shared)
+    x = x[index]
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def _not_a_matrix(ids: Ids) -> str:
+    """Why ids are no matrices of distinct parameters; empty if they are."""
+    if ids.size == 0:
+        return "has no entries"
+    low = int(ids.min())
+    if low == FOREIGN:
+        return "combined with constants or data before its use"
+    seen = np.zeros(int(ids.max()) - low + 1, bool)
+    seen[ids.ravel() - low] = True
+    return "" if int(seen.sum()) == ids.size else "repeated within one weight"
+
+
+def _rank_one(
+    scale: Float[np.ndarray, "stack rows out"],
+) -> tuple[Float[np.ndarray, "stack rows"] | None, Float[np.ndarray, "stack out"] | None] | None:
+    """Factor scale[k, i, o] = u[k, i] v[k, o], with v None where it is all ones."""
+    u = np.empty(scale.shape[:2])
+    v = np.ones((scale.shape[0], scale.shape[2]))
+    for k, s in enumerate(scale):
+        i, o = np.unravel_index(np.abs(s).argmax(), s.shape)
+        u[k] = s[:, o]
+        v[k] = s[i] / s[i, o] if s[i, o] else 1.0
+        if not np.allclose(u[k][:, None] * v[k], s, rtol=1e-6, atol=1e-6 * abs(s[i, o])):
+            return None
+    return u, (None if np.allclose(v, 1.0, rtol=1e-7, atol=0.0) else v)
+
+
+# -- groups ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Claims on the same ids, and those of the bias that is joint with them."""
+
+    claims: list[Claim]
+    bias: list[Claim]
+
+    @property
+    def ids(self) -> Ids:
+        """Ids of the layer's matrix, without the bias."""
+        return self.claims[0].ids
+
+    @property
+    def all_ids(self) -> list[Ids]:
+        """Ids of the layer's matrix, and of its bias if it has one."""
+        return [self.ids, *(c.ids for c in self.bias[:1])]
+
+
+def _group(claims: list[Claim], opaque: list[Opaque], size: int) -> list[Group]:
+    """Claims on equal ids form groups; overlaps that are not equal are opaque."""
+    groups: list[Group] = []
+    owner = np.full(size, -1, dtype=np.int32)
+    for claim in claims:
+        owners = np.unique(owner[claim.ids])
+        group = groups[owners[-1]] if owners[-1] >= 0 else None
+        if group is None:
+            owner[claim.ids] = len(groups)
+            groups.append(Group([claim], []))
+        elif owners.size == 1 and np.array_equal(group.ids, claim.ids):
+            group.claims.append(claim)
+        elif owners.size == 1 and np.array_equal(group.ids.swapaxes(1, 2), claim.ids):
+            group.claims.append(replace(claim, transposed=True))
+        else:
+            reason = "used again in other parts or another arrangement"
+            opaque.append(Opaque(np.unique(claim.ids), "other", reason))
+    return _drop_opaque(groups, opaque, size)
+
+
+def _drop_opaque(groups: list[Group], opaque: list[Opaque], size: int) -> list[Group]:
+    """A group with one opaque parameter is opaque as a whole: repeat until nothing changes."""
+    number = np.full(size, -1, dtype=np.int32)
+    for k, entry in reversed(list(enumerate(opaque))):
+        number[entry.ids] = k
+    changed = True
+    while changed:
+        changed = False
+        for group in list(groups):
+            hit = number[group.ids].max()
+            if hit >= 0:
+                cause = opaque[hit]
+                number[group.ids[number[group.ids] < 0]] = len(opaque)
+                opaque.append(Opaque(group.ids.ravel(), cause.pattern, cause.reason))
+                groups.remove(group)
+                changed = True
+    return groups
+
+
+def _join_biases(groups: list[Group]) -> list[Group]:
+    """Move a bias into its weight's group where every use of one is a use of the other."""
+    weights = [g for g in groups if g.claims[0].bias is None]
+    biases = {g.claims[0].use: g for g in reversed(groups) if g.claims[0].bias is not None}
+    joined: list[Group] = []
+    for group in weights:
+        bias = biases.get(group.claims[0].use)
+        if bias is not None and not any(bias is j for j in joined) and _joinable(group, bias):
+            group.bias = bias.claims
+            joined.append(bias)
+    return [g for g in groups if not any(g is j for j in joined)]
+
+
+def _joinable(weight: Group, bias: Group) -> bool:
+    if bias.claims[0].bias is None or weight.ids.shape[::2] != bias.ids.shape[::2]:
+        return False
+    biases = {c.use: c for c in bias.claims}
+    return (
+        len(biases) == len(bias.claims) == len(weight.claims)
+        and all(c.use in biases and biases[c.use].shared == c.shared for c in weight.claims)
+        and not any(c.transposed or c.output_scale is not None for c in weight.claims)
+    )
+
+
+# -- layers ------------------------------------------------------------------------------------
+
+
+def _kronecker_layer(group: Group, uses: list[Use], space: ParameterSpace) -> Resolved:
+    first = group.claims[0]
+    biases = {c.use: c.bias for c in group.bias}
+    stack, rows, columns = group.ids.shape
+    ids = group.all_ids
+    names = sorted({uses[c.use].pattern.name for c in group.claims})
+    reason = f"weight of `{uses[first.use].eqn.primitive.name}`"
+    if first.bias is not None:
+        names, reason = ["bias"], "added to the output of a layer, not joint with its weight"
+    if len(group.claims) > 1:
+        reason += f"; nearest Kronecker product of the sum of {len(group.claims)} uses"
+    layer = Layer(
+        name="",
+        pattern="+".join(names),
+        params=_paths(ids, space),
+        block="kronecker",
+        in_features=rows,
+        out_features=columns,
+        positions=sum(c.positions for c in group.claims),
+        stack=stack,
+        bias=bool(group.bias),
+        reason=reason,
+        segments=tuple(make_segment(i) for i in ids),
+    )
+    return Resolved(layer, tuple(Member(c, biases.get(c.use)) for c in group.claims))
+
+
+def _fallback_layers(
+    opaque: list[Opaque], taken: np.ndarray, space: ParameterSpace
+) -> list[Resolved]:
+    """One layer a leaf for what is probed, and one for what does not influence the output."""
+    number = np.full(space.size, -1, dtype=np.int32)
+    for k, entry in reversed(list(enumerate(opaque))):
+        number[entry.ids] = k
+    number[taken] = -1
+    layers = []
+    for leaf, path in enumerate(space.paths):
+        ids = space.leaf_ids(leaf).ravel()
+        probed = ids[number[ids] >= 0]
+        idle = ids[(number[ids] < 0) & ~taken[ids]]
+        if probed.size:
+            cause = opaque[number[probed[0]]]
+            kind: BlockKind = "dense" if probed.size <= DENSE_LIMIT else "diagonal"
+            layers.append(_plain_layer(path, cause.pattern, kind, probed, cause.reason))
+        if idle.size or not ids.size:
+            inexact = jnp.issubdtype(space.dtypes[leaf], jnp.inexact)
+            reason = "does not influence the output" if inexact else "an integer leaf"
+            reason = reason if ids.size else "has no entries"
+            layers.append(_plain_layer(path, "unused", "none", idle, reason))
+    return layers
+
+
+def _plain_layer(
+    path: str, pattern: str, block: BlockKind, ids: Int[np.ndarray, " n"], reason: str
+) -> Resolved:
+    segments = (make_segment(ids),)
+    return Resolved(
+        Layer("", pattern, (path,), block, ids.size, 1, reason=reason, segments=segments)
+    )
+
+
+def _paths(ids: list[Ids], space: ParameterSpace) -> tuple[str, ...]:
+    leaves = sorted({leaf for i in ids for leaf in space.leaves_of(i)})
+    return tuple(space.paths[leaf] for leaf in leaves)
+
+
+def _first(layer: Layer) -> int:
+    return layer.segments[0].first if layer.size else 0
+
+
+def _named(layers: list[Resolved], space: ParameterSpace) -> list[Resolved]:
+    """Name a layer by the module its parameters share, if no other layer does; else by its leaf."""
+    name_of = dict(zip(space.paths, space.names, strict=True))
+
+    def modules(layer: Layer) -> set[str]:
+        return {name_of[p].rpartition("/")[0] for p in layer.params}
+
+    owners: dict[str, int] = {}
+    for resolved in layers:
+        for module in modules(resolved.layer):
+            owners[module] = owners.get(module, 0) + 1
+    names: list[str] = []
+    for resolved in layers:
+        layer = resolved.layer
+        module = min(modules(layer))
+        alone = bool(module) and len(modules(layer)) == 1 and owners[module] == 1
+        path = space.paths[space.leaf_at(_first(layer))] if layer.size else layer.params[0]
+        names.append(module if alone else name_of[path])
+    for k, resolved in enumerate(layers):
+        if names.count(names[k]) > 1 and resolved.layer.size:
+            first = _first(resolved.layer)
+            begin = first - space.offsets[space.leaf_at(first)]
+            names[k] = f"{names[k]}[{begin}:{begin + resolved.layer.size}]"
+    return [
+        replace(r, layer=replace(r.layer, name=name)) for r, name in zip(layers, names, strict=True)
+    ]

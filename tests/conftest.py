@@ -1,0 +1,36 @@
+"""Settings for all tests; they must be made before jax is imported."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MPLBACKEND"] = "agg"
+# The tests spend their time compiling small programs, so compile with little effort.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+).strip()
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import pytest
+from loguru import logger
+
+logger.remove()  # laplax logs every step
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Compute in float64; `pytestmark = pytest.mark.usefixtures("x64")` does so in a whole file."""
+    with jax.enable_x64(True):
+        yield
+
+
+def tolerance(dtype: jax.typing.DTypeLike) -> dict[str, float]:
+    """Return `rtol` and `atol` for `np.testing.assert_allclose`, by the precision of `dtype`."""
+    rtol = {16: 2e-2, 32: 2e-4, 64: 1e-9}[jnp.finfo(dtype).bits]
+    return {"rtol": rtol, "atol": rtol / 10}

@@ -1,0 +1,28 @@
+"""The Python blocks of the README and of the documentation run, in order, one namespace a page."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+}
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if BLOCK.search(text)])
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for block in BLOCK.finditer(PAGES[page]):
+        line = PAGES[page].count("\n", 0, block.start(1))
+        source = "\n" * line + block[1]  # tracebacks then show the line of the page
+        exec(compile(source, ROOT / page, "exec"), namespace)
+
+
+def test_blocks_are_found():
+    text = "a\n```python\nx = 1\n```\nb\n```bash\nls\n```\n```python\n\ny = 2\n```\n"
+    assert BLOCK.findall(text) == ["x = 1\n", "\ny = 2\n"]
