@@ -76,7 +76,9 @@ def rotate(block: Block, v: Float[Array, "*stack_and_axes"]) -> Float[Array, "*s
     return _rotate(block, v, transpose=True)
 
 
-def rotate_back(block: Block, v: Float[Array, "*stack_and_axes"]) -> Float[Array, "*stack_and_axes"]:
+def rotate_back(
+    block: Block, v: Float[Array, "*stack_and_axes"]
+) -> Float[Array, "*stack_and_axes"]:
     """The vector with these coordinates in the block's basis: ``U v``."""
     return _rotate(block, v, transpose=False)
 
@@ -162,9 +164,11 @@ class BlockDiagonal:
         dtype = jnp.result_type(*(b.eigenvalues for b in self.blocks))
         dense = jnp.zeros((self.space.size, self.space.size), dtype)
         for block, layer in zip(self.blocks, self.layers, strict=True):
-            ids = np.concatenate([self.space.ids(s) for s in layer.segments], axis=-2).ravel() if (
-                layer.block == "kronecker"
-            ) else self.space.ids(layer.segments[0])
+            ids = (
+                np.concatenate([self.space.ids(s) for s in layer.segments], axis=-2).ravel()
+                if (layer.block == "kronecker")
+                else self.space.ids(layer.segments[0])
+            )
             eye = jnp.eye(layer.size, dtype=dtype).reshape(layer.size, *layer.shape)
             columns = jax.vmap(lambda v, b=block: apply(b, v))(eye)
             dense = dense.at[ids[:, None], ids[None, :]].set(columns.reshape(layer.size, -1))

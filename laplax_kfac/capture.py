@@ -130,9 +130,9 @@ def _use_probes(program: Program) -> Probes:
     probes = {}
     for member in _members(program):
         use = program.uses[member.claim.use]
-        aval = use.eqn.outvars[0].aval
-        shape = (*use.lanes, *aval.shape)
-        probes[_probe_of(program, member.claim.use)] = jnp.zeros(shape, aval.dtype)
+        output: Any = use.eqn.outvars[0].aval
+        shape = (*use.lanes, *output.shape)
+        probes[_probe_of(program, member.claim.use)] = jnp.zeros(shape, output.dtype)
     return probes
 
 
@@ -169,9 +169,11 @@ def _use_record(program: Program, member: Member, inputs: Inputs, at_uses: Probe
     claim, use = member.claim, program.uses[member.claim.use]
     values, active = inputs[claim.use]
     positions = use.pattern.outputs(
-        use.eqn, use.operand, np.empty(use.eqn.outvars[0].aval.shape, bool)
+        use.eqn, use.operand, np.empty(jaxprs.shape(use.eqn.outvars[0]), bool)
     ).shape[0]
-    active = jnp.broadcast_to(active[..., None, None, None], (*use.lanes, positions, values.shape[-2], 1))
+    active = jnp.broadcast_to(
+        active[..., None, None, None], (*use.lanes, positions, values.shape[-2], 1)
+    )
     gradients = at_uses[_probe_of(program, claim.use)]
     outputs = lambda g: use.pattern.outputs(use.eqn, use.operand, g)  # noqa: E731
     for _ in range(1 + len(use.lanes)):
@@ -222,7 +224,9 @@ class Plan:
 
     def all_probes(self) -> list[int]:
         """Numbers of the probes here and inside."""
-        nested = [p for plans in self.inside.values() for q in plans.values() for p in q.all_probes()]
+        nested = [
+            p for plans in self.inside.values() for q in plans.values() for p in q.all_probes()
+        ]
         return [*self.probes.values(), *nested]
 
 

@@ -1,8 +1,8 @@
-"""Data in, curvature out: `kfac`, and the `accumulator` that it is a loop over."""
+"""Data in, curvature out: `kfac`, `ekfac`, and the `accumulator` that they are loops over."""
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,9 +11,17 @@ from jaxtyping import Array, Float, Key, PyTree
 from tqdm import tqdm
 
 from laplax_kfac import factors
-from laplax_kfac.blocks import BlockDiagonal
-from laplax_kfac.capture import capture_batch
-from laplax_kfac.data import Batch, as_batch, batches, even_batches, first_example, to_arrays
+from laplax_kfac.blocks import Block, BlockDiagonal
+from laplax_kfac.capture import Record, capture_batch
+from laplax_kfac.data import (
+    Batch,
+    WeightedBatch,
+    as_batch,
+    batches,
+    even_batches,
+    first_example,
+    to_arrays,
+)
 from laplax_kfac.data import batch_size as size_of
 from laplax_kfac.factors import KFAC_APPROXIMATIONS, KfacApprox, Statistics
 from laplax_kfac.likelihood import FISHER_TYPES, FisherType, Likelihood, resolve_likelihood
@@ -41,9 +49,7 @@ class Curvature(BlockDiagonal):
         """Log-determinant of the posterior precision."""
         return make_posterior(self, prior_prec).log_determinant()
 
-    def sample(
-        self, key: Key[Array, ""], n: int, params: PyTree, *, prior_prec: Scalar
-    ) -> PyTree:
+    def sample(self, key: Key[Array, ""], n: int, params: PyTree, *, prior_prec: Scalar) -> PyTree:
         """Draw ``n`` parameter pytrees from the posterior around ``params``, stacked in front."""
         return make_posterior(self, prior_prec).sample(key, n, params)
 
@@ -127,9 +133,10 @@ class Accumulator:
         """
         batch = to_arrays(as_batch(batch))
         weights = jnp.ones(size_of(batch)) if weights is None else jnp.asarray(weights)
-        program, sums_of = self._compiled(first_example(batch))
+        compiled = self._compiled(first_example(batch))
         key = jax.random.fold_in(self.options.key, state.num_updates)
-        new = sums_of(jax.tree.leaves(self.params), program.consts, batch, weights, key)
+        leaves = jax.tree.leaves(self.params)
+        new = compiled.statistics(leaves, compiled.program.consts, batch, weights, key)
         return factors.merge(state, new)
 
     def merge(self, first: Statistics, second: Statistics) -> Statistics:
@@ -146,11 +153,37 @@ class Accumulator:
         assert state.space is not None
         return Curvature(blocks, state.layers, state.space)
 
+    def correct(self, curvature: Curvature, data: Iterable[WeightedBatch]) -> Curvature:
+        """Replace the eigenvalues of Kronecker blocks by exact second moments in their bases.
+
+        Args:
+            curvature: The curvature of the same data.
+            data: The same batches with their weights, once more.
+        """
+        moments: list[Array] | None = None
+        for number, (batch, weights) in enumerate(data):
+            compiled = self._compiled(first_example(batch))
+            key = jax.random.fold_in(self.options.key, number)
+            leaves = jax.tree.leaves(self.params)
+            new = compiled.moments(
+                leaves, compiled.program.consts, batch, weights, key, curvature.blocks
+            )
+            moments = (
+                list(new) if moments is None else [m + n for m, n in zip(moments, new, strict=True)]
+            )
+        blocks = tuple(
+            replace(block, eigenvalues=m) if layer.block == "kronecker" else block
+            for layer, block, m in zip(
+                curvature.layers, curvature.blocks, moments or [], strict=True
+            )
+        )
+        return replace(curvature, blocks=blocks)
+
     @functools.cached_property
-    def _programs(self) -> dict[Any, tuple[Program, Callable[..., Statistics]]]:
+    def _programs(self) -> dict[Any, "_Compiled"]:
         return {}
 
-    def _compiled(self, example: PyTree) -> tuple[Program, Callable[..., Statistics]]:
+    def _compiled(self, example: PyTree) -> "_Compiled":
         """The parsed model and its compiled statistics, for one shape of examples."""
         leaves, treedef = jax.tree.flatten(example)
         shapes = (treedef, tuple((x.shape, x.dtype) for x in leaves))
@@ -162,9 +195,49 @@ class Accumulator:
                 vmap_over_data=self.options.vmap_over_data,
                 separate_weight_and_bias=self.options.separate_weight_and_bias,
             )
-            statistics = functools.partial(_statistics, program, self.options)
-            self._programs[shapes] = program, jax.jit(statistics)
+            self._programs[shapes] = _Compiled(
+                program,
+                jax.jit(functools.partial(_statistics, program, self.options)),
+                jax.jit(functools.partial(_moments, program, self.options)),
+            )
         return self._programs[shapes]
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """A parsed model, and its passes over a batch, compiled when first called."""
+
+    program: Program
+    statistics: Callable[..., Statistics]
+    moments: Callable[..., tuple[Array, ...]]
+
+
+def _records(
+    program: Program,
+    options: Options,
+    leaves: list[Array],
+    consts: list[Array],
+    batch: Batch,
+    key: Key[Array, ""],
+) -> list[Record]:
+    return capture_batch(
+        program, leaves, consts, batch, options.likelihood, options.fisher_type,
+        key=key, mc_samples=options.mc_samples,
+    )  # fmt: skip
+
+
+def _moments(
+    program: Program,
+    options: Options,
+    leaves: list[Array],
+    consts: list[Array],
+    batch: Batch,
+    weights: Float[Array, " N"],
+    key: Key[Array, ""],
+    blocks: tuple[Block, ...],
+) -> tuple[Array, ...]:
+    records = _records(program, options, leaves, consts, batch, key)
+    return factors.corrected_eigenvalues(program.resolved, records, weights, blocks)
 
 
 def _statistics(
@@ -176,12 +249,11 @@ def _statistics(
     weights: Float[Array, " N"],
     key: Key[Array, ""],
 ) -> Statistics:
-    records = capture_batch(
-        program, leaves, consts, batch, options.likelihood, options.fisher_type,
-        key=key, mc_samples=options.mc_samples,
-    )  # fmt: skip
+    records = _records(program, options, leaves, consts, batch, key)
     sums = factors.batch_sums(program.resolved, records, weights, options.kfac_approx)
-    return Statistics(jnp.sum(weights), jnp.ones((), jnp.int32), sums, program.layers, program.space)
+    return Statistics(
+        jnp.sum(weights), jnp.ones((), jnp.int32), sums, program.layers, program.space
+    )
 
 
 def accumulator(
@@ -223,14 +295,15 @@ def kfac(
     kfac_approx: str = "expand",
     separate_weight_and_bias: bool = False,
     vmap_over_data: bool = True,
+    eigenvalue_correction: bool = False,
     batch_size: int = DEFAULT_BATCH_SIZE,
     transform: Callable[[Any], Any] | None = None,
     progress: bool = False,
 ) -> Curvature:
     """Kronecker-factored curvature (Martens & Grosse 2015) of any JAX model.
 
-    One pass over the data. Parameters without a Kronecker form get an exact dense or diagonal
-    block; `find_layers` says which, and why.
+    One pass over the data, two with eigenvalue correction. Parameters without a Kronecker form get
+    an exact dense or diagonal block; `find_layers` says which, and why.
 
     Args:
         model_fn: ``model_fn(input=, params=)``.
@@ -248,6 +321,8 @@ def kfac(
             examples, ``"reduce"`` summed up (Eschenhagen et al. 2023, arXiv 2311.00636).
         separate_weight_and_bias: Whether biases get blocks of their own.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
+        eigenvalue_correction: Whether to replace the eigenvalues of Kronecker blocks by the exact
+            second moments of the gradients in their eigenbases (George et al. 2018, EKFAC).
         batch_size: Most examples that are worked on at once; larger batches are split.
         transform: Applied to every batch first, to bring it to one of the forms above.
         progress: Whether to show a progress bar over the batches.
@@ -267,8 +342,29 @@ def kfac(
     if not isinstance(batch_size, int) or batch_size < 1:
         msg = f"`batch_size` must be a positive integer, found {batch_size!r}."
         raise ValueError(msg)
+
+    def stream(description: str) -> Iterable[WeightedBatch]:
+        parts = even_batches(batches(data, transform), batch_size)
+        return tqdm(parts, desc=description, unit="batch", disable=not progress)
+
     state = accumulate.init()
-    stream = even_batches(batches(data, transform), batch_size)
-    for batch, weights in tqdm(stream, desc="KFAC", unit="batch", disable=not progress):
+    for batch, weights in stream("factors"):
         state = accumulate.update(state, batch, weights)
-    return accumulate.finalize(state)
+    curvature = accumulate.finalize(state)
+    return (
+        accumulate.correct(curvature, stream("eigenvalues")) if eigenvalue_correction else curvature
+    )
+
+
+def ekfac(model_fn: ModelFn, params: PyTree, data: Any, **options: Any) -> Curvature:
+    """Eigenvalue-corrected KFAC (George et al. 2018): `kfac` with ``eigenvalue_correction=True``.
+
+    Its diagonal in the Kronecker eigenbases, and so its trace, is that of the exact curvature.
+
+    Args:
+        model_fn: As for `kfac`.
+        params: As for `kfac`.
+        data: As for `kfac`; it is iterated over twice.
+        **options: Keyword arguments of `kfac`.
+    """
+    return kfac(model_fn, params, data, **{**options, "eigenvalue_correction": True})

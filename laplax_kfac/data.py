@@ -1,6 +1,7 @@
-"""Batches of data: one batch or a loader of many, as ``{"input", "target"}``, padded to one size."""
+"""Batches of data: one batch or a loader of many, in one form and padded to one size."""
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 Batch = dict[str, PyTree]
+WeightedBatch = tuple[Batch, Float[Array, " size"]]
 
 
 def as_batch(batch: Any) -> Batch:
@@ -29,7 +31,9 @@ def as_batch(batch: Any) -> Batch:
         return {"input": batch["input"], "target": batch["target"]}
     if isinstance(batch, tuple | list):
         if len(batch) != 2:
-            msg = f"A batch must be (input, target), found a {type(batch).__name__} of {len(batch)}."
+            msg = (
+                f"A batch must be (input, target), found a {type(batch).__name__} of {len(batch)}."
+            )
             raise ValueError(msg)
         return {"input": batch[0], "target": batch[1]}
     msg = (
@@ -95,7 +99,7 @@ def batch_size(batch: Batch) -> int:
     return int(size)
 
 
-def pad(batch: Batch, size: int) -> tuple[Batch, Float[Array, " size"]]:
+def pad(batch: Batch, size: int) -> WeightedBatch:
     """Repeat the last example up to ``size``; weights are 1 for real examples and 0 for repeats.
 
     Padding with an example keeps every value in the model's domain, and one size for all batches
@@ -112,9 +116,7 @@ def pad(batch: Batch, size: int) -> tuple[Batch, Float[Array, " size"]]:
     return jax.tree.map(longer, batch), jnp.asarray(weights)
 
 
-def even_batches(
-    stream: Iterable[Batch], most: int
-) -> Iterator[tuple[Batch, Float[Array, " size"]]]:
+def even_batches(stream: Iterable[Batch], most: int) -> Iterator[WeightedBatch]:
     """Split batches into parts of one size, at most ``most``, padded; with weights (see `pad`).
 
     The first batch decides the size: it is split evenly, so that padding stays small.
@@ -126,8 +128,8 @@ def even_batches(
         if not size:
             size = math.ceil(count / math.ceil(count / most))
         for start in range(0, count, size):
-            part = jax.tree.map(lambda x, s=start: x[s : s + size], arrays)
-            yield pad(part, size)
+            here = slice(start, start + size)
+            yield pad(jax.tree.map(operator.itemgetter(here), arrays), size)
 
 
 def first_example(batch: Batch) -> PyTree:

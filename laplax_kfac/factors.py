@@ -1,4 +1,4 @@
-"""Streaming statistics of all layers: `init`, `update`, `merge`, `finalize`.
+"""Streaming statistics of all layers: sums over batches, merged and finalized to blocks.
 
 With layer inputs a (N, S, rows) and cotangents g (N, R, S, out), a Kronecker layer's block of the
 curvature is ``A kron B / M`` (Eschenhagen et al. 2023, arXiv 2311.00636), where
@@ -27,6 +27,10 @@ from laplax_kfac.resolve import Member, Resolved
 
 KfacApprox = Literal["expand", "reduce"]
 KFAC_APPROXIMATIONS = ("expand", "reduce")
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+RotatedUses = tuple[tuple[Array, Array], ...]
+"""(inputs, cotangents) of every use of a layer, in the eigenbases of its block."""
 
 
 @jax.tree_util.register_dataclass
@@ -128,8 +132,7 @@ def _layer_sums(
             return ParameterSums(_gram(weighted, g))
         return ParameterSums(jnp.sum(weighted * g, axis=(0, 1)))
     sums = [
-        _use_sums(m, r, weights, kfac_approx)
-        for m, r in zip(resolved.members, record, strict=True)
+        _use_sums(m, r, weights, kfac_approx) for m, r in zip(resolved.members, record, strict=True)
     ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *sums)
 
@@ -158,7 +161,7 @@ def _accumulate(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def _gram(x: Float[Array, "*n p"], y: Float[Array, "*n p"]) -> Float[Array, "p p"]:
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    return jnp.matmul(x.T, y, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(x.T, y, precision=_HIGHEST)
 
 
 def _stacked_gram(
@@ -168,7 +171,89 @@ def _stacked_gram(
     if x.shape[-2] == 1:  # a plain matrix product is faster than a batch of one
         return _gram(x, y)[None]
     x, y = x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:])
-    return jnp.einsum("nkp,nkq->kpq", x, y, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("nkp,nkq->kpq", x, y, precision=_HIGHEST)
+
+
+# -- eigenvalue correction ---------------------------------------------------------------------
+
+
+def corrected_eigenvalues(
+    resolved: Sequence[Resolved],
+    records: Sequence[Record],
+    weights: Float[Array, " N"],
+    blocks: Sequence[Block],
+) -> tuple[Float[Array, "..."], ...]:
+    """Second moments of the per-example gradients in the blocks' bases, over one batch.
+
+    ``sum_nr (U_A^T G_nr U_B)_ij^2`` with ``G_nr = sum_t a_nt g_nrt^T`` (George et al. 2018,
+    arXiv 1806.03884, Eq. 8): the diagonal of the exact curvature in the Kronecker eigenbasis.
+    Layers whose block is exact already keep what they have: their entry is all zeros.
+    """
+    return tuple(
+        _second_moments(r, record, weights, block)
+        if isinstance(record, tuple)
+        else jnp.zeros_like(block.eigenvalues)
+        for r, record, block in zip(resolved, records, blocks, strict=True)
+    )
+
+
+def _second_moments(
+    resolved: Resolved, record: tuple[UseRecord, ...], weights: Float[Array, " N"], block: Block
+) -> Float[Array, "..."]:
+    rotated = rotated_records(resolved.members, record, block)
+    a, g = rotated[0]
+    weights = weights.astype(g.dtype)
+    if has_one_position(record):  # G = a g^T: its squares are a product of squares
+        squares = jnp.sum(g[:, :, 0] ** 2, axis=1) * weights[:, None, None]
+        moments = jnp.einsum("nki,nko->kio", a[:, 0] ** 2, squares, precision=_HIGHEST)
+        return moments.reshape(block.eigenvalues.shape)
+
+    def add(total: Array, example: tuple[RotatedUses, Array]) -> tuple[Array, None]:
+        pairs, weight = example
+        return total + weight * jnp.sum(gradient_matrices(resolved.members, pairs) ** 2, 0), None
+
+    # One example at a time: R gradient matrices of it are all that is ever formed.
+    zero = jnp.zeros((resolved.layer.stack, resolved.layer.rows, resolved.layer.out_features))
+    moments, _ = jax.lax.scan(add, zero.astype(g.dtype), (rotated, weights))
+    return moments.reshape(block.eigenvalues.shape)
+
+
+def has_one_position(record: tuple[UseRecord, ...]) -> bool:
+    """Whether per-example gradients of a layer are a single outer product a g^T."""
+    return len(record) == 1 and record[0].inputs.shape[-3] == 1
+
+
+def rotated_records(
+    members: Sequence[Member], record: tuple[UseRecord, ...], block: Block
+) -> RotatedUses:
+    """Inputs and cotangents of every use in the eigenbases of the layer's block.
+
+    A transposed use has its inputs in the layer's output space, and the cotangents in its inputs'.
+    """
+    rotated = []
+    for member, use in zip(members, record, strict=True):
+        bases = block.basis[::-1] if member.claim.transposed else block.basis
+        a, g = _accumulate(use.inputs), _accumulate(use.gradients)
+        rotated.append((_in_basis(a, bases[0]), _in_basis(g, bases[1])))
+    return tuple(rotated)
+
+
+def gradient_matrices(
+    members: Sequence[Member], pairs: RotatedUses
+) -> Float[Array, "R stack rows out"]:
+    """``sum_t a_t g_rt^T`` of one example, over all uses of a layer."""
+    total = jnp.zeros(())
+    for member, (a, g) in zip(members, pairs, strict=True):
+        equation = "sko,rski->rkio" if member.claim.transposed else "ski,rsko->rkio"
+        total = total + jnp.einsum(equation, a, g, precision=_HIGHEST)
+    return total
+
+
+def _in_basis(x: Float[Array, "..."], basis: Float[Array, "..."] | None) -> Float[Array, "..."]:
+    if basis is None:
+        return x
+    stacked = basis if basis.ndim == 3 else basis[None]
+    return jnp.einsum("...ki,kij->...kj", x, stacked, precision=_HIGHEST)
 
 
 # -- finalize ----------------------------------------------------------------------------------
@@ -218,10 +303,12 @@ def nearest_kronecker(
     """
     if inputs.shape[0] == 1:
         return inputs[0], outputs[0]
-    gram_in = jnp.einsum("ukij,vkij->kuv", inputs, inputs, precision=jax.lax.Precision.HIGHEST)
-    gram_out = jnp.einsum("ukij,vkij->kuv", outputs, outputs, precision=jax.lax.Precision.HIGHEST)
+    gram_in = jnp.einsum("ukij,vkij->kuv", inputs, inputs, precision=_HIGHEST)
+    gram_out = jnp.einsum("ukij,vkij->kuv", outputs, outputs, precision=_HIGHEST)
 
-    def unit(w: Float[Array, "stack U"], gram: Float[Array, "stack U U"]) -> Float[Array, "stack U"]:
+    def unit(
+        w: Float[Array, "stack U"], gram: Float[Array, "stack U U"]
+    ) -> Float[Array, "stack U"]:
         norm = jnp.sqrt(jnp.einsum("ku,kuv,kv->k", w, gram, w))[:, None]
         return w / jnp.where(norm > 0, norm, 1.0)
 

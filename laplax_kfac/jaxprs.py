@@ -4,12 +4,14 @@ Everything that differs between JAX versions (how a closed jaxpr is opened, how 
 operands) is here, so that the parser and the capture read the same on all of them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.interpreters.partial_eval import dce_jaxpr
@@ -40,6 +42,26 @@ def trace(function: Any, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
     arguments = with_consts(jaxpr)
     live, _ = dce_jaxpr(arguments, [True] * len(arguments.outvars), instantiate=True)
     return live, consts, out_shape
+
+
+def shape(atom: Any) -> tuple[int, ...]:
+    """Shape of a variable or literal."""
+    return tuple(atom.aval.shape)
+
+
+def ndim(atom: Any) -> int:
+    """Number of axes of a variable or literal."""
+    return len(atom.aval.shape)
+
+
+def size(atom: Any) -> int:
+    """Number of entries of a variable or literal."""
+    return math.prod(atom.aval.shape)
+
+
+def numbered(atom: Any) -> np.ndarray:
+    """The numbers 0, 1, ... in the shape of a variable: where its entries are when raveled."""
+    return np.arange(size(atom)).reshape(shape(atom))
 
 
 def is_inexact(atom: Any) -> bool:

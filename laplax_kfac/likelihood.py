@@ -171,8 +171,11 @@ def _cross_entropy_loss(f: PyTree, y: PyTree) -> Float[Array, ""]:
 
 
 def _cross_entropy_root(f: PyTree, _: PyTree) -> PyTree:
-    """C - 1 columns a term: S = diag(s) Q with s = sqrt(p) and Q an orthonormal basis of s's
-    complement, here the last columns of the Householder reflection that takes e_1 to -s."""
+    """C - 1 columns a term, for the Hessian diag(p) - p p^T has rank C - 1.
+
+    S = diag(s) Q with s = sqrt(p) and Q an orthonormal basis of s's complement: the last columns
+    of the Householder reflection that takes e_1 to -s.
+    """
     logits = _one_array(_real(f), "cross_entropy")
     s = jnp.sqrt(jax.nn.softmax(logits))  # (..., C)
     classes = s.shape[-1]
@@ -225,9 +228,7 @@ def _from_callable(loss_fn: LossFunction) -> Likelihood:
     def loss(f: PyTree, y: PyTree) -> Float[Array, ""]:
         value = jnp.asarray(loss_fn(f, y))
         if value.size != 1:
-            msg = (
-                f"`loss_fn` must return one number an example, found shape {value.shape}; sum it."
-            )
+            msg = f"`loss_fn` must return one number an example, found shape {value.shape}; sum it."
             raise ValueError(msg)
         return value.reshape(())
 

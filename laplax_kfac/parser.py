@@ -12,7 +12,7 @@ from laplax_kfac import jaxprs
 from laplax_kfac.layers import Layer
 from laplax_kfac.layout import ParameterSpace
 from laplax_kfac.resolve import Resolved, resolve
-from laplax_kfac.walk import PARAMETERS, Findings, Known, Scope, Trace, Use, Value, walk
+from laplax_kfac.walk import PARAMETERS, Findings, Scope, Trace, Use, Value, constant, walk
 
 ModelFn = Callable[..., PyTree]
 
@@ -88,9 +88,7 @@ def parse(
 
 
 def _initial_values(jaxpr: Jaxpr, consts: list[Any], space: ParameterSpace) -> list[Value]:
-    constants: list[Value] = [
-        None if isinstance(c, jax.core.Tracer) else Known(lambda c=c: c) for c in consts
-    ]
+    constants: list[Value] = [constant(c) for c in consts]
     first = len(consts)
     leaves: list[Value] = [
         Trace(PARAMETERS, space.leaf_ids(k)) if jaxprs.is_inexact(jaxpr.invars[first + k]) else None

@@ -33,6 +33,8 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Shaped
 
+from laplax_kfac import jaxprs
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -135,7 +137,7 @@ def _dot_axes(eqn: JaxprEqn, operand: int) -> _DotAxes:
 
     def free(side: int) -> tuple[int, ...]:
         taken = (*contract[side], *batch[side])
-        return tuple(d for d in range(eqn.invars[side].aval.ndim) if d not in taken)
+        return tuple(d for d in range(jaxprs.ndim(eqn.invars[side])) if d not in taken)
 
     return _DotAxes(
         tuple(batch[operand]), tuple(contract[operand]), free(operand),
@@ -191,7 +193,7 @@ def _conv_weight(eqn: JaxprEqn, _: int, w: Any) -> Any:
 def _conv_inputs(eqn: JaxprEqn, _: int, others: tuple[Any, ...]) -> Any:
     params, (x,) = eqn.params, others
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    kernel = tuple(eqn.invars[1].aval.shape[d] for d in numbers.rhs_spec[2:])
+    kernel = tuple(jaxprs.shape(eqn.invars[1])[d] for d in numbers.rhs_spec[2:])
     patches = lax.conv_general_dilated_patches(
         x.transpose(numbers.lhs_spec),
         filter_shape=kernel,

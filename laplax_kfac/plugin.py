@@ -1,12 +1,13 @@
-"""The one module that knows laplax: it registers the curvature type ``"kfac"``.
+"""The one module that knows laplax: it registers the curvature types ``"kfac"`` and ``"ekfac"``.
 
-laplax's register covers five of the six functions that a curvature type needs; two gaps are
-closed here. The enumeration ``CurvApprox`` gets a member, for `laplax.laplace` converts the
-string to one. And `laplax.laplace` itself hands a curvature type nothing but a matrix-vector
-product, while KFAC needs the model: a call with this curvature type is dispatched to
-`laplace_kfac`, every other call runs laplax's own code, unchanged.
+laplax has a register for the six functions that a curvature type needs; two gaps are closed here.
+The enumeration ``CurvApprox`` gets a member, for `laplax.laplace` converts the string to one. And
+`laplax.laplace` itself hands a curvature type nothing but a matrix-vector product, while KFAC
+needs the model: a call with one of these types is dispatched to `laplace_kfac`, every other call
+runs laplax's own code, unchanged.
 """
 
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -22,20 +23,21 @@ from laplax.enums import CurvApprox
 from laplax.eval.likelihood import joint_log_likelihood
 
 from laplax_kfac.blocks import BlockDiagonal
-from laplax_kfac.curvature import Curvature, kfac
+from laplax_kfac.curvature import Curvature, ekfac, kfac
 from laplax_kfac.posterior import Posterior, make_posterior
 
-NAME = "kfac"
+CURVATURE_TYPES = {"kfac": kfac, "ekfac": ekfac}
 Flat = Float[Array, " P"]
 
 
 # -- the six functions of a curvature type -----------------------------------------------------
 
 
-def create_curvature(mv: Any = None, layout: PyTree = None, **options: Any) -> Curvature:
+def create_curvature(name: str, mv: Any = None, layout: PyTree = None, **options: Any) -> Curvature:
     """Curvature for `laplax.curv.cov.estimate_curvature`.
 
     Args:
+        name: The curvature type.
         mv: Ignored: KFAC cannot be read off a matrix-vector product.
         layout: The parameters.
         **options: ``model_fn``, ``data``, ``loss_fn``, and the other arguments of `kfac`.
@@ -47,15 +49,15 @@ def create_curvature(mv: Any = None, layout: PyTree = None, **options: Any) -> C
     missing = [name for name in ("model_fn", "data", "loss_fn") if name not in options]
     if missing or layout is None:
         msg = (
-            "curv_type='kfac' reads the layers off the model, which a matrix-vector product does "
-            f"not show; missing: {', '.join(missing or ['layout'])}. Call laplax.laplace(model_fn, "
-            "params, data, loss_fn=..., curv_type='kfac'), or pass them on: "
-            "estimate_curvature('kfac', mv=None, layout=params, model_fn=model_fn, data=data, "
-            "loss_fn=loss_fn)."
+            f"curv_type={name!r} reads the layers off the model, which a matrix-vector product "
+            f"does not show; missing: {', '.join(missing or ['layout'])}. Call "
+            f"laplax.laplace(model_fn, params, data, loss_fn=..., curv_type={name!r}), or pass "
+            f"them on: estimate_curvature({name!r}, mv=None, layout=params, model_fn=model_fn, "
+            "data=data, loss_fn=loss_fn)."
         )
         raise TypeError(msg)
     model_fn, data = options.pop("model_fn"), options.pop("data")
-    return kfac(model_fn, layout, data, **options)
+    return CURVATURE_TYPES[name](model_fn, layout, data, **options)
 
 
 def curvature_to_precision(
@@ -118,19 +120,21 @@ def laplace_kfac(
     data: Any,
     *,
     loss_fn: Any,
+    curv_type: str = "kfac",
     num_curv_samples: Any = 1,
     num_total_samples: Any = 1,
     vmap_over_data: bool = True,
     curv_mv_jit: bool = False,
     **options: Any,
 ) -> tuple[Callable[..., Any], Curvature]:
-    """What ``laplax.laplace(..., curv_type="kfac")`` does; see `kfac` for the options.
+    """What `laplax.laplace` does with one of our curvature types; see `kfac` for the options.
 
     Args:
         model_fn: ``model_fn(input=, params=)``.
         params: The trained parameters.
         data: One batch, or an iterable of batches.
         loss_fn: A laplax ``LossFn``, its string, or a callable.
+        curv_type: ``"kfac"`` or ``"ekfac"``.
         num_curv_samples: As in laplax: the curvature is scaled by this over the next.
         num_total_samples: See ``num_curv_samples``.
         vmap_over_data: Whether ``model_fn`` takes one example or a batch.
@@ -142,15 +146,16 @@ def laplace_kfac(
     """
     del curv_mv_jit
     factor = float(num_curv_samples) / float(num_total_samples)
-    curvature = kfac(
+    fit = CURVATURE_TYPES[curv_type]
+    curvature = fit(
         model_fn, params, data, loss_fn=loss_fn, vmap_over_data=vmap_over_data, **options
     ).map(lambda eigenvalues: factor * eigenvalues)
-    return set_posterior_fn(NAME, curvature, layout=params), curvature  # type: ignore[return-value]
+    return set_posterior_fn(curv_type, curvature, layout=params), curvature
 
 
-def _forward(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+def _forward(*args: Any, **kwargs: Any) -> Any:
     # Runs with laplax.api's globals, where `_install_dispatch` puts this name.
-    return _laplax_kfac_dispatch(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
+    return _laplax_kfac_dispatch(*args, **kwargs)  # type: ignore[name-defined]
 
 
 def _install_dispatch() -> None:
@@ -173,26 +178,29 @@ def _install_dispatch() -> None:
 
 
 def _dispatch(*args: Any, **kwargs: Any) -> Any:
-    if str(kwargs.get("curv_type")).lower() != NAME:
+    name = str(kwargs.get("curv_type")).lower()
+    if name not in CURVATURE_TYPES:
         return laplax.api._laplax_kfac_original(*args, **kwargs)
-    del kwargs["curv_type"]
-    return laplace_kfac(*args, **kwargs)
+    return laplace_kfac(*args, **{**kwargs, "curv_type": name})
 
 
-def _add_member() -> None:
-    """Make ``CurvApprox("kfac")`` and ``CurvApprox.KFAC`` valid."""
-    if NAME in CurvApprox._value2member_map_:
+def _add_member(value: str) -> None:
+    """Make ``CurvApprox("kfac")`` and ``CurvApprox.KFAC`` valid, and so on."""
+    if value in CurvApprox._value2member_map_:
         return
-    member = str.__new__(CurvApprox, NAME)
-    member._name_, member._value_ = NAME.upper(), NAME
-    setattr(CurvApprox, NAME.upper(), member)
-    CurvApprox._member_names_.append(NAME.upper())
-    CurvApprox._member_map_[NAME.upper()] = member
-    CurvApprox._value2member_map_[NAME] = member
+    name = value.upper()
+    member = str.__new__(CurvApprox, value)
+    member._name_, member._value_ = name, value
+    setattr(CurvApprox, name, member)
+    CurvApprox._member_names_.append(name)
+    CurvApprox._member_map_[name] = member
+    CurvApprox._value2member_map_[value] = member
 
 
 def register() -> None:
-    """Register ``"kfac"`` with laplax; importing `laplax_kfac` does it. Doing it again is harmless.
+    """Register our curvature types with laplax; importing `laplax_kfac` does it.
+
+    Doing it again is harmless.
 
     Raises:
         ImportError: If laplax lacks the functions that the registration needs.
@@ -208,14 +216,15 @@ def register() -> None:
             "with; install laplax 0.0.2 or a later version that has them."
         )
         raise ImportError(msg)
-    _add_member()
     _install_dispatch()
-    laplax.register.register_curvature_method(
-        NAME,
-        create_curvature_fn=create_curvature,
-        curvature_to_precision_fn=curvature_to_precision,
-        prec_to_posterior_fn=precision_to_posterior,
-        posterior_state_to_scale_fn=posterior_to_scale,
-        posterior_state_to_cov_fn=posterior_to_covariance,
-        marginal_log_likelihood_fn=marginal_log_likelihood,
-    )
+    for name in CURVATURE_TYPES:
+        _add_member(name)
+        laplax.register.register_curvature_method(
+            name,
+            create_curvature_fn=functools.partial(create_curvature, name),
+            curvature_to_precision_fn=curvature_to_precision,
+            prec_to_posterior_fn=precision_to_posterior,
+            posterior_state_to_scale_fn=posterior_to_scale,
+            posterior_state_to_cov_fn=posterior_to_covariance,
+            marginal_log_likelihood_fn=marginal_log_likelihood,
+        )

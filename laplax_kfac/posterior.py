@@ -73,7 +73,9 @@ class Posterior:
 
         def one(index: Array) -> PyTree:
             keys = jax.random.split(jax.random.fold_in(key, index), len(leaves))
-            noise = [jax.random.normal(k, x.shape, dtype) for k, x in zip(keys, leaves, strict=True)]
+            noise = [
+                jax.random.normal(k, x.shape, dtype) for k, x in zip(keys, leaves, strict=True)
+            ]
             moved = jax.tree.leaves(self.scale_mv(self.precision.space.unflatten(noise)))
             drawn = [
                 (x + d).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x

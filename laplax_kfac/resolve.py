@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from laplax_kfac import jaxprs
 from laplax_kfac.layers import BlockKind, Layer
 from laplax_kfac.layout import ParameterSpace, make_segment
 from laplax_kfac.structure import FOREIGN
@@ -120,8 +121,8 @@ def _weight_claim(number: int, use: Use) -> Claim | str:
     if problem:
         return problem
     sizes = (*use.lanes, use.ids.shape[-3])
-    aval = use.eqn.outvars[0].aval
-    per_iteration = aval.size // max(use.ids.shape[-3] * use.ids.shape[-1], 1)
+    outputs = jaxprs.size(use.eqn.outvars[0])
+    per_iteration = outputs // max(use.ids.shape[-3] * use.ids.shape[-1], 1)
     positions = per_iteration * int(np.prod([n for n, s in zip(sizes, shared, strict=True) if s]))
     claim = Claim(number, ids, shared, positions)
     if use.scale is None:
@@ -136,14 +137,12 @@ def _weight_claim(number: int, use: Use) -> Claim | str:
 
 
 def _bias_claim(number: int, use: Use, shift: Shift) -> Claim | str:
-    """View a shift as (lanes, positions, stack, out) of the use; a bias is one for all positions."""
-    aval = use.eqn.outvars[0].aval
+    """View a shift as (lanes, positions, stack, out): a bias is the same at all positions."""
+    entries = jaxprs.numbered(use.eqn.outvars[0])
     lanes = shift.ids.shape[1:]
-    ids_of_output = np.full((aval.size, *lanes), FOREIGN, dtype=shift.ids.dtype)
+    ids_of_output = np.full((entries.size, *lanes), FOREIGN, dtype=shift.ids.dtype)
     ids_of_output[shift.output] = shift.ids
-    place = use.pattern.outputs(
-        use.eqn, use.operand, np.arange(aval.size).reshape(aval.shape)
-    )
+    place = use.pattern.outputs(use.eqn, use.operand, entries)
     ids = np.moveaxis(ids_of_output[place], range(3), range(-3, 0))  # (lanes, T, K, out)
     if (ids == FOREIGN).any():
         return "added to a part of a layer's output"
@@ -161,9 +160,7 @@ def _bias_claim(number: int, use: Use, shift: Shift) -> Claim | str:
     if problem:
         return problem
     sizes = (*use.lanes, ids.shape[-2])
-    positions = place.shape[0] * int(
-        np.prod([n for n, s in zip(sizes, shared, strict=True) if s])
-    )
+    positions = place.shape[0] * int(np.prod([n for n, s in zip(sizes, shared, strict=True) if s]))
     return Claim(number, core, shared, positions, bias=float(shift.factor.flat[0]))
 
 
@@ -191,7 +188,9 @@ def _combined(shifts: list[Shift]) -> list[Shift]:
 def _constant_along(x: Int[np.ndarray, "..."], axis: int) -> bool:
     first = x.take([0], axis=axis)
     # The second entry decides nearly always, without a pass over all of them.
-    return bool(x.shape[axis] == 1 or ((x.take([1], axis=axis) == first).all() and (x == first).all()))
+    return bool(
+        x.shape[axis] == 1 or ((x.take([1], axis=axis) == first).all() and (x == first).all())
+    )
 
 
 def _take_first(x: Int[np.ndarray, "..."], shared: Sequence[bool]) -> Ids:

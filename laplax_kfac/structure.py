@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from jax.extend.core import JaxprEqn
 
+from laplax_kfac import jaxprs
+
 Index = Any  # integer numpy array: axes of the variable, then lanes
 Rule = Callable[[JaxprEqn, Sequence[Index]], list[Index]]
 
@@ -18,7 +20,7 @@ FOREIGN = -1  # index of an entry that comes from elsewhere (a constant or data)
 
 
 def _lanes(eqn: JaxprEqn, x: Index, operand: int = 0) -> tuple[int, ...]:
-    return x.shape[eqn.invars[operand].aval.ndim :]
+    return x.shape[jaxprs.ndim(eqn.invars[operand]) :]
 
 
 def _identity(_: JaxprEqn, xs: Sequence[Index]) -> list[Index]:
@@ -108,9 +110,5 @@ INDEX_RULES: dict[str, Rule] = {
 
 def align_lanes(arrays: Sequence[Index], ndims: Sequence[int]) -> list[Index]:
     """Broadcast the lanes of several arrays against each other, leaving their own axes alone."""
-    lanes = np.broadcast_shapes(
-        *(a.shape[n:] for a, n in zip(arrays, ndims, strict=True))
-    )
-    return [
-        np.broadcast_to(a, a.shape[:n] + lanes) for a, n in zip(arrays, ndims, strict=True)
-    ]
+    lanes = np.broadcast_shapes(*(a.shape[n:] for a, n in zip(arrays, ndims, strict=True)))
+    return [np.broadcast_to(a, a.shape[:n] + lanes) for a, n in zip(arrays, ndims, strict=True)]

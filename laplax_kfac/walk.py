@@ -187,18 +187,19 @@ def _visit(
     if name == "cond":
         return _cond(number, eqn, values, scope)
     if name == "while":
-        _refuse_while(eqn, values)
+        _refuse_while(values)
     called = jaxprs.called_jaxpr(eqn)
     if called is not None:
         body, consts = called
-        inner = [_constant(c) for c in consts]
+        inner = [constant(c) for c in consts]
         return walk(jaxprs.with_consts(body), [*inner, *values], scope.inside(number))
     for value in values:
         scope.findings.mark(value, "other", f"used by `{name}`, which no pattern covers")
     return nothing
 
 
-def _constant(value: Any) -> Value:
+def constant(value: Any) -> Value:
+    """The value of an array that the model closes over; unknown while it is being traced."""
     return None if isinstance(value, jax.core.Tracer) else Known(lambda: value)
 
 
@@ -219,16 +220,16 @@ def _known(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list[Known]) -> list[Value]:
 def _structural(eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """Apply an index rule; operands of another source become foreign entries."""
     first = next(v for v in values if isinstance(v, Trace))
-    lanes = first.index.ndim - eqn.invars[values.index(first)].aval.ndim
+    lanes = first.index.ndim - jaxprs.ndim(eqn.invars[values.index(first)])
     mine = [v if isinstance(v, Trace) and v.source == first.source else None for v in values]
     if eqn.primitive.name == "optimization_barrier":
         return list(values)
 
     def stand_in(atom: Any, fill: float) -> Any:
-        return np.full(atom.aval.shape + (1,) * lanes, fill)
+        return np.full(jaxprs.shape(atom) + (1,) * lanes, fill)
 
     def applied(arrays: list[Any]) -> list[Any]:
-        ndims = [a.aval.ndim for a in eqn.invars]
+        ndims = [jaxprs.ndim(a) for a in eqn.invars]
         return INDEX_RULES[eqn.primitive.name](eqn, align_lanes(arrays, ndims))
 
     index = applied(
@@ -239,7 +240,7 @@ def _structural(eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     if any(v is not None and v.scale is not None for v in mine):
         scale = applied([
             stand_in(a, 1.0) if v is None or v.scale is None
-            else np.broadcast_to(v.scale, a.aval.shape + v.scale.shape[a.aval.ndim :])
+            else np.broadcast_to(v.scale, jaxprs.shape(a) + v.scale.shape[jaxprs.ndim(a) :])
             for v, a in zip(mine, eqn.invars, strict=True)
         ])  # fmt: skip
     return [Trace(first.source, i, s) for i, s in zip(index, scale, strict=True)]
@@ -259,8 +260,8 @@ def _pattern(number: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> l
             scope.findings.mark(value, "other", reason)
             continue
         use = _use(pattern, eqn, operand, value, (*scope.site, number), scope.lanes)
-        aval = eqn.outvars[0].aval
-        index = np.arange(aval.size).reshape(aval.shape + (1,) * len(scope.lanes))
+        index = jaxprs.numbered(eqn.outvars[0])
+        index = index.reshape(index.shape + (1,) * len(scope.lanes))
         output[0] = Trace(len(scope.findings.uses), index)
         scope.findings.uses.append(use)
     return output
@@ -275,12 +276,12 @@ def _use(
     lanes: tuple[int, ...],
 ) -> Use:
     """View the weight's ids as (lanes, stack, in, out)."""
-    aval = eqn.invars[operand].aval
-    place = pattern.weight(eqn, operand, np.arange(aval.size).reshape(aval.shape))
+    entries = jaxprs.numbered(eqn.invars[operand])
+    place = pattern.weight(eqn, operand, entries)
 
     def canonical(x: Any) -> Any:
-        x = np.broadcast_to(x, aval.shape + x.shape[aval.ndim :])
-        x = x.reshape(aval.size, *x.shape[aval.ndim :])[place]
+        x = np.broadcast_to(x, entries.shape + x.shape[entries.ndim :])
+        x = x.reshape(entries.size, *x.shape[entries.ndim :])[place]
         return np.moveaxis(x, range(3), range(-3, 0))
 
     scale = None if view.scale is None else canonical(view.scale)
@@ -292,7 +293,7 @@ def _use(
 
 def _broadcast(trace: Trace, eqn: JaxprEqn, operand: int) -> Trace:
     """The trace broadcast to the shape of the equation's output (size-1 axes, scalars)."""
-    shape, own = eqn.outvars[0].aval.shape, eqn.invars[operand].aval.shape
+    shape, own = jaxprs.shape(eqn.outvars[0]), jaxprs.shape(eqn.invars[operand])
 
     def to_output(x: Any) -> Any:
         lanes = x.shape[len(own) :]
@@ -307,7 +308,7 @@ def _broadcast(trace: Trace, eqn: JaxprEqn, operand: int) -> Trace:
 
 def _factor(known: Known, eqn: JaxprEqn, lanes: int) -> Float[np.ndarray, "..."]:
     value = np.asarray(known.value(), dtype=np.float64)
-    ndim = eqn.outvars[0].aval.ndim
+    ndim = jaxprs.ndim(eqn.outvars[0])
     return value.reshape((1,) * (ndim - value.ndim) + value.shape + (1,) * lanes)
 
 
@@ -323,7 +324,7 @@ def _sum(eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
     outputs = [
         t for k, t in enumerate(terms)
         if isinstance(t, Trace) and t.source != PARAMETERS
-        and eqn.invars[k].aval.shape == eqn.outvars[0].aval.shape
+        and jaxprs.shape(eqn.invars[k]) == jaxprs.shape(eqn.outvars[0])
     ]  # fmt: skip
     if len(weights) == 2:
         for term in weights:
@@ -346,7 +347,7 @@ def _signed(trace: Trace, sign: float) -> Trace:
 
 
 def _shift(weight: Trace, output: Trace, eqn: JaxprEqn) -> Shift:
-    ndim = eqn.outvars[0].aval.ndim
+    ndim = jaxprs.ndim(eqn.outvars[0])
     lanes = weight.index.shape[ndim:]
     one = np.ones((1,) * weight.index.ndim)
     with np.errstate(divide="ignore"):
@@ -368,7 +369,7 @@ def _product(eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
     if known and len(traces) == 1 and not (divides and traces[0][0] == 1):
         operand, trace = traces[0]
         trace = _broadcast(trace, eqn, operand)
-        factor = _factor(known[0], eqn, trace.index.ndim - eqn.outvars[0].aval.ndim)
+        factor = _factor(known[0], eqn, trace.index.ndim - jaxprs.ndim(eqn.outvars[0]))
         with np.errstate(divide="ignore"):
             return [trace.scaled(1.0 / factor if divides else factor)]
     for _, trace in traces:
@@ -412,14 +413,12 @@ def _scan(number: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list
         else:
             inner.append(value if isinstance(value, Known) and k < scan.num_consts else None)
     inside = scope.inside(number, lanes=(scan.length,))
-    consts = [_constant(c) for c in scan.consts]
+    consts = [constant(c) for c in scan.consts]
     outs = walk(jaxprs.with_consts(scan.body), [*consts, *inner], inside)
     for k, value in enumerate(outs):
         if not scan.passes_carry(k):
             scope.findings.mark(value, "other", "put out by a scan before its use")
-    return [
-        values[scan.num_consts + k] if scan.passes_carry(k) else None for k in range(len(outs))
-    ]
+    return [values[scan.num_consts + k] if scan.passes_carry(k) else None for k in range(len(outs))]
 
 
 def _looped(trace: Trace) -> Trace:
@@ -436,7 +435,7 @@ def _scanned(trace: Trace) -> Trace:
 
 def _cond(number: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
     for branch, (body, consts) in enumerate(jaxprs.cond_branches(eqn)):
-        inner = [_constant(c) for c in consts]
+        inner = [constant(c) for c in consts]
         operands = [v if not isinstance(v, Trace) or v.source == PARAMETERS else None
                     for v in values[1:]]  # fmt: skip
         outs = walk(jaxprs.with_consts(body), [*inner, *operands], scope.inside(number, branch))
@@ -445,7 +444,7 @@ def _cond(number: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list
     return [None] * len(eqn.outvars)
 
 
-def _refuse_while(eqn: JaxprEqn, values: list[Value]) -> None:
+def _refuse_while(values: list[Value]) -> None:
     if any(isinstance(v, Trace) and v.source == PARAMETERS for v in values):
         msg = (
             "`model_fn` uses parameters inside a `while_loop`, which JAX cannot differentiate in "

@@ -1,0 +1,193 @@
+"""Saving fitted curvatures, and reading them back, without pickle.
+
+A file is a zip archive of arrays (``numpy.savez``) with one JSON entry that holds the structure:
+layers, segments and the parameters' tree. Trees of dicts, lists and tuples come back by
+themselves; other containers (flax.nnx states, equinox modules) need the parameters to load into.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from laplax_kfac.blocks import Block, BlockDiagonal
+from laplax_kfac.curvature import Curvature
+from laplax_kfac.layers import Layer
+from laplax_kfac.layout import Contiguous, ParameterSpace, Scattered, Segment
+from laplax_kfac.posterior import Posterior
+
+FORMAT = 1
+_HEADER = "header"
+
+
+def save(path: str | os.PathLike[str], x: Curvature | Posterior) -> None:
+    """Write a curvature or a posterior; the file appears whole or not at all.
+
+    Args:
+        path: File to write; an existing one is replaced.
+        x: What `kfac` or `ekfac` returned, or a `Posterior`.
+
+    Raises:
+        TypeError: If ``x`` is something else.
+    """
+    matrix = x.precision if isinstance(x, Posterior) else x
+    if not isinstance(matrix, BlockDiagonal):
+        msg = f"`x` must be a Curvature or a Posterior, got {type(x).__name__}."
+        raise TypeError(msg)
+    arrays: dict[str, np.ndarray] = {}
+    header = {
+        "format": FORMAT,
+        "kind": type(x).__name__,
+        "space": _space_to_json(matrix.space),
+        "layers": [_layer_to_json(layer, k, arrays) for k, layer in enumerate(matrix.layers)],
+        "axes": [len(block.basis) for block in matrix.blocks],
+    }
+    for k, block in enumerate(matrix.blocks):
+        arrays[f"block{k}/eigenvalues"] = np.asarray(block.eigenvalues)
+        for axis, basis in enumerate(block.basis):
+            if basis is not None:
+                arrays[f"block{k}/basis{axis}"] = np.asarray(basis)
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **{_HEADER: np.asarray(json.dumps(header))}, **arrays)  # type: ignore[arg-type]
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | os.PathLike[str], params: PyTree | None = None) -> Any:
+    """Read what `save` wrote.
+
+    Args:
+        path: The file.
+        params: The parameters, or anything of their structure and shapes; needed only where they
+            are no tree of dicts, lists and tuples.
+
+    Raises:
+        ValueError: If the file is of another format, if ``params`` is needed and missing, or if it
+            has another structure than the parameters that were saved.
+    """
+    with np.load(Path(path), allow_pickle=False) as file:
+        if _HEADER not in file:
+            msg = f"`path` ({path}) was not written by laplax_kfac.save."
+            raise ValueError(msg)
+        header = json.loads(str(file[_HEADER]))
+        if header.get("format") != FORMAT:
+            msg = f"`path` ({path}) has format {header.get('format')}; this version reads {FORMAT}."
+            raise ValueError(msg)
+        space = _space_from_json(header["space"], params)
+        layers = tuple(_layer_from_json(entry, k, file) for k, entry in enumerate(header["layers"]))
+        blocks = tuple(_block(k, axes, file) for k, axes in enumerate(header["axes"]))
+    if header["kind"] == "Posterior":
+        return Posterior(BlockDiagonal(blocks, layers, space))
+    return Curvature(blocks, layers, space)
+
+
+def _block(k: int, axes: int, file: Any) -> Block:
+    def basis(axis: int) -> Any:
+        name = f"block{k}/basis{axis}"
+        return jnp.asarray(file[name]) if name in file else None
+
+    return Block(tuple(basis(a) for a in range(axes)), jnp.asarray(file[f"block{k}/eigenvalues"]))
+
+
+# -- structure ---------------------------------------------------------------------------------
+
+
+def _layer_to_json(layer: Layer, k: int, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    values = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "segments"}
+    segments = []
+    for s, segment in enumerate(layer.segments):
+        place = segment.place
+        if isinstance(place, Scattered):
+            arrays[f"layer{k}/ids{s}"] = place.ids
+            segments.append({"shape": segment.shape})
+        else:
+            segments.append({"shape": segment.shape, **asdict(place)})
+    return {**values, "segments": segments}
+
+
+def _layer_from_json(entry: dict[str, Any], k: int, file: Any) -> Layer:
+    segments = []
+    for s, saved in enumerate(entry.pop("segments")):
+        place: Contiguous | Scattered
+        if "start" in saved:
+            place = Contiguous(saved["start"], tuple(saved["sizes"]), tuple(saved["permutation"]))
+        else:
+            place = Scattered(file[f"layer{k}/ids{s}"])
+        segments.append(Segment(tuple(saved["shape"]), place))
+    params = tuple(entry.pop("params"))
+    return Layer(**entry, params=params, segments=tuple(segments))
+
+
+def _space_to_json(space: ParameterSpace) -> dict[str, Any]:
+    numbers = jax.tree.unflatten(space.treedef, list(range(len(space.shapes))))
+    return {
+        "tree": _tree_to_json(numbers),
+        "shapes": space.shapes,
+        "dtypes": [np.dtype(d).name for d in space.dtypes],
+        "paths": space.paths,
+        "names": space.names,
+    }
+
+
+def _space_from_json(saved: dict[str, Any], params: PyTree | None) -> ParameterSpace:
+    shapes = tuple(tuple(s) for s in saved["shapes"])
+    if params is not None:
+        space = ParameterSpace.of(params)
+        if space.shapes != shapes or list(space.paths) != saved["paths"]:
+            msg = (
+                f"`params` has the leaves {space.paths} of shapes {space.shapes}; the file has "
+                f"{tuple(saved['paths'])} of shapes {shapes}."
+            )
+            raise ValueError(msg)
+        return space
+    if saved["tree"] is None:
+        msg = (
+            "`params` is needed to load this file: the parameters were kept in containers other "
+            "than dicts, lists and tuples. Call load(path, params)."
+        )
+        raise ValueError(msg)
+    treedef = jax.tree.structure(_tree_from_json(saved["tree"]))
+    dtypes = tuple(jnp.dtype(d) for d in saved["dtypes"])
+    return ParameterSpace(treedef, shapes, dtypes, tuple(saved["paths"]), tuple(saved["names"]))
+
+
+_CONTAINERS: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple}
+
+
+def _tree_to_json(tree: Any) -> Any:
+    """The tree as JSON, or None where it has containers or keys that JSON cannot tell apart."""
+    if isinstance(tree, int):
+        return tree
+    if tree is None:
+        return {"none": []}
+    if type(tree) is dict and all(isinstance(key, str) for key in tree):
+        items = {key: _tree_to_json(value) for key, value in tree.items()}
+        return None if None in items.values() else {"dict": items}
+    if type(tree) in (list, tuple):
+        entries = [_tree_to_json(value) for value in tree]
+        return None if None in entries else {type(tree).__name__: entries}
+    return None
+
+
+def _tree_from_json(saved: Any) -> Any:
+    if isinstance(saved, int):
+        return saved
+    ((kind, content),) = saved.items()
+    if kind == "none":
+        return None
+    if kind == "dict":
+        return {key: _tree_from_json(value) for key, value in content.items()}
+    return _CONTAINERS[kind](_tree_from_json(value) for value in content)

@@ -1,0 +1,149 @@
+"""Closed-form linearised predictive: output covariances without a parameter-sized vector.
+
+The Jacobian of output c in a Kronecker layer is ``sum_t a_t g_ct^T``. In the eigenbases of the
+layer's block the posterior covariance is diagonal, so
+
+    cov[c, c'] = sum_ij G'_c[i, j] G'_c'[i, j] / D[i, j]     with  G'_c = U_A^T G_c U_B;
+
+with one position ``G'_c = a' g'_c^T``, and the sum over i needs only the squares of a'.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from laplax_kfac.blocks import Block, BlockDiagonal, rotate
+from laplax_kfac.capture import ParameterRecord, Record, capture
+from laplax_kfac.data import batch_size as size_of
+from laplax_kfac.factors import gradient_matrices, has_one_position, rotated_records
+from laplax_kfac.parser import ModelFn, Program, parse
+from laplax_kfac.posterior import Scalar, make_posterior
+from laplax_kfac.resolve import Resolved
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Predictive:
+    """Gaussian over the model's outputs, one for each input.
+
+    Attributes:
+        mean: The model's outputs, raveled: shape (N, C).
+        covariance: Shape (N, C, C).
+    """
+
+    mean: Float[Array, "N C"]
+    covariance: Float[Array, "N C C"]
+
+    @property
+    def variance(self) -> Float[Array, "N C"]:
+        """Diagonal of the covariances."""
+        return jnp.diagonal(self.covariance, axis1=-2, axis2=-1)
+
+
+def predictive_covariance(
+    curvature: BlockDiagonal,
+    model_fn: ModelFn,
+    params: PyTree,
+    inputs: PyTree,
+    *,
+    prior_prec: Scalar,
+    sigma_squared: Scalar = 1.0,
+    vmap_over_data: bool = True,
+    batch_size: int = 64,
+) -> Predictive:
+    """Covariance ``J Sigma J^T`` of the linearised model at new inputs (Immer et al. 2021).
+
+    Works under ``jit``, and under ``grad`` in ``prior_prec`` and ``sigma_squared``.
+
+    Args:
+        curvature: What `kfac` or `ekfac` returned for this model.
+        model_fn: ``model_fn(input=, params=)``.
+        params: The trained parameters.
+        inputs: Inputs, with a leading axis N.
+        prior_prec: Prior precision.
+        sigma_squared: Factor of the curvature.
+        vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
+        batch_size: Inputs that are worked on at once.
+
+    Raises:
+        ValueError: If the curvature is of another model.
+    """
+    precision = make_posterior(curvature, prior_prec, sigma_squared=sigma_squared).precision
+    size_of({"input": inputs})
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], jnp.result_type(x)), inputs)
+    program = _same_model(curvature, model_fn, params, example, vmap_over_data)
+    leaves = jax.tree.leaves(params)
+
+    def one(x: PyTree) -> Predictive:
+        output, records = capture(program, leaves, program.consts, x, _unit_vectors)
+        flat = jnp.concatenate([jnp.ravel(o) for o in jax.tree.leaves(output)])
+        parts = [
+            _layer_covariance(r, record, block)
+            for r, record, block in zip(program.resolved, records, precision.blocks, strict=True)
+            if record is not None
+        ]
+        zero = jnp.zeros((flat.size, flat.size))
+        return Predictive(flat, functools.reduce(jnp.add, parts, zero))
+
+    return jax.lax.map(one, inputs, batch_size=batch_size)
+
+
+def _unit_vectors(output: PyTree) -> PyTree:
+    leaves, treedef = jax.tree.flatten(output)
+    eye = jnp.eye(sum(x.size for x in leaves))
+    columns, start = [], 0
+    for x in leaves:
+        columns.append(eye[:, start : start + x.size].reshape(-1, *x.shape))
+        start += x.size
+    return jax.tree.unflatten(treedef, columns)
+
+
+def _layer_covariance(resolved: Resolved, record: Record, block: Block) -> Float[Array, "C C"]:
+    """One layer's share of the output covariance of one example."""
+    covariance = 1.0 / block.eigenvalues
+    if isinstance(record, ParameterRecord):
+        jacobian = jax.vmap(functools.partial(rotate, block))(record.gradients)
+        return jnp.matmul(jacobian * covariance, jacobian.T, precision=_HIGHEST)
+    assert record is not None
+    rotated = rotated_records(resolved.members, record, block)
+    covariance = covariance.reshape(
+        resolved.layer.stack, resolved.layer.rows, resolved.layer.out_features
+    )
+    if has_one_position(record):
+        ((a, g),) = rotated
+        weights = jnp.einsum("ki,kio->ko", a[0] ** 2, covariance, precision=_HIGHEST)
+        return jnp.einsum("rko,ko,sko->rs", g[:, 0], weights, g[:, 0], precision=_HIGHEST)
+    jacobian = gradient_matrices(resolved.members, rotated)
+    return jnp.einsum("rkio,kio,skio->rs", jacobian, covariance, jacobian, precision=_HIGHEST)
+
+
+def _same_model(
+    curvature: BlockDiagonal,
+    model_fn: ModelFn,
+    params: PyTree,
+    example: Any,
+    vmap_over_data: bool,
+) -> Program:
+    """Parse the model as the curvature did: with joint biases, or with separate ones."""
+    for separate in (False, True):
+        program = parse(
+            model_fn,
+            params,
+            example,
+            vmap_over_data=vmap_over_data,
+            separate_weight_and_bias=separate,
+        )
+        if program.layers == curvature.layers:
+            return program
+    msg = (
+        "`curvature` is of another model: it has the layers "
+        f"{[layer.name for layer in curvature.layers]}, `model_fn` has "
+        f"{[layer.name for layer in program.layers]}."
+    )
+    raise ValueError(msg)
