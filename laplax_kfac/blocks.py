@@ -9,6 +9,7 @@ the eigenvalues, rotate back. A stack of blocks has one more axis in front, ever
 block                          basis           eigenvalues
 =============================  ==============  ==========================================
 Kronecker                      (U_A, U_B)      outer(alpha, beta), shape (rows, out)
+Kronecker, a side diagonal     (None, U_B)     the same
 dense                          (U,)            (p,)
 diagonal                       (None,)         (p,)
 =============================  ==============  ==========================================
@@ -43,11 +44,19 @@ class Block:
 
 
 def kronecker_block(
-    inputs: Float[Array, "*stack rows rows"], outputs: Float[Array, "*stack out out"]
+    inputs: Float[Array, "..."],
+    outputs: Float[Array, "..."],
+    diagonal: tuple[bool, bool] = (False, False),
 ) -> Block:
-    """The block that takes a matrix V (rows, out) to ``inputs @ V @ outputs``."""
-    alpha, u_inputs = eigh(inputs)
-    beta, u_outputs = eigh(outputs)
+    """The block that takes a matrix V (rows, out) to ``inputs @ V @ outputs``.
+
+    Args:
+        inputs: Shape (stack..., rows, rows), or (stack..., rows) if it is diagonal.
+        outputs: Shape (stack..., out, out), or (stack..., out) if it is diagonal.
+        diagonal: Whether each of the two is diagonal.
+    """
+    alpha, u_inputs = (inputs, None) if diagonal[0] else eigh(inputs)
+    beta, u_outputs = (outputs, None) if diagonal[1] else eigh(outputs)
     return Block((u_inputs, u_outputs), alpha[..., :, None] * beta[..., None, :])
 
 

@@ -21,6 +21,7 @@ from laplax_kfac import jaxprs
 from laplax_kfac.data import Batch, as_batch, batch_size, first_example, to_arrays
 from laplax_kfac.likelihood import FisherType, Likelihood, columns, resolve_likelihood
 from laplax_kfac.parser import ModelFn, Program, parse
+from laplax_kfac.patterns import one_hot
 from laplax_kfac.resolve import Member, Resolved
 from laplax_kfac.walk import Use
 
@@ -34,7 +35,8 @@ class UseRecord:
     """What one use of a layer saw for one example.
 
     Attributes:
-        inputs: Layer inputs a, shape (S, stack, rows); a joint bias is the last row.
+        inputs: Layer inputs a, shape (S, stack, rows); a joint bias is the last row. Row numbers
+            (S, stack, 1) where the use is indexed, -1 for none: they stand for one-hot inputs.
         gradients: Cotangents g of the layer's output, shape (R, S, stack, out).
         active: 1 where the use was evaluated, 0 where a cond did not take it; (S, stack).
     """
@@ -181,7 +183,10 @@ def _use_record(program: Program, member: Member, inputs: Inputs, at_uses: Probe
     a = values if claim.bias is None else claim.bias * active.astype(values.dtype)
     a, active = _canonical(a, claim.shared), _canonical(active, claim.shared)
     g = jax.vmap(lambda x: _canonical(x, claim.shared))(outputs(gradients))
-    if claim.input_scale is not None:
+    if claim.input_scale is not None and claim.indexed:
+        rows = jnp.asarray(claim.input_scale, g.dtype)  # (stack, rows)
+        g = g * jnp.take_along_axis(rows, a[..., 0].T, axis=1).T[..., None]
+    elif claim.input_scale is not None:
         a = a * jnp.asarray(claim.input_scale, a.dtype)
     if claim.output_scale is not None:
         g = g * jnp.asarray(claim.output_scale, g.dtype)
@@ -443,6 +448,8 @@ def _layer_record(resolved: Resolved, record: tuple[UseRecord, ...]) -> LayerRec
     inputs, gradients = [], []
     for member, use in zip(resolved.members, record, strict=True):
         a, g = use.inputs, use.gradients[:, 0]
+        if member.claim.indexed:
+            a = one_hot(a, member.claim.ids.shape[1], g.dtype)
         if member.claim.transposed:
             a, g = g, a
         inputs.append(a[..., : layer.in_features])

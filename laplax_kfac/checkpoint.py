@@ -127,8 +127,10 @@ def _layer_from_json(entry: dict[str, Any], k: int, file: Any) -> Layer:
         else:
             place = Scattered(file[f"layer{k}/ids{s}"])
         segments.append(Segment(tuple(saved["shape"]), place))
-    params = tuple(entry.pop("params"))
-    return Layer(**entry, params=params, segments=tuple(segments))
+    values: dict[str, Any] = {**entry, "segments": segments}
+    for name in ("params", "diagonal", "segments"):
+        values[name] = tuple(values[name])
+    return Layer(**values)
 
 
 def _space_to_json(space: ParameterSpace) -> dict[str, Any]:

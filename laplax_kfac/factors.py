@@ -23,6 +23,7 @@ from laplax_kfac.blocks import Block, dense_block, diagonal_block, kronecker_blo
 from laplax_kfac.capture import ParameterRecord, Record, UseRecord
 from laplax_kfac.layers import Layer
 from laplax_kfac.layout import ParameterSpace
+from laplax_kfac.patterns import one_hot
 from laplax_kfac.resolve import Member, Resolved
 
 KfacApprox = Literal["expand", "reduce"]
@@ -39,13 +40,13 @@ class KroneckerSums:
     """Sums of one Kronecker layer, with a leading axis over its U uses.
 
     Attributes:
-        inputs: A, shape (U, stack, rows, rows).
-        outputs: B, shape (U, stack, out, out).
+        inputs: A, shape (U, stack, rows, rows), or (U, stack, rows) if it is diagonal.
+        outputs: B, shape (U, stack, out, out), or (U, stack, out) if it is diagonal.
         count: M, shape (U, stack).
     """
 
-    inputs: Float[Array, "U stack rows rows"]
-    outputs: Float[Array, "U stack out out"]
+    inputs: Float[Array, "U stack rows *rows"]
+    outputs: Float[Array, "U stack out *out"]
     count: Float[Array, "U stack"]
 
 
@@ -132,27 +133,66 @@ def _layer_sums(
             return ParameterSums(_gram(weighted, g))
         return ParameterSums(jnp.sum(weighted * g, axis=(0, 1)))
     sums = [
-        _use_sums(m, r, weights, kfac_approx) for m, r in zip(resolved.members, record, strict=True)
+        _use_sums(resolved.layer, m, r, weights, kfac_approx)
+        for m, r in zip(resolved.members, record, strict=True)
     ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *sums)
 
 
 def _use_sums(
-    member: Member, record: UseRecord, weights: Float[Array, " N"], kfac_approx: KfacApprox
+    layer: Layer,
+    member: Member,
+    record: UseRecord,
+    weights: Float[Array, " N"],
+    kfac_approx: KfacApprox,
 ) -> KroneckerSums:
-    a, g, active = (_accumulate(x) for x in (record.inputs, record.gradients, record.active))
+    claim = member.claim
+    diagonal = layer.diagonal[::-1] if claim.transposed else layer.diagonal
+    active, g = _accumulate(record.active), _accumulate(record.gradients)
+    a = record.inputs if claim.indexed else _accumulate(record.inputs)
+    weights = weights.astype(g.dtype)
+    shares, counts = jnp.ones_like(active), active
     if kfac_approx == "reduce":
         positions = jnp.maximum(jnp.sum(active, axis=1, keepdims=True), 1.0)
-        a = jnp.sum(a, axis=1, keepdims=True) / positions[..., None]
         g = jnp.sum(g, axis=2, keepdims=True)
-        active = jnp.max(active, axis=1, keepdims=True)
-    weights = weights.astype(a.dtype)
-    inputs = _stacked_gram(a * weights[:, None, None, None], a)
-    outputs = _stacked_gram(g * weights.astype(g.dtype)[:, None, None, None, None], g)
-    count = jnp.einsum("n,nsk->k", weights.astype(active.dtype), active)
-    if member.claim.transposed:
+        if claim.indexed:
+            shares = jnp.sum(_same_row(a[..., 0]), axis=2) / positions**2
+        else:
+            a = jnp.sum(a, axis=1, keepdims=True) / positions[..., None]
+        counts = jnp.max(active, axis=1, keepdims=True)
+    if claim.indexed:
+        inputs = _sum_into_rows(claim.ids.shape[1], a[..., 0], weights[:, None, None] * shares)
+    else:
+        inputs = _second_moment(a, weights[:, None, None, None], diagonal=diagonal[0])
+    outputs = _second_moment(g, weights[:, None, None, None, None], diagonal=diagonal[1])
+    count = jnp.einsum("n,nsk->k", weights, counts.astype(weights.dtype))
+    if claim.transposed:
         inputs, outputs = outputs, inputs
     return KroneckerSums(inputs, outputs, count)
+
+
+def _second_moment(
+    x: Float[Array, "*n stack p"], weights: Float[Array, "..."], *, diagonal: bool
+) -> Float[Array, "stack p *p"]:
+    """Weighted sum of x x^T for every stack index, or its diagonal."""
+    if diagonal:
+        return jnp.sum(weights * x * x, axis=tuple(range(x.ndim - 2)))
+    return _stacked_gram(weights * x, x)
+
+
+def _same_row(rows: Int[Array, "N S stack"]) -> Float[Array, "N S S stack"]:
+    """1 where two positions of one example pick the same row."""
+    return (rows[:, :, None] == rows[:, None]).astype(jnp.result_type(float))
+
+
+def _sum_into_rows(
+    size: int, rows: Int[Array, "N S stack"], values: Float[Array, "N S stack *out"]
+) -> Float[Array, "stack size *out"]:
+    """Add the values of all positions to the rows that these pick; -1 picks none."""
+    stack = rows.shape[-1]
+    total = jnp.zeros((stack, size, *values.shape[3:]), values.dtype)
+    kept = jnp.where(rows < 0, size, rows)  # beyond the last row: dropped
+    return total.at[jnp.arange(stack), kept].add(values, mode="drop")
 
 
 def _accumulate(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -200,6 +240,11 @@ def corrected_eigenvalues(
 def _second_moments(
     resolved: Resolved, record: tuple[UseRecord, ...], weights: Float[Array, " N"], block: Block
 ) -> Float[Array, "..."]:
+    if is_lookup(resolved):
+        rows, gradients, shares = jax.vmap(lambda r: lookup_gradients(r, block))(record[0])
+        squares = jnp.sum(gradients**2, axis=1) * (shares * weights[:, None, None])[..., None]
+        moments = _sum_into_rows(resolved.layer.rows, rows, squares)
+        return moments.reshape(block.eigenvalues.shape)
     rotated = rotated_records(resolved.members, record, block)
     a, g = rotated[0]
     weights = weights.astype(g.dtype)
@@ -218,6 +263,25 @@ def _second_moments(
     return moments.reshape(block.eigenvalues.shape)
 
 
+def is_lookup(resolved: Resolved) -> bool:
+    """Whether per-example gradients of a layer have few rows: those that its only use picked."""
+    return len(resolved.members) == 1 and resolved.members[0].claim.indexed
+
+
+def lookup_gradients(
+    record: UseRecord, block: Block
+) -> tuple[Int[Array, "S stack"], Float[Array, "R S stack out"], Float[Array, "S stack"]]:
+    """The rows of one example's gradient: row numbers, rows in the basis, and shares.
+
+    A row that several positions pick comes once for each, with shares that sum to one.
+    """
+    rows = record.inputs[..., 0]
+    g = _in_basis(_accumulate(record.gradients), block.basis[1])
+    same = _same_row(rows[None])[0].astype(g.dtype)
+    gradients = jnp.einsum("stk,rtko->rsko", same, g, precision=_HIGHEST)
+    return rows, gradients, 1.0 / jnp.sum(same, axis=1)
+
+
 def has_one_position(record: tuple[UseRecord, ...]) -> bool:
     """Whether per-example gradients of a layer are a single outer product a g^T."""
     return len(record) == 1 and record[0].inputs.shape[-3] == 1
@@ -233,7 +297,11 @@ def rotated_records(
     rotated = []
     for member, use in zip(members, record, strict=True):
         bases = block.basis[::-1] if member.claim.transposed else block.basis
-        a, g = _accumulate(use.inputs), _accumulate(use.gradients)
+        g = _accumulate(use.gradients)
+        if member.claim.indexed:
+            a = one_hot(use.inputs, member.claim.ids.shape[1], g.dtype)
+        else:
+            a = _accumulate(use.inputs)
         rotated.append((_in_basis(a, bases[0]), _in_basis(g, bases[1])))
     return tuple(rotated)
 
@@ -283,17 +351,17 @@ def _block(layer: Layer, sums: Sums) -> Block:
     if isinstance(sums, ParameterSums):
         make = dense_block if layer.block == "dense" else diagonal_block
         return make(sums.gradients)
-    count = jnp.maximum(sums.count, 1.0)[..., None, None]  # a branch never taken has zero sums
-    inputs, outputs = nearest_kronecker(sums.inputs / count, sums.outputs)
-    block = kronecker_block(inputs, outputs)
+    count = jnp.maximum(sums.count, 1.0)  # a branch never taken has zero sums
+    count = count.reshape(*count.shape, *[1] * (sums.inputs.ndim - 2))
+    block = kronecker_block(*nearest_kronecker(sums.inputs / count, sums.outputs), layer.diagonal)
     return block if layer.stack > 1 else jax.tree.map(lambda x: x[0], block)
 
 
 def nearest_kronecker(
-    inputs: Float[Array, "U stack rows rows"],
-    outputs: Float[Array, "U stack out out"],
+    inputs: Float[Array, "U stack rows *rows"],
+    outputs: Float[Array, "U stack out *out"],
     iterations: int = 100,
-) -> tuple[Float[Array, "stack rows rows"], Float[Array, "stack out out"]]:
+) -> tuple[Float[Array, "stack rows *rows"], Float[Array, "stack out *out"]]:
     """The Kronecker product nearest to ``sum_u inputs[u] kron outputs[u]`` in Frobenius norm.
 
     The nearest product lies in the span of the summands (Van Loan & Pitsianis 1993), so the power
@@ -303,8 +371,7 @@ def nearest_kronecker(
     """
     if inputs.shape[0] == 1:
         return inputs[0], outputs[0]
-    gram_in = jnp.einsum("ukij,vkij->kuv", inputs, inputs, precision=_HIGHEST)
-    gram_out = jnp.einsum("ukij,vkij->kuv", outputs, outputs, precision=_HIGHEST)
+    gram_in, gram_out = _gram_of_uses(inputs), _gram_of_uses(outputs)
 
     def unit(
         w: Float[Array, "stack U"], gram: Float[Array, "stack U U"]
@@ -319,4 +386,9 @@ def nearest_kronecker(
     start = unit(jnp.ones(gram_in.shape[:2], gram_in.dtype), gram_in)
     w = jax.lax.fori_loop(0, iterations, step, start)
     v = jnp.einsum("kuv,kv->ku", gram_in, w)
-    return jnp.einsum("ku,ukij->kij", w, inputs), jnp.einsum("ku,ukij->kij", v, outputs)
+    return jnp.einsum("ku,uk...->k...", w, inputs), jnp.einsum("ku,uk...->k...", v, outputs)
+
+
+def _gram_of_uses(factors: Float[Array, "U stack p *p"]) -> Float[Array, "stack U U"]:
+    flat = factors.reshape(*factors.shape[:2], -1)
+    return jnp.einsum("ukp,vkp->kuv", flat, flat, precision=_HIGHEST)

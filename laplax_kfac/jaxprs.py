@@ -59,6 +59,11 @@ def size(atom: Any) -> int:
     return math.prod(atom.aval.shape)
 
 
+def spec(atom: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a variable or literal."""
+    return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
+
+
 def numbered(atom: Any) -> np.ndarray:
     """The numbers 0, 1, ... in the shape of a variable: where its entries are when raveled."""
     return np.arange(size(atom)).reshape(shape(atom))
@@ -116,6 +121,16 @@ class ScanParts:
         carried = self.body.invars[self.num_consts + output] if output < self.num_carry else None
         return carried is not None and self.body.outvars[output] is carried
 
+    def counts_up(self, carry: int) -> int | None:
+        """The step of a scalar carry to which the body only adds a literal, if it is one."""
+        out, carried = self.body.outvars[carry], self.body.invars[self.num_consts + carry]
+        for eqn in self.body.eqns:
+            if eqn.primitive.name == "add" and any(v is out for v in eqn.outvars):
+                left, right = eqn.invars
+                if left is carried and isinstance(right, Literal) and shape(carried) == ():
+                    return int(right.val)
+        return None
+
 
 def scan_parts(eqn: JaxprEqn) -> ScanParts:
     """Read a scan equation; the parameters that count its operands differ between versions."""
@@ -147,6 +162,9 @@ def called_jaxpr(eqn: JaxprEqn) -> tuple[Jaxpr, list[Any]] | None:
     if len(found) != 1:
         return None
     jaxpr, consts = open_jaxpr(found[0])
-    same_inputs = len(jaxpr.invars) == len(eqn.invars)
-    same_outputs = len(jaxpr.outvars) == len(eqn.outvars)
-    return (jaxpr, consts) if same_inputs and same_outputs else None
+    same = _avals(jaxpr.invars) == _avals(eqn.invars) and len(jaxpr.outvars) == len(eqn.outvars)
+    return (jaxpr, consts) if same else None
+
+
+def _avals(atoms: Sequence[Any]) -> list[Any]:
+    return [(getattr(a.aval, "shape", None), getattr(a.aval, "dtype", None)) for a in atoms]

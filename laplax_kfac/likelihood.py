@@ -5,6 +5,7 @@ is the negative log-likelihood up to a constant: ``mse`` is ``||f - y||^2``, hen
 variance 1/2 with Hessian 2 I; ``cross_entropy`` has Hessian ``diag(p) - p p^T``.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -182,8 +183,8 @@ def _cross_entropy_root(f: PyTree, _: PyTree) -> PyTree:
     v = s.at[..., 0].add(1.0)
     reflected = v[..., None, :] * (s[..., 1:] / v[..., :1])[..., None]
     root = s[..., None, :] * (jnp.eye(classes, dtype=s.dtype)[1:] - reflected)  # (..., C-1, C)
-    flat = root.reshape(-1, classes - 1, classes)
-    terms = flat.shape[0]
+    terms = math.prod(logits.shape[:-1])
+    flat = root.reshape(terms, classes - 1, classes)
     # One loss term (token, pixel) has no curvature with another: columns touch one term each.
     spread = jnp.eye(terms, dtype=s.dtype)[:, None, :, None] * flat[:, :, None, :]
     return _columns_like(_real(f), spread.reshape(terms * (classes - 1), terms * classes))

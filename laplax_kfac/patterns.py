@@ -29,9 +29,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from laplax_kfac import jaxprs
 
@@ -47,6 +48,8 @@ class Pattern:
         weight: (equation, operand, w) -> w as ``(stack, in, out)``; rearranges entries only.
         inputs: (equation, operand, other operands) -> layer inputs ``(positions, stack, in)``.
         outputs: (equation, operand, y) -> y as ``(positions, stack, out)``; rearranges only.
+        indexed: Whether an input picks one row of the weight. ``inputs`` then returns row numbers
+            ``(positions, stack, 1)``, -1 for none; they stand for one-hot rows.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Pattern:
     weight: Callable[[JaxprEqn, int, Any], Any]
     inputs: Callable[[JaxprEqn, int, tuple[Any, ...]], Shaped[Array, "positions stack in"]]
     outputs: Callable[[JaxprEqn, int, Any], Any]
+    indexed: bool = False
 
 
 _REGISTRY: dict[str, Pattern] = {}
@@ -112,8 +116,36 @@ def check(function: Callable[..., Array], operand: int, *operands: Array) -> flo
     others = tuple(o for i, o in enumerate(operands) if i != operand)
     inputs = pattern.inputs(eqns[0], operand, others)
     weight = pattern.weight(eqns[0], operand, operands[operand])
+    if pattern.indexed:
+        inputs = one_hot(inputs, weight.shape[1])
     outputs = pattern.outputs(eqns[0], operand, function(*operands))
     return float(jnp.max(jnp.abs(outputs - jnp.einsum("tki,kio->tko", inputs, weight))))
+
+
+def one_hot(rows: Int[Array, "*n 1"], size: int, dtype: Any = None) -> Shaped[Array, "*n rows"]:
+    """The inputs that row numbers of an indexed pattern stand for; -1 gives zeros."""
+    return jax.nn.one_hot(rows[..., 0], size, dtype=dtype or jnp.result_type(float))
+
+
+def bias(places: Int[np.ndarray, "positions features"], axes: int) -> Pattern:
+    """The pattern of a parameter added to something: one input, the constant 1.
+
+    Args:
+        places: Where in the raveled sum every feature is added, for each position.
+        axes: Along how many axes of the sum the parameter varies.
+    """
+
+    def inputs(_: JaxprEqn, __: int, others: tuple[Any, ...]) -> Any:
+        dtype = jnp.result_type(*others)
+        return jnp.ones((places.shape[0], 1, 1), dtype)
+
+    return Pattern(
+        name="bias" if axes <= 1 else "shift",
+        operands=lambda _: (),
+        weight=lambda _, __, w: w[None, None],
+        inputs=inputs,
+        outputs=lambda _, __, y: y.reshape(-1)[places][:, None, :],
+    )
 
 
 # -- dense: dot_general with any dimension numbers, the weight on either side ------------------
@@ -181,17 +213,24 @@ DENSE = Pattern("dense", lambda _: (0, 1), _dense_weight, _dense_inputs, _dense_
 
 def _conv_operands(eqn: JaxprEqn) -> tuple[int, ...]:
     # A convolution with batch groups sums over examples: it arises from derivatives, not layers.
-    return (1,) if eqn.params["batch_group_count"] == 1 else ()
+    if eqn.params["batch_group_count"] != 1:
+        return ()
+    return (0, 1) if eqn.params["feature_group_count"] == 1 else (1,)
 
 
-def _conv_weight(eqn: JaxprEqn, _: int, w: Any) -> Any:
+def _conv_weight(eqn: JaxprEqn, operand: int, w: Any) -> Any:
     groups = eqn.params["feature_group_count"]
+    if operand == 0:  # jnp.convolve exchanges its arguments: the weight is moved over the data
+        w = w.transpose(eqn.params["dimension_numbers"].lhs_spec)  # (batch, in, *space)
+        return w.reshape(1, w.shape[0], math.prod(w.shape[1:])).transpose(0, 2, 1)
     w = w.transpose(eqn.params["dimension_numbers"].rhs_spec)  # (out, in / groups, *kernel)
     return w.reshape(groups, w.shape[0] // groups, math.prod(w.shape[1:])).transpose(0, 2, 1)
 
 
-def _conv_inputs(eqn: JaxprEqn, _: int, others: tuple[Any, ...]) -> Any:
+def _conv_inputs(eqn: JaxprEqn, operand: int, others: tuple[Any, ...]) -> Any:
     params, (x,) = eqn.params, others
+    if operand == 0:
+        return _responses(eqn, x)
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     kernel = tuple(jaxprs.shape(eqn.invars[1])[d] for d in numbers.rhs_spec[2:])
     patches = lax.conv_general_dilated_patches(
@@ -206,8 +245,27 @@ def _conv_inputs(eqn: JaxprEqn, _: int, others: tuple[Any, ...]) -> Any:
     return _channels_last_by_group(patches, groups)
 
 
-def _conv_outputs(eqn: JaxprEqn, _: int, y: Any) -> Any:
+def _responses(eqn: JaxprEqn, x: Any) -> Any:
+    """Inputs of a weight on the left: what each of its entries alone would put out."""
+    params = eqn.params
+    numbers = params["dimension_numbers"]
+    features, *space = (jaxprs.shape(eqn.invars[0])[d] for d in numbers.lhs_spec[1:])
+    entries = features * math.prod(space)
+    units = jnp.eye(entries, dtype=x.dtype).reshape(entries, features, *space)
+    names = ("lhs_dilation", "rhs_dilation", "window_strides", "padding")
+    responses = lax.conv_general_dilated(
+        units,
+        x.transpose(numbers.rhs_spec),
+        precision=lax.Precision.HIGHEST,
+        **{name: params[name] for name in names},
+    )  # (entries, out, *space)
+    return responses.reshape(entries, -1).T[:, None, :]
+
+
+def _conv_outputs(eqn: JaxprEqn, operand: int, y: Any) -> Any:
     y = y.transpose(eqn.params["dimension_numbers"].out_spec)
+    if operand == 0:
+        return y.reshape(y.shape[0], math.prod(y.shape[1:])).transpose(1, 0)[:, None, :]
     return _channels_last_by_group(y, eqn.params["feature_group_count"])
 
 
@@ -220,5 +278,99 @@ def _channels_last_by_group(x: Any, groups: int) -> Any:
 
 CONV = Pattern("conv", _conv_operands, _conv_weight, _conv_inputs, _conv_outputs)
 
+
+# -- embedding: gather or dynamic_slice of whole rows, with indices that depend on data --------
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """Axes of a table: stacked ones, those that the indices pick from, and the rows' own."""
+
+    stack: tuple[int, ...]
+    picked: tuple[int, ...]
+    kept: tuple[int, ...]
+
+
+def _lookup(eqn: JaxprEqn) -> _Lookup | None:
+    """Read a lookup; None if it takes more than one and less than all entries of an axis."""
+    shape, sizes = jaxprs.shape(eqn.invars[0]), eqn.params["slice_sizes"]
+    numbers = eqn.params.get("dimension_numbers")
+    stack = tuple(int(d) for d in numbers.operand_batching_dims) if numbers else ()
+    axes = [d for d in range(len(shape)) if d not in stack]
+    picked = tuple(d for d in axes if sizes[d] == 1 != shape[d])
+    kept = tuple(d for d in axes if d not in picked)
+    whole = all(sizes[d] == shape[d] for d in kept)
+    return _Lookup(stack, picked, kept) if whole and picked else None
+
+
+def _lookup_operands(eqn: JaxprEqn) -> tuple[int, ...]:
+    return (0,) if _lookup(eqn) else ()
+
+
+def _lookup_weight(eqn: JaxprEqn, _: int, w: Any) -> Any:
+    axes = _lookup(eqn)
+    assert axes is not None
+    shape = (_size(w, axes.stack), _size(w, axes.picked), _size(w, axes.kept))
+    return w.transpose(axes.stack + axes.picked + axes.kept).reshape(shape)
+
+
+def _row_numbers(eqn: JaxprEqn, starts: list[Any]) -> Any:
+    """Numbers of the picked rows from the start index of every axis of the table."""
+    axes, shape = _lookup(eqn), jaxprs.shape(eqn.invars[0])
+    assert axes is not None
+    drops = "FILL" in str(eqn.params.get("mode"))  # else start indices are clamped
+    rows, inside = jnp.zeros(()), jnp.ones((), bool)
+    for axis in axes.picked:
+        last = shape[axis] - 1
+        inside = inside & (starts[axis] >= 0) & (starts[axis] <= last)
+        rows = rows * shape[axis] + jnp.clip(starts[axis], 0, last)
+    return jnp.where(inside | (not drops), rows, -1).astype(jnp.int32)
+
+
+def _gather_batch(eqn: JaxprEqn) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Batch axes of the indices: (positions, stack), the latter in the order of the table's."""
+    numbers = eqn.params["dimension_numbers"]
+    stack = tuple(int(d) for d in numbers.start_indices_batching_dims)
+    batch = range(jaxprs.ndim(eqn.invars[1]) - 1)
+    return tuple(d for d in batch if d not in stack), stack
+
+
+def _gather_inputs(eqn: JaxprEqn, _: int, others: tuple[Any, ...]) -> Any:
+    (indices,), (positions, stack) = others, _gather_batch(eqn)
+    shape = (_size(indices, positions), _size(indices, stack), indices.shape[-1])
+    indices = indices.transpose(*positions, *stack, indices.ndim - 1).reshape(shape)
+    order = [int(d) for d in eqn.params["dimension_numbers"].start_index_map]
+    starts = [
+        indices[..., order.index(d)] if d in order else jnp.zeros(shape[:2], indices.dtype)
+        for d in range(jaxprs.ndim(eqn.invars[0]))
+    ]
+    return _row_numbers(eqn, starts)[..., None]
+
+
+def _gather_outputs(eqn: JaxprEqn, _: int, y: Any) -> Any:
+    offset = tuple(int(d) for d in eqn.params["dimension_numbers"].offset_dims)
+    batch = tuple(d for d in range(y.ndim) if d not in offset)
+    positions, stack = (tuple(batch[d] for d in part) for part in _gather_batch(eqn))
+    shape = (_size(y, positions), _size(y, stack), _size(y, offset))
+    return y.transpose(positions + stack + offset).reshape(shape)
+
+
+def _slice_inputs(eqn: JaxprEqn, _: int, others: tuple[Any, ...]) -> Any:
+    return _row_numbers(eqn, list(others)).reshape(1, 1, 1)
+
+
+def _slice_outputs(_: JaxprEqn, __: int, y: Any) -> Any:
+    return y.reshape(1, 1, math.prod(y.shape))
+
+
+GATHER = Pattern(
+    "embedding", _lookup_operands, _lookup_weight, _gather_inputs, _gather_outputs, indexed=True
+)
+DYNAMIC_SLICE = Pattern(
+    "embedding", _lookup_operands, _lookup_weight, _slice_inputs, _slice_outputs, indexed=True
+)
+
 register("dot_general", DENSE)
 register("conv_general_dilated", CONV)
+register("gather", GATHER)
+register("dynamic_slice", DYNAMIC_SLICE)

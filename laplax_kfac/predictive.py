@@ -19,7 +19,13 @@ from jaxtyping import Array, Float, PyTree
 from laplax_kfac.blocks import Block, BlockDiagonal, rotate
 from laplax_kfac.capture import ParameterRecord, Record, capture
 from laplax_kfac.data import batch_size as size_of
-from laplax_kfac.factors import gradient_matrices, has_one_position, rotated_records
+from laplax_kfac.factors import (
+    gradient_matrices,
+    has_one_position,
+    is_lookup,
+    lookup_gradients,
+    rotated_records,
+)
 from laplax_kfac.parser import ModelFn, Program, parse
 from laplax_kfac.posterior import Scalar, make_posterior
 from laplax_kfac.resolve import Resolved
@@ -111,10 +117,13 @@ def _layer_covariance(resolved: Resolved, record: Record, block: Block) -> Float
         jacobian = jax.vmap(functools.partial(rotate, block))(record.gradients)
         return jnp.matmul(jacobian * covariance, jacobian.T, precision=_HIGHEST)
     assert record is not None
+    layer = resolved.layer
+    covariance = covariance.reshape(layer.stack, layer.rows, layer.out_features)
+    if is_lookup(resolved):
+        rows, gradients, shares = lookup_gradients(record[0], block)
+        picked = covariance[jnp.arange(layer.stack), rows] * ((rows >= 0) * shares)[..., None]
+        return jnp.einsum("rtko,tko,stko->rs", gradients, picked, gradients, precision=_HIGHEST)
     rotated = rotated_records(resolved.members, record, block)
-    covariance = covariance.reshape(
-        resolved.layer.stack, resolved.layer.rows, resolved.layer.out_features
-    )
     if has_one_position(record):
         ((a, g),) = rotated
         weights = jnp.einsum("ki,kio->ko", a[0] ** 2, covariance, precision=_HIGHEST)

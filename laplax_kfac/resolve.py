@@ -6,6 +6,7 @@ with several uses. A claim stands only if nothing else touches its ids; what is 
 probed at the parameter itself (exact, dense or diagonal), or does not influence the output.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,9 @@ from laplax_kfac.walk import Findings, Opaque, Shift, Use
 
 DENSE_LIMIT = 256
 """Largest number of parameters for which an exact dense block replaces an exact diagonal."""
+
+FACTOR_LIMIT = 16384
+"""Largest Kronecker factor that is kept dense; larger ones are diagonal."""
 
 Ids = Int[np.ndarray, "stack rows out"]
 
@@ -38,6 +42,7 @@ class Claim:
         input_scale: Factor of every input, (stack, in), or None.
         output_scale: Factor of every output, (stack, out), or None.
         bias: None for a weight. For a bias, its constant input: d(use's output) / d(bias).
+        indexed: Whether inputs are row numbers.
         transposed: Whether ids are those of the layer with in and out exchanged.
     """
 
@@ -48,6 +53,7 @@ class Claim:
     input_scale: Float[np.ndarray, "stack rows"] | None = None
     output_scale: Float[np.ndarray, "stack out"] | None = None
     bias: float | None = None
+    indexed: bool = False
     transposed: bool = False
 
 
@@ -96,23 +102,39 @@ def _claims(findings: Findings) -> tuple[list[Claim], list[Opaque]]:
     def refuse(ids: Int[np.ndarray, "..."], pattern: str, reason: str) -> None:
         opaque.append(Opaque(np.unique(ids[ids != FOREIGN]), pattern, reason))
 
-    for number, use in enumerate(findings.uses):
-        claim = _weight_claim(number, use)
-        if isinstance(claim, str):
-            refuse(use.ids, use.pattern.name, claim)
+    def claim(number: int) -> None:
+        use = findings.uses[number]
+        found = _weight_claim(number, use)
+        if isinstance(found, str):
+            refuse(use.ids, use.pattern.name, found)
         else:
-            claims.append(claim)
-    for number, use in enumerate(findings.uses):
-        for shift in _combined([s for s in findings.shifts if s.use == number]):
-            bias = _bias_claim(number, use, shift)
-            if isinstance(bias, str):
-                refuse(shift.ids, "bias", bias)
+            claims.append(found)
+
+    biases = {s.bias for s in findings.shifts} | set(findings.sums)
+    for number in range(len(findings.uses)):
+        if number not in biases:
+            claim(number)
+    shifts_of: dict[int, list[Shift]] = {}
+    for shift in findings.shifts:
+        shifts_of.setdefault(shift.use, []).append(shift)
+    for number, shifts in shifts_of.items():
+        for shift, parts in _combined(shifts):
+            bias = _bias_claim(number, findings.uses[number], shift)
+            if bias is None:  # no bias of the whole layer: each part is a layer of its own
+                for part in parts:
+                    claim(part)
             else:
                 claims.append(bias)
+    for number in findings.sums:
+        claim(number)
     return claims, opaque
 
 
 def _weight_claim(number: int, use: Use) -> Claim | str:
+    if not use.regular:
+        return "added to different places unequally often"
+    if use.pattern.name == "shift" and use.ids.shape[-1] > DENSE_LIMIT:
+        return "added to data, differently at every position"
     lanes = use.ids.shape[:-3]
     shared = (*(_constant_along(use.ids, a) for a in range(len(lanes))),
               use.ids.shape[-3] > 1 and _constant_along(use.ids, len(lanes)))  # fmt: skip
@@ -120,11 +142,9 @@ def _weight_claim(number: int, use: Use) -> Claim | str:
     problem = _not_a_matrix(ids)
     if problem:
         return problem
-    sizes = (*use.lanes, use.ids.shape[-3])
-    outputs = jaxprs.size(use.eqn.outvars[0])
-    per_iteration = outputs // max(use.ids.shape[-3] * use.ids.shape[-1], 1)
-    positions = per_iteration * int(np.prod([n for n, s in zip(sizes, shared, strict=True) if s]))
-    claim = Claim(number, ids, shared, positions)
+    place = use.pattern.outputs(use.eqn, use.operand, jaxprs.numbered(use.eqn.outvars[0]))
+    positions = place.shape[0] * _shared_size(use, use.ids.shape[-3], shared)
+    claim = Claim(number, ids, shared, positions, indexed=use.pattern.indexed)
     if use.scale is None:
         return claim
     scale = np.broadcast_to(use.scale, np.broadcast_shapes(use.scale.shape, use.ids.shape))
@@ -136,52 +156,60 @@ def _weight_claim(number: int, use: Use) -> Claim | str:
     return replace(claim, input_scale=factors[0], output_scale=factors[1])
 
 
-def _bias_claim(number: int, use: Use, shift: Shift) -> Claim | str:
-    """View a shift as (lanes, positions, stack, out): a bias is the same at all positions."""
+def _bias_claim(number: int, use: Use, shift: Shift) -> Claim | None:
+    """View a shift as (lanes, positions, stack, out): a bias is the same at all positions.
+
+    None if it is not, or if it is added to a part or to copies of the layer's output.
+    """
     entries = jaxprs.numbered(use.eqn.outvars[0])
     lanes = shift.ids.shape[1:]
     ids_of_output = np.full((entries.size, *lanes), FOREIGN, dtype=shift.ids.dtype)
     ids_of_output[shift.output] = shift.ids
     place = use.pattern.outputs(use.eqn, use.operand, entries)
     ids = np.moveaxis(ids_of_output[place], range(3), range(-3, 0))  # (lanes, T, K, out)
-    if (ids == FOREIGN).any():
-        return "added to a part of a layer's output"
-    if np.unique(shift.output).size != shift.output.size:
-        return "added to copies of a layer's output"
-    if np.ptp(shift.factor) > 1e-6 * np.abs(shift.factor).max() or not shift.factor.any():
-        return "added to outputs that are scaled differently"
-    if not _constant_along(ids, len(lanes)):
-        return "differs between the positions of its layer"
+    uneven = np.ptp(shift.factor) > 1e-6 * np.abs(shift.factor).max() or not shift.factor.any()
+    copied = np.unique(shift.output).size != shift.output.size
+    if uneven or copied or (ids == FOREIGN).any() or not _constant_along(ids, len(lanes)):
+        return None
     ids = ids.take(0, axis=len(lanes))  # (lanes, K, out)
     shared = (*(_constant_along(ids, a) for a in range(len(lanes))),
               ids.shape[-2] > 1 and _constant_along(ids, len(lanes)))  # fmt: skip
     core = _take_first(ids[..., None, :], shared)
-    problem = _not_a_matrix(core)
-    if problem:
-        return problem
-    sizes = (*use.lanes, ids.shape[-2])
-    positions = place.shape[0] * int(np.prod([n for n, s in zip(sizes, shared, strict=True) if s]))
+    if _not_a_matrix(core):
+        return None
+    positions = place.shape[0] * _shared_size(use, ids.shape[-2], shared)
     return Claim(number, core, shared, positions, bias=float(shift.factor.flat[0]))
 
 
-def _combined(shifts: list[Shift]) -> list[Shift]:
-    """Join shifts of disjoint parts of one output: a split output takes its bias in pieces."""
-    combined: list[Shift] = []
+def _shared_size(use: Use, stack: int, shared: Sequence[bool]) -> int:
+    """Positions that come of scans and stack axes along which the weight is shared."""
+    sizes = (*use.lanes, stack)
+    return math.prod(n for n, s in zip(sizes, shared, strict=True) if s)
+
+
+def _combined(shifts: list[Shift]) -> list[tuple[Shift, list[int]]]:
+    """Join shifts of disjoint parts of one output: a split output takes its bias in pieces.
+
+    Returns each joint shift with the numbers of the biases in it.
+    """
+    combined: list[tuple[Shift, list[int]]] = []
     for shift in shifts:
-        for k, other in enumerate(combined):
+        for k, (other, parts) in enumerate(combined):
             if (
                 other.ids.shape[1:] == shift.ids.shape[1:]
                 and not np.isin(shift.output, other.output).any()
             ):
-                combined[k] = Shift(
+                joint = Shift(
                     shift.use,
+                    shift.bias,
                     np.concatenate([other.output, shift.output]),
                     np.concatenate([other.ids, shift.ids]),
                     np.concatenate([other.factor, shift.factor]),
                 )
+                combined[k] = joint, [*parts, shift.bias]
                 break
         else:
-            combined.append(shift)
+            combined.append((shift, [shift.bias]))
     return combined
 
 
@@ -307,7 +335,8 @@ def _joinable(weight: Group, bias: Group) -> bool:
     return (
         len(biases) == len(bias.claims) == len(weight.claims)
         and all(c.use in biases and biases[c.use].shared == c.shared for c in weight.claims)
-        and not any(c.transposed or c.output_scale is not None for c in weight.claims)
+        and not any(c.transposed or c.indexed for c in weight.claims)
+        and all(c.output_scale is None for c in weight.claims)
     )
 
 
@@ -323,6 +352,14 @@ def _kronecker_layer(group: Group, uses: list[Use], space: ParameterSpace) -> Re
     reason = f"weight of `{uses[first.use].eqn.primitive.name}`"
     if first.bias is not None:
         names, reason = ["bias"], "added to the output of a layer, not joint with its weight"
+    elif names in (["bias"], ["shift"]):
+        reason = "added to data"
+    diagonal = (
+        rows > FACTOR_LIMIT or any(c.indexed and not c.transposed for c in group.claims),
+        columns > FACTOR_LIMIT or any(c.indexed and c.transposed for c in group.claims),
+    )
+    if columns > FACTOR_LIMIT or (rows > FACTOR_LIMIT and not first.indexed):
+        reason += f"; a factor is diagonal, for it is larger than {FACTOR_LIMIT}"
     if len(group.claims) > 1:
         reason += f"; nearest Kronecker product of the sum of {len(group.claims)} uses"
     layer = Layer(
@@ -335,6 +372,7 @@ def _kronecker_layer(group: Group, uses: list[Use], space: ParameterSpace) -> Re
         positions=sum(c.positions for c in group.claims),
         stack=stack,
         bias=bool(group.bias),
+        diagonal=diagonal,
         reason=reason,
         segments=tuple(make_segment(i) for i in ids),
     )

@@ -108,6 +108,10 @@ INDEX_RULES: dict[str, Rule] = {
 }
 
 
+SELECTIONS = ("gather", "dynamic_slice", "pad")
+"""Primitives that are structural where all operands but the first are known."""
+
+
 def align_lanes(arrays: Sequence[Index], ndims: Sequence[int]) -> list[Index]:
     """Broadcast the lanes of several arrays against each other, leaving their own axes alone."""
     lanes = np.broadcast_shapes(*(a.shape[n:] for a, n in zip(arrays, ndims, strict=True)))

@@ -11,17 +11,19 @@ The outputs of uses are traced by the same means, so that a bias is recognised t
 relayout between the product and the sum. `resolve` then turns uses into layers.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jaxtyping import Float, Int
 
 from laplax_kfac import jaxprs, patterns
-from laplax_kfac.structure import FOREIGN, INDEX_RULES, align_lanes
+from laplax_kfac.structure import FOREIGN, INDEX_RULES, SELECTIONS, align_lanes
 
 PARAMETERS = -1  # the source of traces of parameters; other sources are numbers of uses
 
@@ -54,12 +56,23 @@ class Trace:
 
 @dataclass(frozen=True)
 class Known:
-    """An array that depends on no parameter and no data; evaluated only on demand."""
+    """An array that depends on no parameter and no data; evaluated only on demand.
+
+    Attributes:
+        value: The array; inside scans it may have one more, last axis for each of them.
+        lanes: Number of these axes: none, or one a scan.
+    """
 
     value: Callable[[], Any]
+    lanes: int = 0
 
 
-Value = Trace | Known | None  # None: data, or anything computed with a parameter
+@dataclass(frozen=True)
+class Scaled:
+    """Data that a parameter has multiplied: what is added to it is the shift of a norm layer."""
+
+
+Value = Trace | Known | Scaled | None  # None: data, or anything else computed with a parameter
 
 
 # -- findings ----------------------------------------------------------------------------------
@@ -77,6 +90,7 @@ class Use:
         lanes: Lengths of the scans around it, outermost first.
         ids: Ids of the weight, shape (*lanes or 1, stack, in, out).
         scale: Factors of the weight's entries, like ``ids``; None stands for 1.
+        regular: Whether every parameter is used equally often; only biases may be irregular.
     """
 
     pattern: patterns.Pattern
@@ -86,6 +100,7 @@ class Use:
     lanes: tuple[int, ...]
     ids: Int[np.ndarray, "..."]
     scale: Float[np.ndarray, "..."] | None
+    regular: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,12 +109,14 @@ class Shift:
 
     Attributes:
         use: Number of the use.
+        bias: Number of the use that the sum itself is, of the parameter.
         output: Index into the raveled output of the use, one for each entry of the sum.
         ids: Ids of the parameter, for each entry; then one lane a scan.
         factor: d(use's output) / d(parameter), like ``ids``.
     """
 
     use: int
+    bias: int
     output: Int[np.ndarray, " entries"]
     ids: Int[np.ndarray, "entries *lanes"]
     factor: Float[np.ndarray, "entries *lanes"]
@@ -120,6 +137,7 @@ class Findings:
 
     uses: list[Use] = field(default_factory=list)
     shifts: list[Shift] = field(default_factory=list)
+    sums: list[int] = field(default_factory=list)  # uses that are biases of no layer
     opaque: list[Opaque] = field(default_factory=list)
 
     def mark(self, value: Value, pattern: str, reason: str) -> None:
@@ -173,15 +191,23 @@ def _visit(
     nothing: list[Value] = [None] * len(eqn.outvars)
     if not any(isinstance(v, Trace) for v in values):
         known = [v for v in values if isinstance(v, Known)]
-        return _known(jaxpr, eqn, known) if len(known) == len(values) else nothing
+        if len(known) == len(values):
+            return _known(jaxpr, eqn, known)
+        rearranged = name in INDEX_RULES or name == "mul"
+        scaled = rearranged and any(isinstance(v, Scaled) for v in values)
+        return [Scaled()] if scaled and len(eqn.outvars) == 1 else nothing
     if name == "stop_gradient" or not any(jaxprs.is_inexact(v) for v in eqn.outvars):
         return nothing
     if name in INDEX_RULES:
         return _structural(eqn, values)
+    if name in SELECTIONS and all(isinstance(v, Known) for v in values[1:]):
+        return [_selected(jaxpr, eqn, values)]
+    if name.startswith("scatter") and isinstance(values[1], Known):
+        return _scatter(number, eqn, values, scope)
     if patterns.find(eqn) is not None:
         return _pattern(number, eqn, values, scope)
     if name in _ARITHMETIC:
-        return _ARITHMETIC[name](eqn, values, scope)
+        return _ARITHMETIC[name](number, eqn, values, scope)
     if name == "scan":
         return _scan(number, eqn, values, scope)
     if name == "cond":
@@ -193,6 +219,9 @@ def _visit(
         body, consts = called
         inner = [constant(c) for c in consts]
         return walk(jaxprs.with_consts(body), [*inner, *values], scope.inside(number))
+    view = _rearranged(jaxpr, eqn, values)
+    if view is not None:
+        return [view]
     for value in values:
         scope.findings.mark(value, "other", f"used by `{name}`, which no pattern covers")
     return nothing
@@ -206,15 +235,35 @@ def constant(value: Any) -> Value:
 def _known(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list[Known]) -> list[Value]:
     if eqn.effects:
         return [None] * len(eqn.outvars)
+    lanes = max((o.lanes for o in operands), default=0)
     cache: list[Any] = []
 
     def output(k: int) -> Any:
         if not cache:
-            with jax.ensure_compile_time_eval():
-                cache.extend(jaxprs.evaluate(jaxpr, eqn, [o.value() for o in operands]))
+            cache.extend(_on_lanes(lambda *xs: jaxprs.evaluate(jaxpr, eqn, xs), operands, lanes))
         return cache[k]
 
-    return [Known(lambda k=k: output(k)) for k in range(len(eqn.outvars))]  # type: ignore[misc]
+    return [Known(functools.partial(output, k), lanes) for k in range(len(eqn.outvars))]
+
+
+def _on_lanes(function: Callable[..., Any], operands: Sequence[Known], lanes: int) -> Any:
+    """Apply a JAX function of arrays to all iterations at once: vmapped over the lanes, if any."""
+    with jax.ensure_compile_time_eval():
+        values = [np.asarray(o.value()) if o.lanes else o.value() for o in operands]
+        if not lanes:
+            return function(*values)
+        sizes = np.broadcast_shapes(
+            *(v.shape[v.ndim - o.lanes :] for v, o in zip(values, operands, strict=True) if o.lanes)
+        )
+
+        def flat(value: Any, known: Known) -> Any:
+            own = value.shape[: value.ndim - known.lanes]
+            return jax.numpy.asarray(np.broadcast_to(value, own + sizes).reshape(*own, -1))
+
+        arrays = [flat(v, o) if o.lanes else v for v, o in zip(values, operands, strict=True)]
+        axes = [-1 if o.lanes else None for o in operands]
+        outs = jax.vmap(function, in_axes=axes, out_axes=-1)(*arrays)
+        return jax.tree.map(lambda x: np.asarray(x).reshape(*x.shape[:-1], *sizes), outs)
 
 
 def _structural(eqn: JaxprEqn, values: list[Value]) -> list[Value]:
@@ -244,6 +293,128 @@ def _structural(eqn: JaxprEqn, values: list[Value]) -> list[Value]:
             for v, a in zip(mine, eqn.invars, strict=True)
         ])  # fmt: skip
     return [Trace(first.source, i, s) for i, s in zip(index, scale, strict=True)]
+
+
+def _selected(jaxpr: Jaxpr, eqn: JaxprEqn, values: list[Value]) -> Value:
+    """Gather, slice or pad by known indices: evaluated on ids, where 0 stands for none."""
+    trace = values[0]
+    assert isinstance(trace, Trace)
+    others = [v for v in values[1:] if isinstance(v, Known)]
+
+    def select(x: Any, *constants: Any) -> Any:
+        # What is padded with, or filled in for what is out of bounds, is no parameter.
+        kept = [
+            x.dtype.type(0) if jaxprs.is_inexact(a) else c
+            for a, c in zip(eqn.invars[1:], constants, strict=True)
+        ]
+        return jaxprs.evaluate(jaxpr, eqn, [x, *kept])[0]
+
+    def selected(x: Any) -> Any:
+        mine = Known(lambda: x, x.ndim - jaxprs.ndim(eqn.invars[0]))
+        return np.asarray(_on_lanes(select, [mine, *others], mine.lanes))
+
+    index = selected(trace.index + 1)
+    index = np.where(index > 0, index - 1, FOREIGN).astype(trace.index.dtype)
+    scale = None if trace.scale is None else selected(_full_scale(trace))
+    return Trace(trace.source, index, scale)
+
+
+def _full_scale(trace: Trace) -> Float[np.ndarray, "..."]:
+    scale = 1.0 if trace.scale is None else trace.scale
+    return np.array(np.broadcast_to(scale, trace.index.shape), dtype=np.float64)
+
+
+def _scatter(number: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
+    """Parameters scattered to known places: added there, or put there."""
+    operand, places, updates = values
+    assert isinstance(places, Known)
+    whole = eqn.primitive.name in ("scatter", "scatter-add") and not places.lanes
+    if not whole or not isinstance(updates, Trace) or updates.source != PARAMETERS:
+        scope.findings.mark(operand, "other", f"changed in part by `{eqn.primitive.name}`")
+        scope.findings.mark(updates, "other", f"used by `{eqn.primitive.name}`")
+        return [None]
+    placed = functools.partial(_placed, eqn, places)
+    counts = placed(lax.scatter_add, np.ones_like(updates.index))
+    index = placed(lax.scatter, updates.index + 1)
+    view = Trace(PARAMETERS, np.where(index > 0, index - 1, FOREIGN).astype(updates.index.dtype))
+    if updates.scale is not None:
+        view = replace(view, scale=placed(lax.scatter, _full_scale(updates)))
+    if counts.max() > 1:
+        scope.findings.mark(updates, "other", "scattered to one place several times")
+        return [None]
+    if eqn.primitive.name == "scatter-add" and not isinstance(operand, Known):
+        return _add(number, eqn, [operand, view], scope)
+    scope.findings.mark(operand, "other", "overwritten in part")
+    return [view]
+
+
+def _placed(eqn: JaxprEqn, places: Known, scatter: Callable[..., Any], updates: Any) -> Any:
+    """Scatter an array as the equation scatters its updates, but onto zeros."""
+    names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
+    options = {name: eqn.params[name] for name in names}
+    shape = jaxprs.shape(eqn.outvars[0])
+
+    def place(x: Any, indices: Any) -> Any:
+        return scatter(jax.numpy.zeros(shape, x.dtype), indices, x, **options)
+
+    mine = Known(lambda: updates, updates.ndim - jaxprs.ndim(eqn.invars[2]))
+    return np.asarray(_on_lanes(place, [mine, places], mine.lanes))
+
+
+def _rearranged(jaxpr: Jaxpr, eqn: JaxprEqn, values: list[Value]) -> Value:
+    """A function of one parameter alone whose pullback only rearranges and scales cotangents.
+
+    Found by walking the pullback with a traced cotangent. So a straight-through estimator is a
+    view of its parameter, whatever its forward rule computes.
+    """
+    traces = [k for k, v in enumerate(values) if isinstance(v, Trace)]
+    if len(traces) != 1 or len(eqn.outvars) != 1 or eqn.effects:
+        return None
+    (operand,) = traces
+    if any(isinstance(v, Known) and v.lanes for v in values):
+        return None
+    trace = values[operand]
+    assert isinstance(trace, Trace)
+    if trace.source != PARAMETERS or any(v is None for v in values):
+        return None
+
+    def pullback(w: Any, cotangent: Any) -> Any:
+        def forward(w: Any) -> Any:
+            mine = [v.value() if isinstance(v, Known) else w for v in values]
+            return jaxprs.evaluate(jaxpr, eqn, mine)[0]
+
+        return jax.vjp(forward, w)[1](cotangent)
+
+    try:
+        places = (eqn.invars[operand], eqn.outvars[0])
+        rule, consts, _ = jaxprs.trace(pullback, *map(jaxprs.spec, places))
+    except (TypeError, ValueError, NotImplementedError):
+        return None  # no derivative: whoever differentiates the model will be told
+    cotangent = Trace(0, jaxprs.numbered(eqn.outvars[0]))
+    known = [constant(c) for c in consts]
+    (found,) = walk(rule, [*known, None, cotangent], Scope(Findings()))
+    if not isinstance(found, Trace) or np.unique(found.index).size != found.index.size:
+        return None
+    return _pushed(trace, found, jaxprs.shape(eqn.outvars[0]))
+
+
+def _pushed(trace: Trace, pullback: Trace, shape: tuple[int, ...]) -> Trace:
+    """The view whose entry ``pullback.index[i]`` is the i-th entry of ``trace``."""
+    own = pullback.index.ndim
+    lanes = trace.index.shape[own:]
+    inside = pullback.index.ravel() != FOREIGN
+    target = pullback.index.ravel()[inside]
+    index = np.full((int(np.prod(shape)), *lanes), FOREIGN, dtype=trace.index.dtype)
+    index[target] = trace.index.reshape(-1, *lanes)[inside]
+    scale = None
+    if trace.scale is not None or pullback.scale is not None:
+        factor = _full_scale(pullback).ravel()[inside]
+        scale = np.ones(index.shape)
+        scale[target] = (
+            _full_scale(trace).reshape(-1, *lanes)[inside] * factor[(..., *[None] * len(lanes))]
+        )
+        scale = scale.reshape(*shape, *lanes)
+    return Trace(trace.source, index.reshape(*shape, *lanes), scale)
 
 
 def _pattern(number: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
@@ -308,17 +479,24 @@ def _broadcast(trace: Trace, eqn: JaxprEqn, operand: int) -> Trace:
 
 def _factor(known: Known, eqn: JaxprEqn, lanes: int) -> Float[np.ndarray, "..."]:
     value = np.asarray(known.value(), dtype=np.float64)
-    ndim = jaxprs.ndim(eqn.outvars[0])
-    return value.reshape((1,) * (ndim - value.ndim) + value.shape + (1,) * lanes)
+    own = value.ndim - known.lanes
+    missing = jaxprs.ndim(eqn.outvars[0]) - own
+    iterations = value.shape[own:] if known.lanes else (1,) * lanes
+    return value.reshape((1,) * missing + value.shape[:own] + iterations)
 
 
-def _sum(eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
-    """``add`` and ``sub``: a bias if a parameter meets the output of a use."""
+def _sum(number: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
+    """``add`` and ``sub``, with their operands broadcast and signed."""
     signs = (1.0, -1.0 if eqn.primitive.name == "sub" else 1.0)
     terms = [
         _signed(_broadcast(v, eqn, k), signs[k]) if isinstance(v, Trace) else v
         for k, v in enumerate(values)
     ]
+    return _add(number, eqn, terms, scope)
+
+
+def _add(number: int, eqn: JaxprEqn, terms: list[Value], scope: Scope) -> list[Value]:
+    """A sum of terms of one shape: a bias if a parameter meets the output of a use, or data."""
     weights = [t for t in terms if isinstance(t, Trace) and t.source == PARAMETERS]
     # An output that is broadcast by the sum has another cotangent than the sum.
     outputs = [
@@ -330,13 +508,20 @@ def _sum(eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
         for term in weights:
             scope.findings.mark(term, "other", "added to another parameter before its use")
         return [None]
-    if weights and outputs:
-        scope.findings.shifts.append(_shift(weights[0], outputs[0], eqn))
-        return [outputs[0]]
+    if weights and any(isinstance(t, Scaled) for t in terms):
+        scope.findings.mark(weights[0], "shift", "the shift of a scaled normalisation")
+        return [None]
+    if weights and any(isinstance(t, Known) for t in terms):
+        return [weights[0]]  # an affine function of the parameter has the same gradient
     if weights:
-        if any(isinstance(t, Known) for t in terms):
-            return [weights[0]]  # an affine function of the parameter has the same gradient
-        scope.findings.mark(weights[0], "shift", "added to data that no layer put out")
+        bias = _bias_use(eqn, weights[0], (*scope.site, number), scope.lanes)
+        scope.findings.uses.append(bias)
+        if outputs:
+            bias_number = len(scope.findings.uses) - 1
+            shift = _shift(weights[0], outputs[0], eqn, bias_number)
+            scope.findings.shifts.append(shift)
+            return [outputs[0]]
+        scope.findings.sums.append(len(scope.findings.uses) - 1)
         return [None]
     # The output of a use plus anything has the same cotangent: one bias serves two products.
     return [outputs[0] if outputs else None]
@@ -346,7 +531,36 @@ def _signed(trace: Trace, sign: float) -> Trace:
     return trace if sign == 1.0 else trace.scaled(sign)
 
 
-def _shift(weight: Trace, output: Trace, eqn: JaxprEqn) -> Shift:
+def _bias_use(eqn: JaxprEqn, weight: Trace, site: Site, lanes: tuple[int, ...]) -> Use:
+    """The sum as a use of its own: a weight with one input, the constant 1.
+
+    The same parameter added in several places is shared over them: these are its positions.
+    """
+    ndim = jaxprs.ndim(eqn.outvars[0])
+    index = weight.index.reshape(-1, *weight.index.shape[ndim:])
+    first = index.reshape(len(index), -1)[:, 0]
+    mine = np.flatnonzero(first != FOREIGN)
+    order = mine[np.argsort(first[mine], kind="stable")]
+    distinct, counts = np.unique(first[mine], return_counts=True)
+    regular = counts.size > 0 and counts.min() == counts.max()
+    # (positions, features): in raveled order, the n-th place of every parameter is position n.
+    places = order.reshape(distinct.size, -1).T if regular else np.zeros((0, distinct.size), int)
+    ids = np.moveaxis(index[places[:1] if regular else order[None]], (0, 1), (-2, -1))
+    scale = None
+    if weight.scale is not None:
+        full = np.broadcast_to(weight.scale, weight.index.shape).reshape(index.shape)
+        scale = np.moveaxis(full[places], (0, 1), (-2, -1))  # (lanes, positions, features)
+        same = bool((scale == scale[..., :1, :]).all())
+        regular, scale = regular and same, scale[..., None, :1, :]
+    pattern = patterns.bias(places, axes=_varying_axes(weight.index, ndim))
+    return Use(pattern, eqn, -1, site, lanes, ids[..., None, :, :], scale, regular)
+
+
+def _varying_axes(index: Int[np.ndarray, "..."], ndim: int) -> int:
+    return sum(bool((index != index.take([0], axis=a)).any()) for a in range(ndim))
+
+
+def _shift(weight: Trace, output: Trace, eqn: JaxprEqn, bias: int) -> Shift:
     ndim = jaxprs.ndim(eqn.outvars[0])
     lanes = weight.index.shape[ndim:]
     one = np.ones((1,) * weight.index.ndim)
@@ -357,11 +571,11 @@ def _shift(weight: Trace, output: Trace, eqn: JaxprEqn) -> Shift:
     # An output's index is the same in every iteration of a scan: its lanes have length one.
     index, ids = output.index.reshape(-1), weight.index.reshape(-1, *lanes)
     factor = np.broadcast_to(ratio, weight.index.shape).reshape(-1, *lanes)
-    mine = index != FOREIGN
-    return Shift(output.source, index[mine], ids[mine], factor[mine])
+    mine = (index != FOREIGN) & (ids.reshape(len(ids), -1)[:, 0] != FOREIGN)
+    return Shift(output.source, bias, index[mine], ids[mine], factor[mine])
 
 
-def _product(eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
+def _product(_: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
     """``mul`` and ``div``: a constant scales the trace, anything else ends it."""
     known = [v for v in values if isinstance(v, Known)]
     traces = [(k, v) for k, v in enumerate(values) if isinstance(v, Trace)]
@@ -378,15 +592,15 @@ def _product(eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
             "scale", "multiplies data elementwise: its Gauss-Newton matrix is no Kronecker product"
         )  # fmt: skip
         scope.findings.mark(trace, pattern, reason)
-    return [None]
+    return [Scaled() if any(t.source == PARAMETERS for _, t in traces) else None]
 
 
-def _negative(_: JaxprEqn, values: list[Value], __: Scope) -> list[Value]:
+def _negative(_: int, __: JaxprEqn, values: list[Value], ___: Scope) -> list[Value]:
     (value,) = values
     return [value.scaled(-1.0) if isinstance(value, Trace) else None]
 
 
-_ARITHMETIC: dict[str, Callable[[JaxprEqn, list[Value], Scope], list[Value]]] = {
+_ARITHMETIC: dict[str, Callable[[int, JaxprEqn, list[Value], Scope], list[Value]]] = {
     "add": _sum,
     "add_any": _sum,
     "sub": _sum,
@@ -407,11 +621,13 @@ def _scan(number: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list
     for k, value in enumerate(values):
         if scan.num_consts <= k < first_x and not scan.passes_carry(k - scan.num_consts):
             scope.findings.mark(value, "other", "the initial value of a scan's carry")
-            inner.append(None)
+            inner.append(_counter(scan, k, value, len(scope.lanes)))
+        elif isinstance(value, Known):
+            inner.append(_known_inside(value, len(scope.lanes), scanned=k >= first_x))
         elif isinstance(value, Trace) and value.source == PARAMETERS:
             inner.append(_scanned(value) if k >= first_x else _looped(value))
         else:
-            inner.append(value if isinstance(value, Known) and k < scan.num_consts else None)
+            inner.append(None)
     inside = scope.inside(number, lanes=(scan.length,))
     consts = [constant(c) for c in scan.consts]
     outs = walk(jaxprs.with_consts(scan.body), [*consts, *inner], inside)
@@ -419,6 +635,37 @@ def _scan(number: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list
         if not scan.passes_carry(k):
             scope.findings.mark(value, "other", "put out by a scan before its use")
     return [values[scan.num_consts + k] if scan.passes_carry(k) else None for k in range(len(outs))]
+
+
+def _known_inside(known: Known, lanes: int, *, scanned: bool) -> Known:
+    """A known operand of a scan as its body sees it in every iteration."""
+    if not scanned:
+        return (
+            Known(lambda: np.asarray(known.value())[..., None], known.lanes + 1)
+            if (known.lanes)
+            else known
+        )
+
+    def value() -> Any:
+        full = np.asarray(known.value())
+        full = full if known.lanes else full.reshape(*full.shape, *[1] * lanes)
+        return np.moveaxis(full, 0, -1)
+
+    return Known(value, lanes + 1)
+
+
+def _counter(scan: jaxprs.ScanParts, k: int, start: Value, lanes: int) -> Value:
+    """The value of a carry that the body only counts up (fori loops): known in every iteration."""
+    step = scan.counts_up(k - scan.num_consts)
+    if step is None or not isinstance(start, Known) or start.lanes:
+        return None
+    order = np.arange(scan.length)[:: -1 if scan.reverse else 1]
+
+    def value() -> Any:
+        first = np.asarray(start.value())
+        return (first + step * order).astype(first.dtype).reshape([1] * lanes + [scan.length])
+
+    return Known(value, lanes + 1)
 
 
 def _looped(trace: Trace) -> Trace:
