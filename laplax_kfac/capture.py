@@ -6,6 +6,7 @@ the R vectors at the model's output, gives the cotangents; no gradient of a Kron
 parameters is ever formed. Equations without a use inside are evaluated by JAX as they stand.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from laplax_kfac import jaxprs
 from laplax_kfac.data import Batch, as_batch, batch_size, first_example, to_arrays
+from laplax_kfac.layers import Layer
 from laplax_kfac.likelihood import FisherType, Likelihood, columns, resolve_likelihood
 from laplax_kfac.parser import ModelFn, Program, parse
 from laplax_kfac.patterns import one_hot
@@ -67,6 +69,8 @@ def capture(
     consts: Sequence[Array],
     example: PyTree,
     vectors: Callable[[PyTree], PyTree],
+    *,
+    sequential: bool = False,
 ) -> tuple[PyTree, list[Record]]:
     """Evaluate the model on one example and pull ``vectors(output)`` back to all layers.
 
@@ -76,6 +80,7 @@ def capture(
         consts: Values of ``program.consts``.
         example: One input without a batch axis.
         vectors: Output -> R vectors like the output, stacked in front.
+        sequential: Whether to pull them back one after another, not vmapped.
 
     Returns:
         The model's output, and for every layer what its uses, or its parameters, saw; None for a
@@ -95,7 +100,10 @@ def capture(
     output = jax.tree.unflatten(treedef, outputs)
     pulled = jax.tree.leaves(vectors(output))
     cotangents = [_cotangent(v, o) for v, o in zip(pulled, outputs, strict=True)]
-    ((at_uses, at_parameters),) = jax.vmap(pullback)(cotangents)
+    if sequential:
+        ((at_uses, at_parameters),) = lax.map(pullback, cotangents)
+    else:
+        ((at_uses, at_parameters),) = jax.vmap(pullback)(cotangents)
     records: list[Record] = []
     for number, resolved in enumerate(program.resolved):
         if resolved.members:
@@ -107,6 +115,14 @@ def capture(
         else:
             records.append(None)
     return output, records
+
+
+def record_size(layer: Layer, pulled: int) -> int:
+    """Numbers that the record of one layer holds for one example, with R = ``pulled`` columns."""
+    if layer.block == "kronecker":
+        rows = 1 if layer.pattern == "embedding" else layer.rows
+        return layer.positions * layer.stack * (rows + pulled * layer.out_features)
+    return 0 if layer.block == "none" else pulled * layer.size
 
 
 def _cotangent(vector: Array, output: Array) -> Array:
@@ -366,14 +382,31 @@ def capture_batch(
 ) -> list[Record]:
     """`capture` every example of a batch; the records' leaves get a leading axis N."""
 
-    def one(x: PyTree, y: PyTree, key: Key[Array, ""]) -> list[Record]:
+    def one(
+        example: tuple[PyTree, PyTree, Key[Array, ""]], *, sequential: bool = False
+    ) -> list[Record]:
+        x, y, key = example
+
         def vectors(f: PyTree) -> PyTree:
             return columns(likelihood, fisher_type, f, y, key=key, mc_samples=mc_samples)
 
-        return capture(program, leaves, consts, x, vectors)[1]
+        return capture(program, leaves, consts, x, vectors, sequential=sequential)[1]
 
     keys = jax.random.split(key, batch_size(batch))
-    return jax.vmap(one)(batch["input"], batch["target"], keys)
+    return map_examples(one, (batch["input"], batch["target"], keys))
+
+
+def map_examples(function: Callable[..., Any], examples: PyTree) -> Any:
+    """Vmap a function of one example; loop where a primitive of the model has no vmap rule.
+
+    Args:
+        function: Takes an example, and whether to do without vmap itself as ``sequential``.
+        examples: Examples stacked in front.
+    """
+    try:
+        return jax.vmap(function)(examples)
+    except NotImplementedError:
+        return lax.map(functools.partial(function, sequential=True), examples)
 
 
 @jax.tree_util.register_dataclass

@@ -1,7 +1,8 @@
 """Data in, curvature out: `kfac`, `ekfac`, and the `accumulator` that they are loops over."""
 
 import functools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from laplax_kfac import factors
 from laplax_kfac.blocks import Block, BlockDiagonal
-from laplax_kfac.capture import Record, capture_batch
+from laplax_kfac.capture import Record, capture_batch, record_size
 from laplax_kfac.data import (
     Batch,
     WeightedBatch,
@@ -20,15 +21,25 @@ from laplax_kfac.data import (
     batches,
     even_batches,
     first_example,
+    pad,
     to_arrays,
 )
 from laplax_kfac.data import batch_size as size_of
 from laplax_kfac.factors import KFAC_APPROXIMATIONS, KfacApprox, Statistics
-from laplax_kfac.likelihood import FISHER_TYPES, FisherType, Likelihood, resolve_likelihood
+from laplax_kfac.likelihood import (
+    FISHER_TYPES,
+    FisherType,
+    Likelihood,
+    num_columns,
+    resolve_likelihood,
+)
 from laplax_kfac.parser import ModelFn, Program, parse
 from laplax_kfac.posterior import Scalar, make_posterior
+from laplax_kfac.selection import DENSE_LIMIT, PathFilter, Selection, select
 
 DEFAULT_BATCH_SIZE = 256
+RECORD_BYTES = 2**30
+"""Most memory for the records of a batch; larger batches are worked on in parts."""
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +74,7 @@ class Options:
     mc_samples: int
     key: Key[Array, ""]
     kfac_approx: KfacApprox
-    separate_weight_and_bias: bool
+    selection: Selection
     vmap_over_data: bool
 
     @classmethod
@@ -75,7 +86,7 @@ class Options:
         key: Key[Array, ""] | None = None,
         kfac_approx: str = "expand",
         *,
-        separate_weight_and_bias: bool = False,
+        selection: Selection,
         vmap_over_data: bool = True,
     ) -> "Options":
         """Check values that would otherwise fail far from their cause."""
@@ -90,7 +101,7 @@ class Options:
             mc_samples,
             jax.random.key(0) if key is None else key,
             kfac_approx,  # type: ignore[arg-type]
-            separate_weight_and_bias,
+            selection,
             vmap_over_data,
         )
 
@@ -193,7 +204,7 @@ class Accumulator:
                 self.params,
                 example,
                 vmap_over_data=self.options.vmap_over_data,
-                separate_weight_and_bias=self.options.separate_weight_and_bias,
+                selection=self.options.selection,
             )
             self._programs[shapes] = _Compiled(
                 program,
@@ -236,8 +247,11 @@ def _moments(
     key: Key[Array, ""],
     blocks: tuple[Block, ...],
 ) -> tuple[Array, ...]:
-    records = _records(program, options, leaves, consts, batch, key)
-    return factors.corrected_eigenvalues(program.resolved, records, weights, blocks)
+    def moments(batch: Batch, weights: Float[Array, " n"], key: Key[Array, ""]) -> Any:
+        records = _records(program, options, leaves, consts, batch, key)
+        return factors.corrected_eigenvalues(program.resolved, records, weights, blocks)
+
+    return _in_bounded_memory(program, options, moments, batch, weights, key)
 
 
 def _statistics(
@@ -249,11 +263,46 @@ def _statistics(
     weights: Float[Array, " N"],
     key: Key[Array, ""],
 ) -> Statistics:
-    records = _records(program, options, leaves, consts, batch, key)
-    sums = factors.batch_sums(program.resolved, records, weights, options.kfac_approx)
-    return Statistics(
-        jnp.sum(weights), jnp.ones((), jnp.int32), sums, program.layers, program.space
+    def sums(batch: Batch, weights: Float[Array, " n"], key: Key[Array, ""]) -> Any:
+        records = _records(program, options, leaves, consts, batch, key)
+        return factors.batch_sums(program.resolved, records, weights, options.kfac_approx)
+
+    total = _in_bounded_memory(program, options, sums, batch, weights, key)
+    count, updates = jnp.sum(weights), jnp.ones((), jnp.int32)
+    return Statistics(count, updates, total, program.layers, program.space)
+
+
+def _in_bounded_memory(
+    program: Program,
+    options: Options,
+    sums: Callable[[Batch, Float[Array, " n"], Key[Array, ""]], Any],
+    batch: Batch,
+    weights: Float[Array, " N"],
+    key: Key[Array, ""],
+) -> Any:
+    """Sum over a batch, in parts whose records stay below `RECORD_BYTES`, or of one example."""
+    size = size_of(batch)
+    target = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), batch["target"])
+    pulled = num_columns(
+        options.likelihood, options.fisher_type, program.output, target, options.mc_samples
     )
+    numbers = sum(record_size(layer, pulled) for layer in program.layers)
+    parts = min(size, max(1, math.ceil(4 * numbers * size / RECORD_BYTES)))
+    if parts == 1:
+        return sums(batch, weights, key)
+    each = math.ceil(size / parts)
+    padded, _ = pad(batch, each * parts)
+    weights = jnp.concatenate([weights, jnp.zeros(each * parts - size, weights.dtype)])
+    split = jax.tree.map(lambda x: x.reshape(parts, each, *x.shape[1:]), (padded, weights))
+    keys = jax.random.split(key, parts)
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        (batch, weights), key = part
+        return jax.tree.map(jnp.add, total, sums(batch, weights, key)), None
+
+    (first_batch, first_weights), first_key = jax.tree.map(lambda x: x[0], (split, keys))
+    rest = jax.tree.map(lambda x: x[1:], (split, keys))
+    return jax.lax.scan(add, sums(first_batch, first_weights, first_key), rest)[0]
 
 
 def accumulator(
@@ -265,6 +314,9 @@ def accumulator(
     mc_samples: int = 1,
     key: Key[Array, ""] | None = None,
     kfac_approx: str = "expand",
+    params_filter: PathFilter = None,
+    fallback: str | Mapping[str, str] = "dense",
+    dense_limit: int = DENSE_LIMIT,
     separate_weight_and_bias: bool = False,
     vmap_over_data: bool = True,
 ) -> Accumulator:
@@ -276,9 +328,12 @@ def accumulator(
         ValueError: If an option has an unknown value.
         TypeError: If ``loss_fn`` is neither a name nor a callable.
     """
+    selection = select(
+        params_filter, fallback, dense_limit, separate_weight_and_bias=separate_weight_and_bias
+    )
     options = Options.checked(
         loss_fn, fisher_type, mc_samples, key, kfac_approx,
-        separate_weight_and_bias=separate_weight_and_bias, vmap_over_data=vmap_over_data,
+        selection=selection, vmap_over_data=vmap_over_data,
     )  # fmt: skip
     return Accumulator(model_fn, params, options)
 
@@ -293,6 +348,9 @@ def kfac(
     mc_samples: int = 1,
     key: Key[Array, ""] | None = None,
     kfac_approx: str = "expand",
+    params_filter: PathFilter = None,
+    fallback: str | Mapping[str, str] = "dense",
+    dense_limit: int = DENSE_LIMIT,
     separate_weight_and_bias: bool = False,
     vmap_over_data: bool = True,
     eigenvalue_correction: bool = False,
@@ -319,6 +377,12 @@ def kfac(
         key: Random key for ``"mc"``; ``jax.random.key(0)`` by default.
         kfac_approx: How positions that share a weight are treated: ``"expand"`` as if they were
             examples, ``"reduce"`` summed up (Eschenhagen et al. 2023, arXiv 2311.00636).
+        params_filter: Which parameters get curvature: patterns of paths as in a shell
+            (``"encoder/*"``; one or several), a function of the path, or ``"last_layer"``. The
+            others keep their prior; all are covered by default.
+        fallback: Block of parameters without a Kronecker form: ``"dense"`` (up to ``dense_limit``,
+            diagonal above), ``"diagonal"``, ``"none"``, or ``"error"``; or these by pattern.
+        dense_limit: Most parameters of a leaf that get a dense block.
         separate_weight_and_bias: Whether biases get blocks of their own.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
         eigenvalue_correction: Whether to replace the eigenvalues of Kronecker blocks by the exact
@@ -336,7 +400,8 @@ def kfac(
     """
     accumulate = accumulator(
         model_fn, params, loss_fn=loss_fn, fisher_type=fisher_type, mc_samples=mc_samples, key=key,
-        kfac_approx=kfac_approx, separate_weight_and_bias=separate_weight_and_bias,
+        kfac_approx=kfac_approx, params_filter=params_filter, fallback=fallback,
+        dense_limit=dense_limit, separate_weight_and_bias=separate_weight_and_bias,
         vmap_over_data=vmap_over_data,
     )  # fmt: skip
     if not isinstance(batch_size, int) or batch_size < 1:

@@ -131,7 +131,7 @@ def _layer_sums(
         weighted = g * weights.astype(g.dtype)[:, None, None]
         if resolved.layer.block == "dense":
             return ParameterSums(_gram(weighted, g))
-        return ParameterSums(jnp.sum(weighted * g, axis=(0, 1)))
+        return ParameterSums(jnp.sum(jnp.real(weighted * jnp.conj(g)), axis=(0, 1)))
     sums = [
         _use_sums(resolved.layer, m, r, weights, kfac_approx)
         for m, r in zip(resolved.members, record, strict=True)

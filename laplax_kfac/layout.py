@@ -169,6 +169,10 @@ class ParameterSpace:
         found = np.searchsorted(self.offsets, np.asarray(ids).ravel(), side="right") - 1
         return [int(leaf) for leaf in np.unique(found)]
 
+    def is_complex(self, leaf: int) -> bool:
+        """Whether a leaf holds complex numbers."""
+        return bool(jnp.issubdtype(self.dtypes[leaf], jnp.complexfloating))
+
     def flatten(self, tree: PyTree, *, name: str = "v") -> list[Array]:
         """Leaves of a pytree like the parameters.
 

@@ -81,6 +81,17 @@ def columns(
     return jax.tree.map(lambda g: g / jnp.sqrt(jnp.asarray(mc_samples, g.dtype)), draws)
 
 
+def num_columns(
+    likelihood: Likelihood, fisher_type: FisherType, f: PyTree, y: PyTree, mc_samples: int
+) -> int:
+    """How many vectors `columns` returns, R, for outputs and targets of these shapes."""
+    if fisher_type == "empirical":
+        return 1
+    if fisher_type == "mc":
+        return mc_samples
+    return int(jax.tree.leaves(jax.eval_shape(likelihood.hessian_root, f, y))[0].shape[0])
+
+
 def resolve_likelihood(loss_fn: Any) -> Likelihood:
     """The likelihood of a laplax ``LossFn``, its string, a callable ``loss(f, y)``, or itself.
 

@@ -222,8 +222,13 @@ def tune(
 
         (logs, _), trace = jax.lax.scan(step, (start, optimizer.init(start)), length=steps)
         gradient = jax.grad(loss)(logs, curvature, params)
-        size = optax.global_norm(gradient) / curvature.space.size
-        return logs, trace, size < tolerance, evidence(logs, curvature, params)
+        steepest = jnp.max(jnp.abs(jnp.stack(jax.tree.leaves(gradient))))
+        return (
+            logs,
+            trace,
+            steepest < tolerance * curvature.space.size,
+            evidence(logs, curvature, params),
+        )
 
     logs, trace, converged, best = optimise(curvature, params)
     variance = jnp.exp(logs["noise_variance"]) if "noise_variance" in logs else None

@@ -1,10 +1,11 @@
 """From a model to its program: the traced jaxpr, and the layers found in it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Jaxpr
 from jaxtyping import Array, PyTree
 
@@ -12,9 +13,12 @@ from laplax_kfac import jaxprs
 from laplax_kfac.layers import Layer
 from laplax_kfac.layout import ParameterSpace
 from laplax_kfac.resolve import Resolved, resolve
-from laplax_kfac.walk import PARAMETERS, Findings, Scope, Trace, Use, Value, constant, walk
+from laplax_kfac.selection import Selection
+from laplax_kfac.walk import PARAMETERS, Findings, Opaque, Scope, Trace, Use, Value, constant, walk
 
 ModelFn = Callable[..., PyTree]
+
+ALL = Selection()
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def parse(
     example: PyTree,
     *,
     vmap_over_data: bool = True,
-    separate_weight_and_bias: bool = False,
+    selection: Selection = ALL,
 ) -> Program:
     """Trace a model for one example and find its layers.
 
@@ -71,28 +75,68 @@ def parse(
         params: Its parameters; only shapes and dtypes matter.
         example: One input, without a batch axis; only shapes and dtypes matter.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
-        separate_weight_and_bias: Whether biases get blocks of their own.
+        selection: Which parameters are covered, and how.
 
     Raises:
-        ValueError: If parameters are used inside a while loop, or the parameters are empty.
+        ValueError: If parameters are used inside a while loop, if there are none, or if some have
+            no Kronecker form and their fallback is ``"error"``.
     """
     space = ParameterSpace.of(params)
     function = per_example(model_fn, vmap_over_data=vmap_over_data)
     jaxpr, consts, output = jaxprs.trace(function, params, example)
-    findings = Findings()
-    values = _initial_values(jaxpr, consts, space)
-    for value in walk(jaxpr, values, Scope(findings)):
-        findings.mark(value, "direct", "is part of the output itself")
-    resolved = resolve(findings, space, separate_weight_and_bias=separate_weight_and_bias)
+    covered = [selection.covers(name) for name in space.names]
+    findings = _find(jaxpr, consts, space, covered)
+    if selection.last_layer:
+        covered = _of_last_layer(findings, space)
+        selection = replace(selection, params_filter=_among(space, covered))
+        findings = _find(jaxpr, consts, space, covered)
+    resolved = resolve(findings, space, selection)
     return Program(jaxpr, consts, space, resolved, tuple(findings.uses), output)
 
 
-def _initial_values(jaxpr: Jaxpr, consts: list[Any], space: ParameterSpace) -> list[Value]:
+def _find(
+    jaxpr: Jaxpr, consts: list[Any], space: ParameterSpace, covered: Sequence[bool]
+) -> Findings:
+    """Walk the jaxpr with the leaves that are covered."""
+    findings = Findings()
+    for leaf, used in enumerate(covered):
+        if used and space.is_complex(leaf):
+            reason = "complex: real and imaginary part share one eigenvalue"
+            ids = space.leaf_ids(leaf).ravel()
+            findings.opaque.append(Opaque(ids, "complex", reason))
+    values = _initial_values(jaxpr, consts, space, covered)
+    for value in walk(jaxpr, values, Scope(findings)):
+        findings.mark(value, "direct", "is part of the output itself")
+    return findings
+
+
+def _of_last_layer(findings: Findings, space: ParameterSpace) -> list[bool]:
+    """The leaves of the last weight in the jaxpr, and of what is added to its output."""
+    biases = {s.bias for s in findings.shifts} | set(findings.sums)
+    weights = [k for k in range(len(findings.uses)) if k not in biases]
+    if not weights:
+        msg = "`params_filter='last_layer'` needs a layer with a weight; the model has none."
+        raise ValueError(msg)
+    ids = [findings.uses[weights[-1]].ids]
+    ids += [shift.ids for shift in findings.shifts if shift.use == weights[-1]]
+    leaves = {leaf for i in ids for leaf in space.leaves_of(i[i >= 0])}
+    return [leaf in leaves for leaf in range(len(space.names))]
+
+
+def _among(space: ParameterSpace, covered: Sequence[bool]) -> Callable[[str], bool]:
+    names = {name for name, used in zip(space.names, covered, strict=True) if used}
+    return lambda path: path in names
+
+
+def _initial_values(
+    jaxpr: Jaxpr, consts: list[Any], space: ParameterSpace, covered: Sequence[bool]
+) -> list[Value]:
     constants: list[Value] = [constant(c) for c in consts]
-    first = len(consts)
     leaves: list[Value] = [
-        Trace(PARAMETERS, space.leaf_ids(k)) if jaxprs.is_inexact(jaxpr.invars[first + k]) else None
-        for k in range(len(space.shapes))
+        Trace(PARAMETERS, space.leaf_ids(leaf))
+        if covered[leaf] and jnp.issubdtype(space.dtypes[leaf], jnp.floating)
+        else None
+        for leaf in range(len(space.shapes))
     ]
     rest = len(jaxpr.invars) - len(constants) - len(leaves)
     return [*constants, *leaves, *[None] * rest]

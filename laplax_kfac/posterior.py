@@ -6,6 +6,7 @@ eigendecomposition serves every prior, so everything is differentiable in the hy
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,8 @@ class Posterior:
         def one(index: Array) -> PyTree:
             keys = jax.random.split(jax.random.fold_in(key, index), len(leaves))
             noise = [
-                jax.random.normal(k, x.shape, dtype) for k, x in zip(keys, leaves, strict=True)
+                jax.random.normal(k, x.shape, _noise_dtype(x, dtype))
+                for k, x in zip(keys, leaves, strict=True)
             ]
             moved = jax.tree.leaves(self.scale_mv(self.precision.space.unflatten(noise)))
             drawn = [
@@ -84,6 +86,10 @@ class Posterior:
             return self.precision.space.unflatten(drawn)
 
         return jax.vmap(one)(jnp.arange(num_samples))
+
+
+def _noise_dtype(x: Array, dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(x) else dtype
 
 
 def make_posterior(

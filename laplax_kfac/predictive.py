@@ -9,6 +9,7 @@ with one position ``G'_c = a' g'_c^T``, and the sum over i needs only the square
 """
 
 import functools
+import glob
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +27,11 @@ from laplax_kfac.factors import (
     lookup_gradients,
     rotated_records,
 )
+from laplax_kfac.layers import Layer
 from laplax_kfac.parser import ModelFn, Program, parse
 from laplax_kfac.posterior import Scalar, make_posterior
 from laplax_kfac.resolve import Resolved
+from laplax_kfac.selection import Selection
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -86,8 +89,10 @@ def predictive_covariance(
     program = _same_model(curvature, model_fn, params, example, vmap_over_data)
     leaves = jax.tree.leaves(params)
 
-    def one(x: PyTree) -> Predictive:
-        output, records = capture(program, leaves, program.consts, x, _unit_vectors)
+    def one(x: PyTree, *, sequential: bool = False) -> Predictive:
+        output, records = capture(
+            program, leaves, program.consts, x, _unit_vectors, sequential=sequential
+        )
         flat = jnp.concatenate([jnp.ravel(o) for o in jax.tree.leaves(output)])
         parts = [
             _layer_covariance(r, record, block)
@@ -97,7 +102,10 @@ def predictive_covariance(
         zero = jnp.zeros((flat.size, flat.size))
         return Predictive(flat, functools.reduce(jnp.add, parts, zero))
 
-    return jax.lax.map(one, inputs, batch_size=batch_size)
+    try:
+        return jax.lax.map(one, inputs, batch_size=batch_size)
+    except NotImplementedError:  # a primitive of the model has no vmap rule
+        return jax.lax.map(functools.partial(one, sequential=True), inputs)
 
 
 def _unit_vectors(output: PyTree) -> PyTree:
@@ -115,7 +123,8 @@ def _layer_covariance(resolved: Resolved, record: Record, block: Block) -> Float
     covariance = 1.0 / block.eigenvalues
     if isinstance(record, ParameterRecord):
         jacobian = jax.vmap(functools.partial(rotate, block))(record.gradients)
-        return jnp.matmul(jacobian * covariance, jacobian.T, precision=_HIGHEST)
+        product = jnp.matmul(jacobian * covariance, jacobian.conj().T, precision=_HIGHEST)
+        return jnp.real(product)
     assert record is not None
     layer = resolved.layer
     covariance = covariance.reshape(layer.stack, layer.rows, layer.out_features)
@@ -139,16 +148,14 @@ def _same_model(
     example: Any,
     vmap_over_data: bool,
 ) -> Program:
-    """Parse the model as the curvature did: with joint biases, or with separate ones."""
+    """Parse the model with the blocks that the curvature has."""
+    wanted = [_grouping(layer) for layer in curvature.layers]
     for separate in (False, True):
+        selection = _selection_of(curvature, separate=separate)
         program = parse(
-            model_fn,
-            params,
-            example,
-            vmap_over_data=vmap_over_data,
-            separate_weight_and_bias=separate,
+            model_fn, params, example, vmap_over_data=vmap_over_data, selection=selection
         )
-        if program.layers == curvature.layers:
+        if [_grouping(layer) for layer in program.layers] == wanted:
             return program
     msg = (
         "`curvature` is of another model: it has the layers "
@@ -156,3 +163,23 @@ def _same_model(
         f"{[layer.name for layer in program.layers]}."
     )
     raise ValueError(msg)
+
+
+def _grouping(layer: Layer) -> tuple[Any, ...]:
+    return layer.segments, layer.block, layer.stack, layer.diagonal
+
+
+def _selection_of(curvature: BlockDiagonal, *, separate: bool) -> Selection:
+    """The selection that gives every parameter the kind of block it has in the curvature."""
+    name_of = dict(zip(curvature.space.paths, curvature.space.names, strict=True))
+    blocks = {name_of[p]: layer.block for layer in curvature.layers for p in layer.params}
+    none = {p for layer in curvature.layers if layer.block == "none" for p in layer.params}
+    other = {p for layer in curvature.layers if layer.block != "none" for p in layer.params}
+    left_out = {name_of[p] for p in none - other}
+    kept = tuple((glob.escape(n), b) for n, b in blocks.items() if b in ("dense", "diagonal"))
+    return Selection(
+        lambda path: path not in left_out,
+        kept,
+        dense_limit=curvature.space.size,
+        separate_weight_and_bias=separate,
+    )

@@ -1,6 +1,6 @@
 """What the parser found, as a table a person can act on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -8,6 +8,7 @@ from jaxtyping import PyTree
 
 from laplax_kfac.layers import Layer
 from laplax_kfac.parser import ModelFn, parse
+from laplax_kfac.selection import DENSE_LIMIT, PathFilter, select
 
 _BYTES = 4  # factors are kept in float32 unless x64 is on
 
@@ -74,6 +75,9 @@ def find_layers(
     example_input: PyTree,
     *,
     vmap_over_data: bool = True,
+    params_filter: PathFilter = None,
+    fallback: str | Mapping[str, str] = "dense",
+    dense_limit: int = DENSE_LIMIT,
     separate_weight_and_bias: bool = False,
 ) -> LayerReport:
     """The layers that curvature is computed for, without running anything.
@@ -84,13 +88,17 @@ def find_layers(
         example_input: An input as ``model_fn`` takes it: one example, or a batch where
             ``vmap_over_data`` is False. Only its shapes and dtypes matter.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
-        separate_weight_and_bias: Whether biases get blocks of their own.
+        params_filter: As for `kfac`.
+        fallback: As for `kfac`.
+        dense_limit: As for `kfac`.
+        separate_weight_and_bias: As for `kfac`.
 
     Returns:
         The layers, ordered by their first parameter. Printing them shows a table.
 
     Raises:
-        ValueError: If the model uses parameters inside a while loop, or has no parameters.
+        ValueError: If the model uses parameters inside a while loop, or has no parameters, or if
+            some have no Kronecker form and their fallback is ``"error"``.
     """
 
     def shape_of(x: Any) -> jax.ShapeDtypeStruct:
@@ -102,7 +110,12 @@ def find_layers(
         params,
         jax.tree.map(shape_of, example_input),
         vmap_over_data=vmap_over_data,
-        separate_weight_and_bias=separate_weight_and_bias,
+        selection=select(
+            params_filter,
+            fallback,
+            dense_limit,
+            separate_weight_and_bias=separate_weight_and_bias,
+        ),
     )
     return LayerReport(program.layers)
 

@@ -17,11 +17,9 @@ from jaxtyping import Float, Int
 from laplax_kfac import jaxprs
 from laplax_kfac.layers import BlockKind, Layer
 from laplax_kfac.layout import ParameterSpace, make_segment
+from laplax_kfac.selection import DENSE_LIMIT, Selection
 from laplax_kfac.structure import FOREIGN
 from laplax_kfac.walk import Findings, Opaque, Shift, Use
-
-DENSE_LIMIT = 256
-"""Largest number of parameters for which an exact dense block replaces an exact diagonal."""
 
 FACTOR_LIMIT = 16384
 """Largest Kronecker factor that is kept dense; larger ones are diagonal."""
@@ -74,19 +72,23 @@ class Resolved:
 
 
 def resolve(
-    findings: Findings, space: ParameterSpace, *, separate_weight_and_bias: bool = False
+    findings: Findings, space: ParameterSpace, selection: Selection
 ) -> tuple[Resolved, ...]:
-    """Group the findings into layers, ordered by their first parameter."""
+    """Group the findings into layers, ordered by their first parameter.
+
+    Raises:
+        ValueError: If parameters have no Kronecker form and their fallback is ``"error"``.
+    """
     claims, opaque = _claims(findings)
     groups = _group(claims, opaque, space.size)
-    if not separate_weight_and_bias:
+    if not selection.separate_weight_and_bias:
         groups = _join_biases(groups)
     layers = [_kronecker_layer(group, findings.uses, space) for group in groups]
     taken = np.zeros(space.size, bool)
     for group in groups:
         for ids in group.all_ids:
             taken[ids] = True
-    layers += _fallback_layers(opaque, taken, space)
+    layers += _fallback_layers(opaque, taken, space, selection)
     layers.sort(key=lambda r: (space.paths.index(r.layer.params[0]), _first(r.layer)))
     return tuple(_named(layers, space))
 
@@ -380,7 +382,7 @@ def _kronecker_layer(group: Group, uses: list[Use], space: ParameterSpace) -> Re
 
 
 def _fallback_layers(
-    opaque: list[Opaque], taken: np.ndarray, space: ParameterSpace
+    opaque: list[Opaque], taken: np.ndarray, space: ParameterSpace, selection: Selection
 ) -> list[Resolved]:
     """One layer a leaf for what is probed, and one for what does not influence the output."""
     number = np.full(space.size, -1, dtype=np.int32)
@@ -394,14 +396,32 @@ def _fallback_layers(
         idle = ids[(number[ids] < 0) & ~taken[ids]]
         if probed.size:
             cause = opaque[number[probed[0]]]
-            kind: BlockKind = "dense" if probed.size <= DENSE_LIMIT else "diagonal"
+            kind = _fallback_kind(leaf, probed.size, cause.reason, space, selection)
             layers.append(_plain_layer(path, cause.pattern, kind, probed, cause.reason))
         if idle.size or not ids.size:
             inexact = jnp.issubdtype(space.dtypes[leaf], jnp.inexact)
             reason = "does not influence the output" if inexact else "an integer leaf"
+            if not selection.covers(space.names[leaf]):
+                reason = "left out by `params_filter`"
             reason = reason if ids.size else "has no entries"
             layers.append(_plain_layer(path, "unused", "none", idle, reason))
     return layers
+
+
+def _fallback_kind(
+    leaf: int, size: int, reason: str, space: ParameterSpace, selection: Selection
+) -> BlockKind:
+    name = space.names[leaf]
+    wanted = selection.fallback_for(name)
+    if wanted == "error":
+        msg = (
+            f"the parameters at {name!r} have no Kronecker form ({reason}), and `fallback` is "
+            "'error' for them. Choose 'dense', 'diagonal' or 'none', or leave them out by "
+            "`params_filter`."
+        )
+        raise ValueError(msg)
+    small = size <= selection.dense_limit and not space.is_complex(leaf)
+    return "diagonal" if wanted == "dense" and not small else wanted
 
 
 def _plain_layer(

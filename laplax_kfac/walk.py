@@ -589,7 +589,7 @@ def _product(_: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[V
     for _, trace in traces:
         both = len(traces) == 2 and all(t.source == PARAMETERS for _, t in traces)
         pattern, reason = ("other", "multiplied by another parameter") if both else (
-            "scale", "multiplies data elementwise: its Gauss-Newton matrix is no Kronecker product"
+            "scale", "multiplies other values elementwise, which has no Kronecker form"
         )  # fmt: skip
         scope.findings.mark(trace, pattern, reason)
     return [Scaled() if any(t.source == PARAMETERS for _, t in traces) else None]
