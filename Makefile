@@ -17,6 +17,7 @@ help: ## list the targets
 
 quickstart: $(EXAMPLES) ## run examples/quickstart.py
 	@$(BIN)/python examples/quickstart.py
+	@echo "figure: docs/assets/quickstart.png"
 
 test: $(DEV) ## run every test, the slow ones too
 	@echo ">> running the tests"

@@ -68,7 +68,7 @@ prior, _ = laplax.calibration(
     posterior_fn, model_fn, params, (x_val, y_val), curv_estimate=curv, **kfac, **tuning
 )
 
-print("predicting held-out digits, upright and rotated ...")
+print(f"predicting held-out digits with prior precision {prior['prior_prec']:.3g} ...")
 angles = np.arange(0, 91, 30)
 rotated = np.concatenate([rotate(x_test, a, axes=(2, 1), reshape=False, order=1) for a in angles])
 data = {"input": rotated, "target": np.tile(y_test, len(angles))}
@@ -89,6 +89,6 @@ for name, probabilities in predictions.items():
     CalibrationDisplay.from_predictions(correct, sure, n_bins=10, name=name, ax=left)
     right.plot(angles, probabilities.max(axis=1).reshape(len(angles), -1).mean(axis=1), "s-")
 left.set(title="Held-out digits", xlabel="confidence", ylabel="accuracy")
-right.set(title="The same digits, rotated", xlabel="degrees", ylabel="mean confidence")
+right.set(title="Rotated digits", xlabel="degrees", xticks=angles, ylabel="mean confidence")
 right.legend(predictions)
 figure.savefig(Path(__file__).parents[1] / "docs/assets/quickstart.png", dpi=150)

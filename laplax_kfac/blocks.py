@@ -17,7 +17,7 @@ diagonal                       (None,)         (p,)
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -75,9 +75,32 @@ def eigh(
     matrix: Float[Array, "*stack n n"],
 ) -> tuple[Float[Array, "*stack n"], Float[Array, "*stack n n"]]:
     """Eigenvalues, clipped at zero, and eigenvectors of a positive semi-definite matrix."""
-    symmetric = 0.5 * (matrix + matrix.swapaxes(-1, -2))
-    eigenvalues, vectors = jnp.linalg.eigh(symmetric)
+    eigenvalues, vectors = _eigh(0.5 * (matrix + matrix.swapaxes(-1, -2)))
     return jnp.clip(eigenvalues, 0.0), vectors
+
+
+@jax.custom_jvp
+def _eigh(matrix: Float[Array, "*stack n n"]) -> tuple[Array, Array]:
+    eigenvalues, vectors = jnp.linalg.eigh(matrix)
+    return eigenvalues, vectors
+
+
+@_eigh.defjvp
+def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    """Derivative that leaves the basis within an eigenspace alone.
+
+    JAX's own divides by the gaps between eigenvalues, which are rounding errors in the null space
+    of a factor. No function of the matrix depends on the basis within an eigenspace.
+    """
+    (matrix,), (tangent,) = primals, tangents
+    values, vectors = _eigh(matrix)
+    inner = vectors.swapaxes(-1, -2) @ tangent @ vectors
+    gaps = values[..., None, :] - values[..., :, None]
+    largest = jnp.max(jnp.abs(values), axis=-1)[..., None, None]
+    close = jnp.abs(gaps) <= 100 * jnp.finfo(values.dtype).eps * largest
+    weights = jnp.where(close, 0.0, 1.0 / jnp.where(close, 1.0, gaps))
+    change = jnp.diagonal(inner, axis1=-2, axis2=-1), vectors @ (weights * inner)
+    return (values, vectors), change
 
 
 def rotate(block: Block, v: Float[Array, "*stack_and_axes"]) -> Float[Array, "*stack_and_axes"]:
@@ -173,14 +196,12 @@ class BlockDiagonal:
         dtype = jnp.result_type(*(b.eigenvalues for b in self.blocks))
         dense = jnp.zeros((self.space.size, self.space.size), dtype)
         for block, layer in zip(self.blocks, self.layers, strict=True):
-            ids = (
-                np.concatenate([self.space.ids(s) for s in layer.segments], axis=-2).ravel()
-                if (layer.block == "kronecker")
-                else self.space.ids(layer.segments[0])
-            )
+            rows = [self.space.ids(segment) for segment in layer.segments]
+            ids = np.concatenate(rows, axis=-2 if rows[0].ndim > 1 else 0).ravel()
             eye = jnp.eye(layer.size, dtype=dtype).reshape(layer.size, *layer.shape)
             columns = jax.vmap(lambda v, b=block: apply(b, v))(eye)
-            dense = dense.at[ids[:, None], ids[None, :]].set(columns.reshape(layer.size, -1))
+            columns = columns.reshape(layer.size, layer.size)
+            dense = dense.at[ids[:, None], ids[None, :]].set(columns)
         return dense
 
     def diagonal(self) -> PyTree:

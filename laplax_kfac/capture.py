@@ -137,7 +137,7 @@ def _cotangent(vector: Array, output: Array) -> Array:
 def _probe_of(program: Program, use: int) -> int:
     """Uses of one equation (a product of two parameters) share the probe at its output."""
     site = program.uses[use].site
-    return next(k for k, u in enumerate(program.uses) if u.site == site)
+    return min(number for number, use in program.uses.items() if use.site == site)
 
 
 def _members(program: Program) -> list[Member]:

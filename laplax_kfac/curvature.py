@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,9 +93,7 @@ class Options:
         """Check values that would otherwise fail far from their cause."""
         _check_choice("fisher_type", fisher_type, FISHER_TYPES)
         _check_choice("kfac_approx", kfac_approx, KFAC_APPROXIMATIONS)
-        if not isinstance(mc_samples, int) or mc_samples < 1:
-            msg = f"`mc_samples` must be a positive integer, found {mc_samples!r}."
-            raise ValueError(msg)
+        mc_samples = _positive("mc_samples", mc_samples)
         return cls(
             resolve_likelihood(loss_fn),
             fisher_type,  # type: ignore[arg-type]
@@ -104,6 +103,17 @@ class Options:
             selection,
             vmap_over_data,
         )
+
+
+def _positive(name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        msg = f"`{name}` must be a positive integer, found {value!r}."
+        raise ValueError(msg)
+    return number
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -322,7 +332,9 @@ def accumulator(
 ) -> Accumulator:
     """Streaming curvature: ``init``, ``update``, ``merge`` and ``finalize``.
 
-    The arguments are those of `kfac`, without the data.
+    The arguments are those of `kfac`, without the data. States that are accumulated apart and
+    merged need accumulators with a ``key`` each if ``fisher_type`` is ``"mc"``: every state draws
+    the same sequence of targets from its key.
 
     Raises:
         ValueError: If an option has an unknown value.
@@ -404,9 +416,7 @@ def kfac(
         dense_limit=dense_limit, separate_weight_and_bias=separate_weight_and_bias,
         vmap_over_data=vmap_over_data,
     )  # fmt: skip
-    if not isinstance(batch_size, int) or batch_size < 1:
-        msg = f"`batch_size` must be a positive integer, found {batch_size!r}."
-        raise ValueError(msg)
+    batch_size = _positive("batch_size", batch_size)
 
     def stream(description: str) -> Iterable[WeightedBatch]:
         parts = even_batches(batches(data, transform), batch_size)

@@ -7,12 +7,12 @@ curvature is ``A kron B / M`` (Eschenhagen et al. 2023, arXiv 2311.00636), where
 * ``reduce`` (their Eq. 22): A = sum_n a_n a_n^T with a_n = mean_t a, B likewise with
   g_nr = sum_t g, M = N.
 
-Sums are taken in float32 at least, at full matrix-product precision. Statistics are sums, so they
-may be accumulated in any order, over any split of the data.
+Sums are taken in float32, or float64 where x64 is on, at full matrix-product precision. Statistics
+are sums, so they may be accumulated in any order, over any split of the data.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import jax
@@ -93,7 +93,7 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
         ValueError: If they are of different models.
     """
     if first.layers and second.layers:
-        if first.layers != second.layers or first.space != second.space:
+        if not _same_blocks(first, second):
             msg = "`merge` needs statistics of one model; the layers of these two differ."
             raise ValueError(msg)
         sums = jax.tree.map(jnp.add, first.sums, second.sums)
@@ -106,6 +106,12 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
         first.layers or second.layers,
         first.space or second.space,
     )
+
+
+def _same_blocks(first: Statistics, second: Statistics) -> bool:
+    """Whether the sums are of the same blocks; numbers of positions may differ between batches."""
+    ours, theirs = ([replace(ly, positions=0) for ly in s.layers] for s in (first, second))
+    return ours == theirs and first.space == second.space
 
 
 def batch_sums(
@@ -196,7 +202,7 @@ def _sum_into_rows(
 
 
 def _accumulate(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
 
 
 def _gram(x: Float[Array, "*n p"], y: Float[Array, "*n p"]) -> Float[Array, "p p"]:

@@ -66,13 +66,25 @@ def spec(atom: Any) -> jax.ShapeDtypeStruct:
 
 def numbered(atom: Any) -> np.ndarray:
     """The numbers 0, 1, ... in the shape of a variable: where its entries are when raveled."""
-    return np.arange(size(atom)).reshape(shape(atom))
+    dtype = np.int32 if size(atom) < np.iinfo(np.int32).max else np.int64
+    return np.arange(size(atom), dtype=dtype).reshape(shape(atom))
 
 
 def is_inexact(atom: Any) -> bool:
     """Whether a variable or literal holds floating-point (or complex) numbers."""
     dtype = getattr(atom.aval, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def is_complex(atom: Any) -> bool:
+    """Whether a variable or literal holds complex numbers."""
+    dtype = getattr(atom.aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def has_body(eqn: JaxprEqn) -> bool:
+    """Whether an equation has sub-jaxprs that a walk enters: a scan, a cond, or a call."""
+    return eqn.primitive.name in ("scan", "cond") or called_jaxpr(eqn) is not None
 
 
 def consumers(jaxpr: Jaxpr) -> dict[Var, int]:

@@ -25,6 +25,7 @@ class Layer:
         positions: Places one example shares the weight over, S; 1 without weight sharing.
         stack: Independent matrices in the block: groups, heads, experts, scanned layers.
         bias: Whether a bias is joint with the weight, as the last row of its matrix.
+        uses: How often the model uses the weight.
         diagonal: Whether the input factor, and the output factor, of a Kronecker block is diagonal.
         reason: Why this block, and no better one.
         segments: Ids of the block's rows, in order.
@@ -39,6 +40,7 @@ class Layer:
     positions: int = 1
     stack: int = 1
     bias: bool = False
+    uses: int = 1
     diagonal: tuple[bool, bool] = (False, False)
     reason: str = ""
     segments: tuple[Segment, ...] = field(default=(), repr=False)

@@ -139,7 +139,7 @@ class ParameterSpace:
         return cls(
             treedef,
             tuple(tuple(leaf.shape) for _, leaf in with_paths),
-            tuple(np.dtype(leaf.dtype) for _, leaf in with_paths),
+            tuple(jax.dtypes.canonicalize_dtype(leaf.dtype) for _, leaf in with_paths),
             tuple(jax.tree_util.keystr(path) for path, _ in with_paths),
             tuple(_slashed(path) for path, _ in with_paths),
         )
@@ -166,7 +166,12 @@ class ParameterSpace:
 
     def leaves_of(self, ids: Int[np.ndarray, "..."]) -> list[int]:
         """The leaves that hold some of ``ids``, in order."""
-        found = np.searchsorted(self.offsets, np.asarray(ids).ravel(), side="right") - 1
+        if ids.size == 0:
+            return []
+        first, last = self.leaf_at(int(ids.min())), self.leaf_at(int(ids.max()))
+        if first == last:  # nearly always, and without a search for every id
+            return [first]
+        found = np.searchsorted(self.offsets, ids.ravel(), side="right") - 1
         return [int(leaf) for leaf in np.unique(found)]
 
     def is_complex(self, leaf: int) -> bool:
@@ -275,6 +280,7 @@ def _slashed(path: tuple[Any, ...]) -> str:
     for key in path:
         part = getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))
         parts.append(str(part).strip("./"))
-    if len(parts) > 1 and parts[-1] == "value":  # flax.nnx variables hold their array in `value`
-        parts.pop()
+    attributes = [isinstance(key, jax.tree_util.GetAttrKey) for key in path]
+    if parts[-1:] == ["value"] and attributes[-2:] == [False, True]:
+        parts.pop()  # flax.nnx: an entry of a state is a variable that holds its array in `value`
     return "/".join(parts) or "params"

@@ -142,8 +142,17 @@ def _columns_like(f: PyTree, columns: Float[Array, "R n"]) -> PyTree:
 
 
 def _mse_loss(f: PyTree, y: PyTree) -> Float[Array, ""]:
-    terms = jax.tree.map(lambda a, b: jnp.sum((a - jnp.reshape(b, a.shape)) ** 2), _real(f), y)
+    terms = jax.tree.map(lambda a, b: jnp.sum((a - _target_like(a, b)) ** 2), _real(f), y)
     return jax.tree.reduce(jnp.add, terms)
+
+
+def _target_like(output: Float[Array, "..."], target: Any) -> Num[Array, "..."]:
+    """A target in the shape of the output; axes of length one may be missing, or too many."""
+    found, wanted = jnp.shape(target), output.shape
+    if [n for n in found if n != 1] != [n for n in wanted if n != 1]:
+        msg = f"targets must have the shape of the output, {wanted} an example; found {found}."
+        raise ValueError(msg)
+    return jnp.reshape(target, wanted)
 
 
 def _mse_root(f: PyTree, _: PyTree) -> PyTree:
@@ -189,7 +198,7 @@ def _cross_entropy_root(f: PyTree, _: PyTree) -> PyTree:
     of the Householder reflection that takes e_1 to -s.
     """
     logits = _one_array(_real(f), "cross_entropy")
-    s = jnp.sqrt(jax.nn.softmax(logits))  # (..., C)
+    s = jnp.exp(0.5 * jax.nn.log_softmax(logits))  # (..., C); differentiable where p underflows
     classes = s.shape[-1]
     v = s.at[..., 0].add(1.0)
     reflected = v[..., None, :] * (s[..., 1:] / v[..., :1])[..., None]
@@ -214,7 +223,7 @@ def _cross_entropy_sample(key: Key[Array, ""], f: PyTree) -> PyTree:
 def _binary_loss(f: PyTree, y: PyTree) -> Float[Array, ""]:
     logits = _one_array(_real(f), "binary_cross_entropy")
     (target,) = jax.tree.leaves(y)
-    target = jnp.reshape(target, logits.shape).astype(logits.dtype)
+    target = _target_like(logits, target).astype(logits.dtype)
     return jnp.sum(jax.nn.softplus(logits) - target * logits)
 
 

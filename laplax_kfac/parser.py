@@ -31,7 +31,7 @@ class Program:
         consts: Arrays that the model closes over.
         space: Structure of the parameters.
         resolved: The layers, and how their statistics are read.
-        uses: The uses that the layers' members refer to.
+        uses: The uses that the layers' members refer to, by number.
         output: The model's output for one example, as a pytree of ``jax.ShapeDtypeStruct``.
     """
 
@@ -39,7 +39,7 @@ class Program:
     consts: list[Array]
     space: ParameterSpace
     resolved: tuple[Resolved, ...]
-    uses: tuple[Use, ...]
+    uses: dict[int, Use]
     output: PyTree
 
     @property
@@ -91,7 +91,9 @@ def parse(
         selection = replace(selection, params_filter=_among(space, covered))
         findings = _find(jaxpr, consts, space, covered)
     resolved = resolve(findings, space, selection)
-    return Program(jaxpr, consts, space, resolved, tuple(findings.uses), output)
+    used = {m.claim.use for r in resolved for m in r.members}
+    uses = {number: findings.use(number) for number in used}
+    return Program(jaxpr, consts, space, resolved, uses, output)
 
 
 def _find(
@@ -117,7 +119,7 @@ def _of_last_layer(findings: Findings, space: ParameterSpace) -> list[bool]:
     if not weights:
         msg = "`params_filter='last_layer'` needs a layer with a weight; the model has none."
         raise ValueError(msg)
-    ids = [findings.uses[weights[-1]].ids]
+    ids = [findings.use(weights[-1]).ids]
     ids += [shift.ids for shift in findings.shifts if shift.use == weights[-1]]
     leaves = {leaf for i in ids for leaf in space.leaves_of(i[i >= 0])}
     return [leaf in leaves for leaf in range(len(space.names))]
@@ -134,7 +136,9 @@ def _initial_values(
     constants: list[Value] = [constant(c) for c in consts]
     leaves: list[Value] = [
         Trace(PARAMETERS, space.leaf_ids(leaf))
-        if covered[leaf] and jnp.issubdtype(space.dtypes[leaf], jnp.floating)
+        if covered[leaf]
+        and jnp.issubdtype(space.dtypes[leaf], jnp.floating)
+        and 0 not in space.shapes[leaf]
         else None
         for leaf in range(len(space.shapes))
     ]

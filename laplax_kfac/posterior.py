@@ -5,14 +5,17 @@ convention of laplax's own curvature types. No factorisation happens here: the c
 eigendecomposition serves every prior, so everything is differentiable in the hyperparameters.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from laplax_kfac.blocks import BlockDiagonal, rotate_back
+from laplax_kfac.layout import ParameterSpace
 
 Scalar = Float[Array, ""] | float
 
@@ -73,11 +76,8 @@ class Posterior:
         dtype = jnp.result_type(*(b.eigenvalues for b in self.precision.blocks))
 
         def one(index: Array) -> PyTree:
-            keys = jax.random.split(jax.random.fold_in(key, index), len(leaves))
-            noise = [
-                jax.random.normal(k, x.shape, _noise_dtype(x, dtype))
-                for k, x in zip(keys, leaves, strict=True)
-            ]
+            # One draw for all leaves: compiling a generator for each takes seconds.
+            noise = _noise(jax.random.fold_in(key, index), self.precision.space, dtype)
             moved = jax.tree.leaves(self.scale_mv(self.precision.space.unflatten(noise)))
             drawn = [
                 (x + d).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
@@ -88,8 +88,16 @@ class Posterior:
         return jax.vmap(one)(jnp.arange(num_samples))
 
 
-def _noise_dtype(x: Array, dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(x) else dtype
+def _noise(key: Key[Array, ""], space: ParameterSpace, dtype: Any) -> list[Array]:
+    """Standard normal numbers in the shapes of the parameters; complex where these are."""
+    real = space.unravel(jax.random.normal(key, (space.size,), dtype))
+    if not any(space.is_complex(leaf) for leaf in range(len(real))):
+        return real
+    other = space.unravel(jax.random.normal(jax.random.fold_in(key, 0), (space.size,), dtype))
+    return [
+        jax.lax.complex(a, b) / math.sqrt(2.0) if space.is_complex(leaf) else a
+        for leaf, (a, b) in enumerate(zip(real, other, strict=True))
+    ]
 
 
 def make_posterior(
@@ -117,8 +125,8 @@ def make_posterior(
 
 
 def _checked(prior_prec: Scalar) -> Scalar:
-    if jnp.ndim(prior_prec) != 0:
-        msg = f"`prior_prec` must be a scalar, found shape {jnp.shape(prior_prec)}."
+    if np.ndim(prior_prec) != 0:
+        msg = f"`prior_prec` must be a scalar, found shape {np.shape(prior_prec)}."
         raise ValueError(msg)
     if not isinstance(prior_prec, jax.core.Tracer) and not prior_prec > 0:
         msg = f"`prior_prec` must be positive, or the posterior is improper; found {prior_prec}."

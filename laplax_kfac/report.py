@@ -64,7 +64,12 @@ def memory(layer: Layer) -> int:
     """Bytes of a layer's statistics in float32: what the streaming state holds for it."""
     if layer.block == "kronecker":
         sides = zip((layer.rows, layer.out_features), layer.diagonal, strict=True)
-        return _BYTES * layer.stack * sum(n if diagonal else n**2 for n, diagonal in sides)
+        return (
+            _BYTES
+            * layer.uses
+            * layer.stack
+            * sum(n if diagonal else n**2 for n, diagonal in sides)
+        )
     sizes = {"dense": layer.size**2, "diagonal": layer.size, "none": 0}
     return _BYTES * sizes[layer.block]
 

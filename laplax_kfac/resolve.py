@@ -83,7 +83,7 @@ def resolve(
     groups = _group(claims, opaque, space.size)
     if not selection.separate_weight_and_bias:
         groups = _join_biases(groups)
-    layers = [_kronecker_layer(group, findings.uses, space) for group in groups]
+    layers = [_kronecker_layer(group, findings, space) for group in groups]
     taken = np.zeros(space.size, bool)
     for group in groups:
         for ids in group.all_ids:
@@ -105,7 +105,7 @@ def _claims(findings: Findings) -> tuple[list[Claim], list[Opaque]]:
         opaque.append(Opaque(np.unique(ids[ids != FOREIGN]), pattern, reason))
 
     def claim(number: int) -> None:
-        use = findings.uses[number]
+        use = findings.use(number)
         found = _weight_claim(number, use)
         if isinstance(found, str):
             refuse(use.ids, use.pattern.name, found)
@@ -121,7 +121,7 @@ def _claims(findings: Findings) -> tuple[list[Claim], list[Opaque]]:
         shifts_of.setdefault(shift.use, []).append(shift)
     for number, shifts in shifts_of.items():
         for shift, parts in _combined(shifts):
-            bias = _bias_claim(number, findings.uses[number], shift)
+            bias = _bias_claim(number, findings.use(number), shift)
             if bias is None:  # no bias of the whole layer: each part is a layer of its own
                 for part in parts:
                     claim(part)
@@ -145,6 +145,8 @@ def _weight_claim(number: int, use: Use) -> Claim | str:
     if problem:
         return problem
     place = use.pattern.outputs(use.eqn, use.operand, jaxprs.numbered(use.eqn.outvars[0]))
+    if use.operand < 0 and ids.size == 1 and place.size > 1:
+        return "one number, added in several places"
     positions = place.shape[0] * _shared_size(use, use.ids.shape[-3], shared)
     claim = Claim(number, ids, shared, positions, indexed=use.pattern.indexed)
     if use.scale is None:
@@ -164,14 +166,16 @@ def _bias_claim(number: int, use: Use, shift: Shift) -> Claim | None:
     None if it is not, or if it is added to a part or to copies of the layer's output.
     """
     entries = jaxprs.numbered(use.eqn.outvars[0])
+    met = np.zeros(entries.size, bool)
+    met[shift.output] = True
+    if int(met.sum()) != shift.output.size or not met.all():
+        return None
     lanes = shift.ids.shape[1:]
     ids_of_output = np.full((entries.size, *lanes), FOREIGN, dtype=shift.ids.dtype)
     ids_of_output[shift.output] = shift.ids
     place = use.pattern.outputs(use.eqn, use.operand, entries)
     ids = np.moveaxis(ids_of_output[place], range(3), range(-3, 0))  # (lanes, T, K, out)
-    uneven = np.ptp(shift.factor) > 1e-6 * np.abs(shift.factor).max() or not shift.factor.any()
-    copied = np.unique(shift.output).size != shift.output.size
-    if uneven or copied or (ids == FOREIGN).any() or not _constant_along(ids, len(lanes)):
+    if shift.factor is None or (ids == FOREIGN).any() or not _constant_along(ids, len(lanes)):
         return None
     ids = ids.take(0, axis=len(lanes))  # (lanes, K, out)
     shared = (*(_constant_along(ids, a) for a in range(len(lanes))),
@@ -180,7 +184,7 @@ def _bias_claim(number: int, use: Use, shift: Shift) -> Claim | None:
     if _not_a_matrix(core):
         return None
     positions = place.shape[0] * _shared_size(use, ids.shape[-2], shared)
-    return Claim(number, core, shared, positions, bias=float(shift.factor.flat[0]))
+    return Claim(number, core, shared, positions, bias=shift.factor)
 
 
 def _shared_size(use: Use, stack: int, shared: Sequence[bool]) -> int:
@@ -206,7 +210,7 @@ def _combined(shifts: list[Shift]) -> list[tuple[Shift, list[int]]]:
                     shift.bias,
                     np.concatenate([other.output, shift.output]),
                     np.concatenate([other.ids, shift.ids]),
-                    np.concatenate([other.factor, shift.factor]),
+                    shift.factor if shift.factor == other.factor else None,
                 )
                 combined[k] = joint, [*parts, shift.bias]
                 break
@@ -283,14 +287,15 @@ def _group(claims: list[Claim], opaque: list[Opaque], size: int) -> list[Group]:
     groups: list[Group] = []
     owner = np.full(size, -1, dtype=np.int32)
     for claim in claims:
-        owners = np.unique(owner[claim.ids])
-        group = groups[owners[-1]] if owners[-1] >= 0 else None
+        owners = owner[claim.ids]
+        group = groups[owners.max()] if owners.max() >= 0 else None
+        same = bool(owners.min() == owners.max())
         if group is None:
             owner[claim.ids] = len(groups)
             groups.append(Group([claim], []))
-        elif owners.size == 1 and np.array_equal(group.ids, claim.ids):
+        elif same and np.array_equal(group.ids, claim.ids):
             group.claims.append(claim)
-        elif owners.size == 1 and np.array_equal(group.ids.swapaxes(1, 2), claim.ids):
+        elif same and np.array_equal(group.ids.swapaxes(1, 2), claim.ids):
             group.claims.append(replace(claim, transposed=True))
         else:
             reason = "used again in other parts or another arrangement"
@@ -345,12 +350,13 @@ def _joinable(weight: Group, bias: Group) -> bool:
 # -- layers ------------------------------------------------------------------------------------
 
 
-def _kronecker_layer(group: Group, uses: list[Use], space: ParameterSpace) -> Resolved:
+def _kronecker_layer(group: Group, findings: Findings, space: ParameterSpace) -> Resolved:
     first = group.claims[0]
     biases = {c.use: c.bias for c in group.bias}
     stack, rows, columns = group.ids.shape
     ids = group.all_ids
-    names = sorted({uses[c.use].pattern.name for c in group.claims})
+    uses = {c.use: findings.use(c.use) for c in group.claims}
+    names = sorted({use.pattern.name for use in uses.values()})
     reason = f"weight of `{uses[first.use].eqn.primitive.name}`"
     if first.bias is not None:
         names, reason = ["bias"], "added to the output of a layer, not joint with its weight"
@@ -374,6 +380,7 @@ def _kronecker_layer(group: Group, uses: list[Use], space: ParameterSpace) -> Re
         positions=sum(c.positions for c in group.claims),
         stack=stack,
         bias=bool(group.bias),
+        uses=len(group.claims),
         diagonal=diagonal,
         reason=reason,
         segments=tuple(make_segment(i) for i in ids),
@@ -392,8 +399,9 @@ def _fallback_layers(
     layers = []
     for leaf, path in enumerate(space.paths):
         ids = space.leaf_ids(leaf).ravel()
-        probed = ids[number[ids] >= 0]
-        idle = ids[(number[ids] < 0) & ~taken[ids]]
+        here = slice(space.offsets[leaf], space.offsets[leaf + 1])
+        probed = ids[number[here] >= 0]
+        idle = ids[(number[here] < 0) & ~taken[here]]
         if probed.size:
             cause = opaque[number[probed[0]]]
             kind = _fallback_kind(leaf, probed.size, cause.reason, space, selection)
@@ -460,11 +468,21 @@ def _named(layers: list[Resolved], space: ParameterSpace) -> list[Resolved]:
         alone = bool(module) and len(modules(layer)) == 1 and owners[module] == 1
         path = space.paths[space.leaf_at(_first(layer))] if layer.size else layer.params[0]
         names.append(module if alone else name_of[path])
-    for k, resolved in enumerate(layers):
-        if names.count(names[k]) > 1 and resolved.layer.size:
-            first = _first(resolved.layer)
-            begin = first - space.offsets[space.leaf_at(first)]
-            names[k] = f"{names[k]}[{begin}:{begin + resolved.layer.size}]"
-    return [
-        replace(r, layer=replace(r.layer, name=name)) for r, name in zip(layers, names, strict=True)
+    ranged = [_with_range(n, r.layer, space) if names.count(n) > 1 else n
+              for n, r in zip(names, layers, strict=True)]  # fmt: skip
+    unique = [
+        n if n not in ranged[:k] else f"{n}#{ranged[:k].count(n) + 1}" for k, n in enumerate(ranged)
     ]
+    return [
+        replace(r, layer=replace(r.layer, name=name))
+        for r, name in zip(layers, unique, strict=True)
+    ]
+
+
+def _with_range(name: str, layer: Layer, space: ParameterSpace) -> str:
+    """The name of one of several layers in a leaf: with where its weight begins and ends."""
+    if not layer.size:
+        return name
+    first = _first(layer)
+    begin = first - space.offsets[space.leaf_at(first)]
+    return f"{name}[{begin}:{begin + math.prod(layer.segments[0].shape)}]"

@@ -112,14 +112,14 @@ class Shift:
         bias: Number of the use that the sum itself is, of the parameter.
         output: Index into the raveled output of the use, one for each entry of the sum.
         ids: Ids of the parameter, for each entry; then one lane a scan.
-        factor: d(use's output) / d(parameter), like ``ids``.
+        factor: d(use's output) / d(parameter); None where it is not the same for all entries.
     """
 
     use: int
     bias: int
     output: Int[np.ndarray, " entries"]
     ids: Int[np.ndarray, "entries *lanes"]
-    factor: Float[np.ndarray, "entries *lanes"]
+    factor: float | None
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,23 @@ class Opaque:
 class Findings:
     """Everything the walk found, in the order of the jaxpr."""
 
-    uses: list[Use] = field(default_factory=list)
+    uses: list[Use | Callable[[], Use]] = field(default_factory=list)
     shifts: list[Shift] = field(default_factory=list)
     sums: list[int] = field(default_factory=list)  # uses that are biases of no layer
     opaque: list[Opaque] = field(default_factory=list)
+
+    def later(self, make: Callable[[], Use]) -> int:
+        """Number a use that is made only when it is asked for: most biases join a weight."""
+        self.uses.append(make)
+        return len(self.uses) - 1
+
+    def use(self, number: int) -> Use:
+        """The use of that number."""
+        found = self.uses[number]
+        if not isinstance(found, Use):
+            found = found()
+            self.uses[number] = found
+        return found
 
     def mark(self, value: Value, pattern: str, reason: str) -> None:
         """Note that the parameters in a trace have no Kronecker form."""
@@ -179,7 +192,9 @@ def walk(jaxpr: Jaxpr, inputs: Sequence[Value], scope: Scope) -> list[Value]:
     for number, eqn in enumerate(jaxpr.eqns):
         outputs = _visit(jaxpr, number, eqn, [read(a) for a in eqn.invars], scope)
         for var, value in zip(eqn.outvars, outputs, strict=True):
-            env[var] = value if jaxprs.is_inexact(var) or isinstance(value, Known) else None
+            empty = isinstance(value, Trace) and value.index.size == 0
+            kept = isinstance(value, Known) or (jaxprs.is_inexact(var) and not empty)
+            env[var] = value if kept else None
     return [read(a) for a in jaxpr.outvars]
 
 
@@ -197,6 +212,10 @@ def _visit(
         scaled = rearranged and any(isinstance(v, Scaled) for v in values)
         return [Scaled()] if scaled and len(eqn.outvars) == 1 else nothing
     if name == "stop_gradient" or not any(jaxprs.is_inexact(v) for v in eqn.outvars):
+        return nothing
+    if not jaxprs.has_body(eqn) and any(jaxprs.is_complex(v) for v in eqn.outvars):
+        for value in values:
+            scope.findings.mark(value, "complex", "turned into a complex number before its use")
         return nothing
     if name in INDEX_RULES:
         return _structural(eqn, values)
@@ -268,7 +287,8 @@ def _on_lanes(function: Callable[..., Any], operands: Sequence[Known], lanes: in
 
 def _structural(eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """Apply an index rule; operands of another source become foreign entries."""
-    first = next(v for v in values if isinstance(v, Trace))
+    traces = [v for v in values if isinstance(v, Trace)]
+    first = next((v for v in traces if v.source == PARAMETERS), traces[0])
     lanes = first.index.ndim - jaxprs.ndim(eqn.invars[values.index(first)])
     mine = [v if isinstance(v, Trace) and v.source == first.source else None for v in values]
     if eqn.primitive.name == "optimization_barrier":
@@ -514,14 +534,15 @@ def _add(number: int, eqn: JaxprEqn, terms: list[Value], scope: Scope) -> list[V
     if weights and any(isinstance(t, Known) for t in terms):
         return [weights[0]]  # an affine function of the parameter has the same gradient
     if weights:
-        bias = _bias_use(eqn, weights[0], (*scope.site, number), scope.lanes)
-        scope.findings.uses.append(bias)
-        if outputs:
-            bias_number = len(scope.findings.uses) - 1
+        site = (*scope.site, number)
+        bias_number = scope.findings.later(
+            functools.partial(_bias_use, eqn, weights[0], site, scope.lanes)
+        )
+        if outputs and _meets(weights[0], outputs[0], eqn):
             shift = _shift(weights[0], outputs[0], eqn, bias_number)
             scope.findings.shifts.append(shift)
             return [outputs[0]]
-        scope.findings.sums.append(len(scope.findings.uses) - 1)
+        scope.findings.sums.append(bias_number)
         return [None]
     # The output of a use plus anything has the same cotangent: one bias serves two products.
     return [outputs[0] if outputs else None]
@@ -538,7 +559,7 @@ def _bias_use(eqn: JaxprEqn, weight: Trace, site: Site, lanes: tuple[int, ...]) 
     """
     ndim = jaxprs.ndim(eqn.outvars[0])
     index = weight.index.reshape(-1, *weight.index.shape[ndim:])
-    first = index.reshape(len(index), -1)[:, 0]
+    first = _first_lane(weight.index, ndim)
     mine = np.flatnonzero(first != FOREIGN)
     order = mine[np.argsort(first[mine], kind="stable")]
     distinct, counts = np.unique(first[mine], return_counts=True)
@@ -560,19 +581,39 @@ def _varying_axes(index: Int[np.ndarray, "..."], ndim: int) -> int:
     return sum(bool((index != index.take([0], axis=a)).any()) for a in range(ndim))
 
 
+def _meets(weight: Trace, output: Trace, eqn: JaxprEqn) -> bool:
+    """Whether every entry of a parameter is added to an entry of the use's output."""
+    ndim = jaxprs.ndim(eqn.outvars[0])
+    added, met = _first_lane(weight.index, ndim), _first_lane(output.index, ndim)
+    return not ((added != FOREIGN) & (met == FOREIGN)).any()
+
+
 def _shift(weight: Trace, output: Trace, eqn: JaxprEqn, bias: int) -> Shift:
     ndim = jaxprs.ndim(eqn.outvars[0])
     lanes = weight.index.shape[ndim:]
-    one = np.ones((1,) * weight.index.ndim)
-    with np.errstate(divide="ignore"):
-        ratio = (one if weight.scale is None else weight.scale) / (
-            one if output.scale is None else output.scale
-        )
     # An output's index is the same in every iteration of a scan: its lanes have length one.
     index, ids = output.index.reshape(-1), weight.index.reshape(-1, *lanes)
-    factor = np.broadcast_to(ratio, weight.index.shape).reshape(-1, *lanes)
-    mine = (index != FOREIGN) & (ids.reshape(len(ids), -1)[:, 0] != FOREIGN)
-    return Shift(output.source, bias, index[mine], ids[mine], factor[mine])
+    mine = (index != FOREIGN) & (_first_lane(weight.index, ndim) != FOREIGN)
+    factor = _uniform(weight.scale, output.scale)
+    if mine.all():  # nearly always: no need for a copy
+        return Shift(output.source, bias, index, ids, factor)
+    return Shift(output.source, bias, index[mine], ids[mine], factor)
+
+
+def _uniform(weight: Any, output: Any) -> float | None:
+    """The ratio of two scales, if it is one finite number other than zero."""
+    ends = [(1.0, 1.0) if s is None else (float(s.min()), float(s.max())) for s in (weight, output)]
+    (low, high), (least, most) = ends
+    same = high - low <= 1e-6 * abs(high) and most - least <= 1e-6 * abs(most)
+    return high / most if same and high and most else None
+
+
+def _first_lane(index: Int[np.ndarray, "..."], ndim: int) -> Int[np.ndarray, " entries"]:
+    """The indices of an array in the first iteration of every scan, raveled."""
+    lanes = index.ndim - ndim
+    for _ in range(lanes):
+        index = index[..., 0]
+    return index.reshape(-1)
 
 
 def _product(_: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:

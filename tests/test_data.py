@@ -1,0 +1,243 @@
+"""Batches of data: accepted forms, splitting to one size, padding, errors."""
+
+import itertools
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from laplax_kfac.data import (
+    as_batch,
+    batch_size,
+    batches,
+    even_batches,
+    first_example,
+    pad,
+    to_arrays,
+)
+
+X, Y = np.arange(12.0).reshape(6, 2), np.arange(6)
+
+
+class Tensor:
+    """Like a torch tensor: no JAX array, but numpy can read it."""
+
+    def __init__(self, values):
+        self.values = values
+        self.shape = values.shape
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.values, dtype=dtype, copy=copy)
+
+
+class Loader:
+    """Starts anew with every iteration, as a data loader does."""
+
+    def __init__(self, *found):
+        self.found = found
+        self.passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        yield from self.found
+
+
+def assert_batch(batch, x, y):
+    assert list(batch) == ["input", "target"]
+    np.testing.assert_array_equal(batch["input"], x)
+    np.testing.assert_array_equal(batch["target"], y)
+
+
+# -- forms -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (X, Y),
+        [X, Y],
+        {"input": X, "target": Y},
+        {"target": Y, "extra": None, "input": X},
+        MappingProxyType({"input": X, "target": Y}),
+    ],
+    ids=["tuple", "list", "dict", "dict with more", "mapping"],
+)
+def test_as_batch_accepts(batch):
+    assert_batch(as_batch(batch), X, Y)
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        ((X,), ValueError, r"must be \(input, target\), found a tuple of 1"),
+        ([X, Y, Y], ValueError, r"must be \(input, target\), found a list of 3"),
+        ({"input": X}, ValueError, r"needs the keys 'input' and 'target', found \['input'\]"),
+        ({"x": X, 0: Y}, ValueError, r"found \['0', 'x'\]"),
+        (X, TypeError, "found ndarray.*`data` is one such batch, or an iterable of them"),
+        (None, TypeError, "found NoneType"),
+    ],
+)
+def test_as_batch_refuses(batch, error, message):
+    with pytest.raises(error, match=message):
+        as_batch(batch)
+
+
+@pytest.mark.parametrize("data", [(X, Y), {"input": X, "target": Y}], ids=["tuple", "dict"])
+def test_a_tuple_or_a_mapping_is_one_batch(data):
+    (batch,) = batches(data)
+    assert_batch(batch, X, Y)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [list, Loader, iter, lambda found: (b for b in found), lambda found: found],
+    ids=["list", "loader", "iterator", "generator", "list of lists"],
+)
+def test_anything_else_is_iterated_over(make):
+    data = [[X[:4], Y[:4]], {"input": X[4:], "target": Y[4:]}]
+    first, second = batches(Loader(*data) if make is Loader else make(data))
+    assert_batch(first, X[:4], Y[:4])
+    assert_batch(second, X[4:], Y[4:])
+
+
+def test_a_list_of_two_arrays_is_no_batch():
+    # As `data`, a list holds batches: [x, y] is ambiguous and refused with both readings.
+    with pytest.raises(TypeError, match=r"found ndarray\. `data` is one such batch"):
+        list(batches([X, Y]))
+
+
+def test_transform_brings_batches_into_form():
+    found = batches([{"image": X, "label": Y}], lambda b: (b["image"], b["label"]))
+    assert_batch(next(found), X, Y)
+    (batch,) = batches((X, Y), lambda b: (2 * b[0], b[1]))
+    assert_batch(batch, 2 * X, Y)
+
+
+def test_a_loader_starts_anew_and_is_read_lazily():
+    loader = Loader((X, Y), (X, Y))
+    assert len(list(batches(loader))) == len(list(batches(loader))) == 2
+    assert loader.passes == 2
+
+    def endless():
+        while True:
+            yield X, Y
+
+    assert_batch(next(batches(endless())), X, Y)
+
+
+def test_a_generator_that_was_consumed_is_named_as_the_cause():
+    generator = (batch for batch in [(X, Y)])
+    assert len(list(batches(generator))) == 1
+    with pytest.raises(ValueError, match=r"no batches\. A generator can be iterated only once"):
+        list(batches(generator))
+
+
+@pytest.mark.parametrize("data", [[], Loader()], ids=["list", "loader"])
+def test_no_batches_are_an_error(data):
+    with pytest.raises(ValueError, match="`data` has no batches"):
+        list(batches(data))
+
+
+@pytest.mark.parametrize("data", [X, jnp.asarray(X), 3, None])
+def test_what_is_neither_batch_nor_iterable_is_refused(data):
+    with pytest.raises(TypeError, match=f"an iterable of batches, found {type(data).__name__}"):
+        list(batches(data))
+
+
+def test_foreign_tensors_are_read_through_numpy():
+    batch = to_arrays({"input": {"a": Tensor(X), "b": jnp.asarray(X)}, "target": Tensor(Y)})
+    assert isinstance(batch["input"]["a"], np.ndarray)
+    assert isinstance(batch["input"]["b"], jax.Array)
+    np.testing.assert_array_equal(batch["input"]["a"], X)
+    assert batch["target"].dtype == Y.dtype
+
+
+# -- sizes -------------------------------------------------------------------------------------
+
+
+def test_batch_size_counts_examples_of_pytrees():
+    assert batch_size({"input": {"a": X, "b": (Y, jnp.asarray(X))}, "target": Y}) == 6
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (
+            X,
+            Y[:5],
+            r"same leading axis, found leading axes \{'input': \{\(6,\)\}, 'target': \{\(5,",
+        ),
+        ((X, X[:3]), Y, "same leading axis"),
+        (X, np.asarray(1.0), "same leading axis"),
+        (np.asarray(1.0), np.asarray(1.0), "same leading axis"),
+        ((), (), "same leading axis"),
+        (X[:0], Y[:0], "no examples"),
+    ],
+    ids=["targets", "inputs", "scalar target", "scalars", "no arrays", "no examples"],
+)
+def test_batch_size_refuses(x, y, message):
+    with pytest.raises(ValueError, match=message):
+        batch_size({"input": x, "target": y})
+
+
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+@pytest.mark.parametrize("size", [6, 7, 10])
+def test_pad_repeats_the_last_example_with_weight_zero(convert, size):
+    batch, weights = pad({"input": (convert(X),), "target": convert(Y)}, size)
+    assert type(batch["target"]) is type(convert(Y))
+    repeat = [*range(6), *[5] * (size - 6)]
+    np.testing.assert_array_equal(batch["input"][0], X[repeat])
+    np.testing.assert_array_equal(batch["target"], Y[repeat])
+    np.testing.assert_array_equal(weights, [1.0] * 6 + [0.0] * (size - 6))
+
+
+@pytest.mark.parametrize(
+    ("counts", "most", "size"),
+    [
+        ((6,), 256, 6),
+        ((10,), 4, 4),
+        ((9,), 8, 5),
+        ((8, 8), 4, 4),
+        ((6, 6, 1), 256, 6),
+        ((5, 5, 3), 3, 3),
+        ((2, 7), 256, 2),
+        ((7, 2), 1, 1),
+    ],
+)
+def test_even_batches_have_one_size_and_hold_every_example_once(counts, most, size):
+    starts = np.cumsum([0, *counts])
+    examples = np.arange(starts[-1])
+    stream = [
+        {"input": {"x": examples[a:b, None]}, "target": -examples[a:b]}
+        for a, b in itertools.pairwise(starts)
+    ]
+    seen = []
+    for batch, weights in even_batches(stream, most):
+        assert batch["input"]["x"].shape == (size, 1)
+        assert batch["target"].shape == weights.shape == (size,)
+        assert set(np.asarray(weights)) <= {0.0, 1.0}
+        np.testing.assert_array_equal(batch["input"]["x"][:, 0], -batch["target"])
+        assert np.isin(batch["target"], -examples).all()  # padding is made of real examples
+        seen += batch["input"]["x"][np.asarray(weights) == 1.0, 0].tolist()
+    assert seen == examples.tolist()
+
+
+def test_even_batches_split_the_first_evenly_so_that_padding_stays_small():
+    parts = list(even_batches([{"input": np.zeros((257, 1)), "target": np.zeros(257)}], 256))
+    assert [int(weights.sum()) for _, weights in parts] == [129, 128]
+
+
+def test_even_batches_check_every_batch():
+    stream = [{"input": X, "target": Y}, {"input": X, "target": Y[:5]}]
+    with pytest.raises(ValueError, match="same leading axis"):
+        list(even_batches(stream, 256))
+
+
+def test_first_example_has_no_batch_axis_and_dtypes_of_jax():
+    example = first_example({"input": {"a": X, "b": np.zeros((6, 2, 3), np.int8)}, "target": Y})
+    assert example["a"] == jax.ShapeDtypeStruct((2,), jnp.float32)
+    assert example["b"] == jax.ShapeDtypeStruct((2, 3), jnp.int8)
+    with jax.enable_x64(True):
+        assert first_example({"input": X, "target": Y}).dtype == jnp.float64

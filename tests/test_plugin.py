@@ -1,0 +1,670 @@
+"""laplax with "kfac" and "ekfac" against laplax with "full", on models where the three agree."""
+
+import functools
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import laplax
+import laplax.api
+import laplax.register
+import numpy as np
+import pytest
+from conftest import tolerance
+from jax.flatten_util import ravel_pytree
+from laplax.curv.cov import create_posterior_fn, estimate_curvature
+from laplax.curv.ggn import create_ggn_mv
+from laplax.curv.utils import LowRankTerms
+from laplax.enums import CurvApprox
+from laplax.eval.likelihood import low_rank_marginal_log_likelihood, marginal_log_likelihood
+from laplax.eval.utils import transfer_entry
+from laplax.util.loader import DataLoaderMV
+from laplax.util.tree import normal_like
+from oracles import dense_ggn, laplax_full
+
+import laplax_kfac
+import laplax_kfac.plugin
+
+pytestmark = pytest.mark.usefixtures("x64")
+OURS = ["kfac", "ekfac"]
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def linear(input, params):
+    return input @ params["w"] + params["b"]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A linear model for which KFAC is the exact GGN matrix."""
+
+    name: str
+    loss_fn: str
+    params: Any
+    data: tuple[Any, Any]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+X = normal(6, 3, seed=1)
+TRAINED = {"b": normal(2, seed=2), "w": normal(3, 2, seed=3)}
+THREE = {"b": normal(3, seed=2), "w": normal(3, 3, seed=3)}
+# Weights of zero: one output for all inputs, and so one output Hessian for all examples.
+CONSTANT = {"b": normal(3, seed=2), "w": np.zeros((3, 3))}
+SIGN = {"b": np.asarray([0.7]), "w": np.zeros((3, 1))}
+REGRESSION = Case("regression", "mse", TRAINED, (X, normal(6, 2, seed=4)))
+CLASSES = Case("classes", "cross_entropy", CONSTANT, (X, np.asarray([0, 1, 2, 2, 1, 0])))
+CASES = [
+    REGRESSION,
+    Case("one output", "mse", {"b": normal(1), "w": normal(3, 1)}, (X, normal(6, 1, seed=4))),
+    CLASSES,
+    Case("one-hot", "cross_entropy", CONSTANT, (X, np.eye(3)[[0, 1, 2, 2, 1, 0]])),
+    Case("one datapoint", "cross_entropy", THREE, (X[:1], np.asarray([2]))),
+    Case("binary", "binary_cross_entropy", SIGN, (X, np.asarray([[0], [1], [1], [0], [1], [1]]))),
+]
+
+
+@functools.cache
+def fit(case, curv_type):
+    return laplax.laplace(linear, case.params, case.data, loss_fn=case.loss_fn, curv_type=curv_type)
+
+
+def as_matrix(mv, params):
+    """The matrix of a linear function of pytrees like the parameters."""
+    flat, unravel = ravel_pytree(params)
+    return np.asarray(
+        jax.jit(jax.vmap(lambda v: ravel_pytree(mv(unravel(v)))[0]))(np.eye(flat.size))
+    ).T
+
+
+# -- the same numbers as "full" ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curv_type", OURS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_curvature_is_that_of_full(case, curv_type):
+    full = fit(case, "full")[1]
+    found = fit(case, curv_type)[1]
+    assert isinstance(found, laplax_kfac.Curvature)
+    np.testing.assert_allclose(found.to_dense(), full, **tolerance(jnp.float64))
+    # Neither is taken for granted:
+    exact = dense_ggn(linear, case.params, case.data, case.loss_fn)
+    np.testing.assert_allclose(full, exact, **tolerance(jnp.float64))
+
+
+PRIORS = [
+    ({"prior_prec": 1.0}, 1.0),
+    ({"prior_prec": 0.01, "sigma_squared": 0.3}, 1.0),
+    ({"prior_prec": 20.0, "sigma_squared": 2.0}, 5.0),
+]
+
+
+@pytest.mark.parametrize("curv_type", OURS)
+@pytest.mark.parametrize("prior", PRIORS, ids=str)
+@pytest.mark.parametrize("case", [REGRESSION, CLASSES], ids=str)
+def test_products_with_covariance_and_scale_are_those_of_full(case, prior, curv_type):
+    arguments, loss_scaling_factor = prior
+    found, full = (
+        fit(case, name)[0](arguments, loss_scaling_factor) for name in (curv_type, "full")
+    )
+    covariance, scale, expected = (
+        as_matrix(mv, case.params)
+        for mv in (found.cov_mv(found.state), found.scale_mv(found.state), full.cov_mv(full.state))
+    )
+    np.testing.assert_allclose(covariance, expected, **tolerance(jnp.float64))
+    np.testing.assert_allclose(scale @ scale.T, expected, **tolerance(jnp.float64))
+
+
+def test_posteriors_of_several_leaves_are_in_laplax_flat_order():
+    def model_fn(input, params):
+        return jnp.tanh(input @ params["z"]["w"] + params["z"]["b"]) @ params["a"]
+
+    params = {"a": normal(4, 2), "z": {"b": normal(4), "w": normal(3, 4)}}
+    posterior_fn, curv = laplax.laplace(
+        model_fn, params, (X, normal(6, 2)), loss_fn="mse", curv_type="kfac"
+    )
+    posterior = posterior_fn({"prior_prec": 0.5})
+    found = as_matrix(posterior.cov_mv(posterior.state), params)
+    expected = np.linalg.inv(np.asarray(curv.to_dense()) + 0.5 * np.eye(24))
+    np.testing.assert_allclose(found, expected, **tolerance(jnp.float64))
+
+
+def test_weights_that_laplax_samples_have_the_covariance_of_full():
+    n, full = 50_000, np.asarray(fit(REGRESSION, "full")[1])
+    posterior = fit(REGRESSION, "kfac")[0]({"prior_prec": 0.5})
+
+    @jax.jit
+    def second_moments(key):
+        def draw(key):
+            sample = normal_like(key, TRAINED, posterior.scale_mv(posterior.state))
+            return ravel_pytree(jax.tree.map(jnp.subtract, sample, TRAINED))[0]
+
+        offsets = jax.vmap(draw)(jax.random.split(key, n))
+        return offsets.T @ offsets / n
+
+    covariance = np.linalg.inv(full + 0.5 * np.eye(len(full)))
+    variances = np.diag(covariance)
+    error = np.sqrt((np.outer(variances, variances) + covariance**2) / n)
+    assert (np.abs(second_moments(jax.random.key(0)) - covariance) < 6 * error).all()
+
+
+@pytest.mark.parametrize("curv_type", OURS)
+@pytest.mark.parametrize("prior", PRIORS, ids=str)
+def test_marginal_likelihoods_are_those_of_full(prior, curv_type):
+    arguments, loss_scaling_factor = prior
+    found, full = (
+        marginal_log_likelihood(
+            fit(REGRESSION, name)[1],
+            arguments,
+            dict(zip(("input", "target"), REGRESSION.data, strict=True)),
+            linear,
+            REGRESSION.params,
+            "mse",
+            name,
+            vmap_over_data=True,
+            loss_scaling_factor=loss_scaling_factor,
+        )
+        for name in (curv_type, "full")
+    )
+    np.testing.assert_allclose(found, full, **tolerance(jnp.float64))
+
+
+# -- calibration and evaluation ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A case, and options of `laplax.calibration`."""
+
+    case: Case
+    objective: str
+    predictive_type: str = "none"
+
+    def __str__(self) -> str:
+        return f"{self.case},{self.objective}"
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        Calibration(REGRESSION, "nll"),
+        Calibration(REGRESSION, "chi_squared"),
+        Calibration(REGRESSION, "marginal_log_likelihood"),
+        Calibration(CLASSES, "nll", "mean_field_0"),
+        Calibration(CLASSES, "ece", "mean_field_1"),
+    ],
+    ids=str,
+)
+def test_calibration_chooses_what_it_chooses_with_full(calibration, monkeypatch):
+    case = calibration.case
+    # Validation data far from the fit, so that the objectives have their minimum inside the grid.
+    target = case.data[1] if case is CLASSES else linear(X, case.params) + 3 * normal(6, 2, seed=5)
+    data = {"input": X, "target": target}
+    chosen = {}
+    for curv_type in ("kfac", "full"):
+        posterior_fn, curv = fit(case, curv_type)
+        seen: list[Any] = []
+        method = functools.partial(record, seen)
+        monkeypatch.setitem(laplax.api.calibration_options, "recorded", method)
+        chosen[curv_type] = (
+            laplax.calibration(
+                posterior_fn, linear, case.params, data, loss_fn=case.loss_fn,
+                curv_estimate=curv, curv_type=curv_type,
+                calibration_objective=calibration.objective,
+                predictive_type=calibration.predictive_type, calibration_method="recorded",
+            )[0],
+            seen,
+        )  # fmt: skip
+    assert chosen["kfac"][0] == chosen["full"][0]
+    np.testing.assert_allclose(chosen["kfac"][1], chosen["full"][1], rtol=1e-9)
+    assert np.ptp(chosen["full"][1]) > 0
+
+
+def record(seen, objective, data):
+    """A grid search that keeps the objective's values."""
+    grid = np.logspace(-2, 2, 5)
+    seen += [float(objective({"prior_prec": p}, data)) for p in grid]
+    return {"prior_prec": grid[int(np.argmin(seen))]}
+
+
+def test_grid_search_runs_with_our_type():
+    posterior_fn, curv = fit(REGRESSION, "kfac")
+    prior, set_predictive = laplax.calibration(
+        posterior_fn, linear, TRAINED, REGRESSION.data, loss_fn="mse", curv_estimate=curv,
+        curv_type="kfac", grid_size=3,
+    )  # fmt: skip
+    assert set(prior) == {"prior_prec"}
+    predictions = set_predictive(prior_arguments=prior)(X[0])
+    assert np.isfinite(predictions["pred_std"]).all()
+
+
+PREDICTIONS = transfer_entry(["pred_act", "pred_mean", "pred_std"])
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        (REGRESSION, {"metrics": "regression"}),
+        (CLASSES, {"metrics": PREDICTIONS, "predictive_type": "mean_field_0"}),
+        (CLASSES, {"metrics": PREDICTIONS, "predictive_type": "mean_field_2"}),
+    ],
+    ids=["regression", "mean_field_0", "mean_field_2"],
+)
+def test_linearised_evaluation_gives_the_metrics_of_full(case, options):
+    data = {"input": normal(4, 3, seed=6), "target": case.data[1][:4]}
+    found, full = (
+        laplax.evaluation(
+            fit(case, name)[0], linear, case.params, {"prior_prec": 0.3}, data, **options
+        )[0]
+        for name in ("kfac", "full")
+    )
+    assert set(found) == set(full)
+    for name, values in full.items():
+        np.testing.assert_allclose(found[name], values, **tolerance(jnp.float64), err_msg=name)
+
+
+@pytest.mark.parametrize("case", [REGRESSION, CLASSES], ids=str)
+def test_sampled_evaluation_agrees_with_full(case):
+    # The two take different square roots of one covariance: their samples agree in distribution.
+    data = {"input": normal(4, 3, seed=6), "target": case.data[1][:4]}
+    found, full = (
+        laplax.evaluation(
+            fit(case, name)[0], linear, case.params, {"prior_prec": 0.3}, data,
+            pushforward_type="nonlinear", num_samples=10_000,
+            metrics=transfer_entry(["pred_mean", "pred_std"]),
+        )[0]
+        for name in ("kfac", "full")
+    )  # fmt: skip
+    np.testing.assert_allclose(found["pred_std"], full["pred_std"], rtol=0.05)
+    error = np.abs(found["pred_mean"] - full["pred_mean"]) / full["pred_std"]
+    assert error.max() < 6 * np.sqrt(2 / 10_000)
+
+
+# -- forms of arguments ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "curv_type",
+    ["kfac", "KFAC", "Kfac", CurvApprox("kfac"), "ekfac", CurvApprox("ekfac")],
+    ids=repr,
+)
+def test_names_and_members_are_accepted(curv_type):
+    posterior_fn, curv = fit.__wrapped__(REGRESSION, curv_type)
+    expected = fit(REGRESSION, str(curv_type).lower())[1]
+    np.testing.assert_array_equal(curv.to_dense(), expected.to_dense())
+    assert posterior_fn({"prior_prec": 1.0}).state is not None
+
+
+def test_the_types_are_members_of_the_enumeration():
+    assert CurvApprox.KFAC is CurvApprox("kfac")
+    assert isinstance(CurvApprox("ekfac"), CurvApprox)
+    assert CurvApprox("kfac") == "kfac"
+    assert [member.name for member in CurvApprox].count("KFAC") == 1
+    assert list(CurvApprox)[:4] == ["full", "diagonal", "lanczos", "lobpcg"]
+    with pytest.raises(ValueError, match="'other' is not a valid CurvApprox"):
+        CurvApprox("other")
+
+
+class Loader:
+    """Re-iterable, with batches of two; counts its passes and its batches."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+        self.passes = self.batches = 0
+
+    def __iter__(self):
+        self.passes += 1
+        for a in range(0, len(self.x), 2):
+            self.batches += 1
+            yield self.x[a : a + 2], self.y[a : a + 2]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x, y: {"input": x, "target": y},
+        lambda x, y: (jnp.asarray(x), jnp.asarray(y)),
+        Loader,
+        lambda x, y: list(Loader(x, y)),
+        lambda x, y: [{"input": x[:5], "target": y[:5]}, {"input": x[5:], "target": y[5:]}],
+        lambda x, y: [(x, y)],
+        lambda x, y: iter(Loader(x, y)),
+    ],
+    ids=["dict", "jax arrays", "loader", "list", "list of dicts", "list of one", "iterator"],
+)
+def test_data_may_come_in_any_form(make):
+    data = make(*REGRESSION.data)
+    curv = laplax.laplace(linear, TRAINED, data, loss_fn="mse", curv_type="kfac")[1]
+    expected = fit(REGRESSION, "kfac")[1].to_dense()
+    np.testing.assert_allclose(curv.to_dense(), expected, **tolerance(jnp.float64))
+
+
+@pytest.mark.parametrize(("curv_type", "passes"), [("kfac", 1), ("ekfac", 2)])
+def test_a_loader_is_read_no_more_often_than_needed(curv_type, passes):
+    # Not even one batch is consumed to look at its form.
+    loader = Loader(*REGRESSION.data)
+    laplax.laplace(linear, TRAINED, loader, loss_fn="mse", curv_type=curv_type)
+    assert (loader.passes, loader.batches) == (passes, 3 * passes)
+
+
+@pytest.mark.parametrize("curv_type", OURS)
+def test_numbers_of_samples_scale_as_for_full(curv_type):
+    sizes: Any = {"num_curv_samples": 6, "num_total_samples": 60}
+    found, full = (
+        laplax.laplace(linear, TRAINED, REGRESSION.data, loss_fn="mse", curv_type=name, **sizes)[1]
+        for name in (curv_type, "full")
+    )
+    np.testing.assert_allclose(found.to_dense(), full, **tolerance(jnp.float64))
+    once = fit(REGRESSION, "full")[1]
+    np.testing.assert_allclose(full, 0.1 * once, **tolerance(jnp.float64))
+
+
+def test_options_reach_kfac():
+    options: Any = {
+        "fisher_type": "mc", "mc_samples": 2, "key": jax.random.key(3), "kfac_approx": "reduce",
+        "separate_weight_and_bias": True,
+    }  # fmt: skip
+    found = laplax.laplace(
+        linear,
+        TRAINED,
+        REGRESSION.data,
+        loss_fn="mse",
+        curv_type="kfac",
+        curv_mv_jit=True,
+        **options,
+    )[1]
+    expected = laplax_kfac.kfac(linear, TRAINED, REGRESSION.data, loss_fn="mse", **options)
+    assert [layer.name for layer in found.layers] == ["b", "w"]
+    np.testing.assert_array_equal(found.to_dense(), expected.to_dense())
+
+
+def test_models_of_batches_are_accepted():
+    found = laplax.laplace(
+        linear, CONSTANT, CLASSES.data, loss_fn="cross_entropy", curv_type="kfac",
+        vmap_over_data=False,
+    )[1]  # fmt: skip
+    expected = fit(CLASSES, "kfac")[1].to_dense()
+    np.testing.assert_allclose(found.to_dense(), expected, **tolerance(jnp.float64))
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'fisher'"):
+        laplax.laplace(
+            linear, TRAINED, REGRESSION.data, loss_fn="mse", curv_type="kfac", fisher="mc"
+        )
+
+
+# -- laplax's functions below `laplace` --------------------------------------------------------
+
+
+@pytest.mark.parametrize("curv_type", OURS)
+def test_estimate_curvature_needs_the_model_and_says_so(curv_type):
+    message = (
+        f"curv_type='{curv_type}' reads the layers off the model, which a matrix-vector product "
+        r"does not show; missing: model_fn, data, loss_fn\. Call laplax\.laplace\(model_fn, params"
+    )
+    with pytest.raises(TypeError, match=message):
+        estimate_curvature(curv_type, mv=lambda v: v, layout=TRAINED)
+    with pytest.raises(TypeError, match="missing: layout"):
+        estimate_curvature(
+            curv_type, mv=lambda v: v, model_fn=linear, data=REGRESSION.data, loss_fn="mse"
+        )
+
+
+@pytest.mark.parametrize("curv_type", OURS)
+def test_estimate_curvature_and_create_posterior_fn_take_the_model_as_options(curv_type):
+    options: Any = {
+        "mv": None, "layout": TRAINED, "model_fn": linear, "data": REGRESSION.data, "loss_fn": "mse"
+    }  # fmt: skip
+    posterior_fn, expected = fit(REGRESSION, curv_type)
+    found = estimate_curvature(curv_type, **options)
+    np.testing.assert_array_equal(found.to_dense(), expected.to_dense())
+    posterior, other = (
+        function({"prior_prec": 1.0})
+        for function in (create_posterior_fn(curv_type, **options), posterior_fn)
+    )
+    for got, want in zip(*map(jax.tree.leaves, (posterior.state, other.state)), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_states_of_posteriors_go_through_jit_and_vmap_over_the_prior():
+    posterior_fn, curv = fit(REGRESSION, "kfac")
+    priors = np.asarray([0.1, 3.0])
+
+    def product(prior_prec):
+        posterior = posterior_fn({"prior_prec": prior_prec})
+        return ravel_pytree(posterior.cov_mv(posterior.state)(TRAINED))[0]
+
+    found = jax.jit(jax.vmap(product))(priors)
+    flat = np.asarray(ravel_pytree(TRAINED)[0])
+    for got, prior_prec in zip(found, priors, strict=True):
+        precision = np.asarray(curv.to_dense()) + prior_prec * np.eye(flat.size)
+        np.testing.assert_allclose(got, np.linalg.solve(precision, flat), **tolerance(jnp.float64))
+
+
+# -- registering -------------------------------------------------------------------------------
+
+BEFORE_AND_AFTER = """
+import inspect, json
+import jax, jax.numpy as jnp, laplax, numpy as np
+from laplax import laplace  # a reference from before the import of laplax_kfac
+from loguru import logger
+
+logger.remove()
+jax.config.update("jax_enable_x64", True)  # laplax's lanczos does so anyway
+rng = np.random.default_rng(0)
+params = {"v": jnp.asarray(rng.normal(size=(4, 2))), "w": jnp.asarray(rng.normal(size=(3, 4)))}
+data = jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(5, 2)))
+
+def model_fn(input, params):
+    return jnp.tanh(input @ params["w"]) @ params["v"]
+
+def outcome(function, curv_type, **options):
+    posterior_fn, curv = function(
+        model_fn, params, data, loss_fn="mse", curv_type=curv_type, **options
+    )
+    posterior = posterior_fn({"prior_prec": 0.7})
+    product = posterior.cov_mv(posterior.state)(params)
+    return [np.asarray(x) for x in jax.tree.leaves((curv, posterior.state, product))]
+
+def error(function, **arguments):
+    try:
+        function(model_fn, params, data, **arguments)
+    except Exception as e:
+        return [type(e).__name__, str(e)]
+
+OPTIONS = {
+    "full": {"curv_mv_jit": True},
+    "FULL": {"num_curv_samples": 2, "num_total_samples": 3},
+    "diagonal": {},
+    "lanczos": {"rank": 5, "key": jax.random.key(1)},
+    "lobpcg": {"rank": 3, "key": jax.random.key(1)},
+}
+
+def observe(function):
+    return {
+        "fits": {name: outcome(function, name, **options) for name, options in OPTIONS.items()},
+        "errors": [
+            error(function, loss_fn="mse", curv_type="ggn"),
+            error(function, loss_fn="mse", curv_type=None),
+            error(function, loss_fn="mse"),
+            error(function, curv_type="full"),
+            error(function, loss_fn="l1", curv_type="full"),
+        ],
+        "signature": str(inspect.signature(function)),
+        "parameters": list(inspect.signature(function).parameters),
+        "doc": function.__doc__,
+        "name": [function.__module__, function.__qualname__],
+    }
+
+before = observe(laplace)
+unknown = error(laplace, loss_fn="mse", curv_type="kfac")
+import laplax_kfac
+after = observe(laplax.laplace)
+same = {
+    name: len(a) == len(after["fits"][name]) > 2
+    and all(np.array_equal(x, y) for x, y in zip(a, after["fits"][name]))
+    for name, a in before.pop("fits").items()
+}
+del after["fits"]
+print(json.dumps({
+    "same": same,
+    "before": before,
+    "after": after,
+    "unknown before": unknown,
+    "one function": laplace is laplax.laplace is laplax.api.laplace,
+    "early reference": len(outcome(laplace, "kfac")),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def observed():
+    """laplax in a fresh process, before and after `import laplax_kfac`."""
+    run = subprocess.run(
+        [sys.executable, "-c", BEFORE_AND_AFTER],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("curv_type", ["full", "FULL", "diagonal", "lanczos", "lobpcg"])
+def test_other_curvature_types_give_bitwise_the_same(observed, curv_type):
+    assert observed["same"][curv_type]
+
+
+def test_errors_signature_and_documentation_of_laplace_stay(observed):
+    assert observed["after"] == observed["before"]
+    kinds = [error and error[0] for error in observed["before"]["errors"]]
+    assert kinds == ["ValueError", "AttributeError", "TypeError", "TypeError", "ValueError"]
+    assert observed["before"]["parameters"][:3] == ["model_fn", "params", "data"]
+
+
+def test_a_reference_to_laplace_from_before_the_import_dispatches_too(observed):
+    assert observed["one function"]
+    assert observed["unknown before"] == ["ValueError", "'kfac' is not a valid CurvApprox"]
+    assert observed["early reference"] > 2
+
+
+def test_reloading_and_registering_again_is_harmless():
+    function, original = laplax.laplace, laplax.api._laplax_kfac_original
+    importlib.reload(laplax_kfac.plugin)
+    laplax_kfac.plugin.register()
+    laplax_kfac.plugin.register()
+    assert laplax.laplace is function
+    assert laplax.api._laplax_kfac_original is original
+    assert len(CurvApprox) == 4 + len(OURS)
+    for curv_type in ("full", "kfac"):
+        found, expected = fit.__wrapped__(REGRESSION, curv_type), fit(REGRESSION, curv_type)
+        for got, want in zip(*(jax.tree.leaves(f[1]) for f in (found, expected)), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_a_laplax_without_a_register_is_refused_with_the_version_that_has_one(monkeypatch):
+    monkeypatch.delattr(laplax.register, "register_curvature_method")
+    with pytest.raises(
+        ImportError, match=r"lacks laplax\.register, which .* install laplax 0\.0\.2"
+    ):
+        laplax_kfac.plugin.register()
+
+
+@pytest.mark.parametrize("curv_type", ["full", "diagonal"])
+def test_the_original_is_what_runs_for_other_types(curv_type):
+    found = laplax.laplace(linear, TRAINED, REGRESSION.data, loss_fn="mse", curv_type=curv_type)
+    expected = laplax.api._laplax_kfac_original(
+        linear, TRAINED, REGRESSION.data, loss_fn="mse", curv_type=curv_type
+    )
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+# -- laplax's own defects: when one of these fails, laplax has mended it -----------------------
+
+
+def test_defect_laplace_and_create_ggn_mv_scale_by_inverse_factors():
+    exact = np.asarray(dense_ggn(linear, TRAINED, REGRESSION.data, "mse"))
+    data = dict(zip(("input", "target"), REGRESSION.data, strict=True))
+    # 6 of 60 examples were seen: an estimate of the whole is 10 times what was seen.
+    mv = create_ggn_mv(linear, TRAINED, data, "mse", num_curv_samples=6, num_total_samples=60)
+    np.testing.assert_allclose(as_matrix(mv, TRAINED), 10 * exact, **tolerance(jnp.float64))
+    full = laplax.laplace(
+        linear, TRAINED, REGRESSION.data, loss_fn="mse", curv_type="full",
+        num_curv_samples=6, num_total_samples=60,
+    )[1]  # fmt: skip
+    np.testing.assert_allclose(full, 0.1 * exact, **tolerance(jnp.float64))
+
+
+def test_defect_low_rank_log_determinant():
+    s, rank, size = 0.25, 2, 8
+    values = np.asarray([3.0, 1.0])
+    terms = LowRankTerms(jnp.eye(size)[:, :rank], jnp.asarray(values), jnp.asarray(s))
+    params = {"w": np.zeros(size)}
+    evidence = low_rank_marginal_log_likelihood(
+        terms, {"prior_prec": 1.0}, lambda *_: 0.0, params, {"input": 0, "target": 0}
+    )
+    # Without data and at parameters zero, the evidence is minus half the log-determinant.
+    right = np.linalg.slogdet(s * np.eye(size) + np.diag(np.append(values, np.zeros(6))))[1]
+    np.testing.assert_allclose(right, size * np.log(s) + np.log1p(values / s).sum(), rtol=1e-12)
+    laplax_has = rank * np.log(s) + np.log1p(s * values).sum()
+    np.testing.assert_allclose(-2 * evidence, laplax_has, rtol=1e-12)
+    assert abs(laplax_has - right) > 1
+
+
+def test_defect_evidence_of_the_squared_error():
+    # Linear regression with known noise: the evidence is a Gaussian density of the targets.
+    x, y, tau, noise = X[:, :2], normal(6, 1, seed=4), 0.5, 0.3
+    features = np.concatenate([np.ones((6, 1)), x], axis=1)
+    covariance = noise * np.eye(6) + features @ features.T / tau
+    right = -0.5 * (
+        y[:, 0] @ np.linalg.solve(covariance, y[:, 0])
+        + np.linalg.slogdet(covariance)[1]
+        + 6 * np.log(2 * np.pi)
+    )
+    mean = np.linalg.solve(features.T @ features + noise * tau * np.eye(3), features.T @ y[:, 0])
+    params = {"b": mean[:1], "w": mean[1:, None]}
+
+    def evidence(curv_type, **arguments):
+        curv = laplax.laplace(linear, params, (x, y), loss_fn="mse", curv_type=curv_type)[1]
+        return marginal_log_likelihood(
+            curv, {"prior_prec": tau, **arguments}, {"input": x, "target": y}, linear, params,
+            "mse", curv_type, vmap_over_data=True,
+        )  # fmt: skip
+
+    for curv_type in ("full", *OURS):  # ours follows laplax here, so that the two can be compared
+        # Right up to a constant, if the noise is passed twice and in two conventions ...
+        constant = 6 / 2 * np.log(2 * np.pi * noise)
+        found = evidence(curv_type, sigma_squared=1 / (2 * noise), sigma=noise)
+        np.testing.assert_allclose(found - constant, right, rtol=1e-9)
+        # ... and wrong by more than the constant if it is passed once, or not at all.
+        for arguments in ({}, {"sigma": noise}, {"sigma_squared": 1 / (2 * noise)}):
+            assert abs(evidence(curv_type, **arguments) - constant - right) > 0.5
+
+
+def test_defect_loaders():
+    x, y = REGRESSION.data
+    exact = np.asarray(laplax_full(linear, TRAINED, (x, y), "mse"))
+    batches = list(Loader(x, y))
+    arguments: Any = {"loss_fn": "mse", "curv_type": "full"}
+    # A generator is empty after laplace's look at its first batch and its check of shapes.
+    with pytest.raises(ValueError, match="data loader was empty"):
+        laplax.laplace(linear, TRAINED, iter(batches), **arguments)
+    # A list is taken for one batch, unless it has two entries.
+    for wrong in (batches, [(x, y)]):
+        with pytest.raises(ValueError, match="received len != 2"):
+            laplax.laplace(linear, TRAINED, wrong, **arguments)
+    two = laplax.laplace(linear, TRAINED, [(x[:3], y[:3]), (x[3:], y[3:])], **arguments)[1]
+    np.testing.assert_allclose(two, exact, **tolerance(jnp.float64))
+    # The default reduction averages over the first axis of the parameters.
+    mv = create_ggn_mv(linear, TRAINED, {"input": x, "target": y}, "mse")
+    reduced = DataLoaderMV(lambda vec, data: mv(vec), [(x, y)])(TRAINED)  # noqa: ARG005
+    assert jax.tree.map(jnp.shape, reduced) == {"b": (), "w": (2,)}

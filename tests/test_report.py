@@ -1,0 +1,145 @@
+"""The report tells the truth about layers, shares and memory."""
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+
+import laplax_kfac
+from laplax_kfac.factors import KroneckerSums
+from laplax_kfac.report import LayerReport, memory
+
+NAMES = [m.name for m in models.MODELS]
+
+
+def report_of(name, **options):
+    model_fn, params, inputs, _ = models.by_name(name).make()
+    one = jax.tree.map(lambda x: x[0], inputs)
+    return laplax_kfac.find_layers(model_fn, params, one, **options)
+
+
+def rows_of(report):
+    """The printed table, by columns; cells are read by where the header says they begin."""
+    lines = str(report).splitlines()
+    header = lines[0]
+    names = header.split()
+    starts = [header.index(f"{n}") if k == 0 else header.index(f" {n}") + 1
+              for k, n in enumerate(names)]  # fmt: skip
+    ends = [*starts[1:], None]
+    body = lines[2 : 2 + len(report)]
+    return [
+        {n: line[a:b].strip() for n, a, b in zip(names, starts, ends, strict=True)} for line in body
+    ]
+
+
+def test_columns():
+    report = report_of("nnx_layer_norm")
+    assert str(report).splitlines()[0].split() == [
+        "layer", "pattern", "block", "shape", "S", "stack", "params", "memory", "why"
+    ]  # fmt: skip
+    rows = rows_of(report)
+    assert rows[0] == {
+        "layer": "lin", "pattern": "dense", "block": "kronecker", "shape": "4+1 x 5", "S": "1",
+        "stack": "1", "params": "25", "memory": "200 B", "why": "",
+    }  # fmt: skip
+    scale = rows[2]
+    assert scale["layer"] == "norm/scale"
+    assert (scale["shape"], scale["params"], scale["memory"]) == ("5", "5", "100 B")
+    assert "elementwise" in scale["why"]
+
+
+def test_positions_and_stacks_have_columns():
+    (row,) = rows_of(report_of("grouped_einsum"))
+    assert (row["shape"], row["S"], row["stack"], row["params"]) == ("3+1 x 4", "5", "2", "32")
+
+
+def test_several_uses_are_told():
+    (row,) = rows_of(report_of("tied"))
+    assert "nearest Kronecker product of the sum of 2 uses" in row["why"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shares_are_those_of_all_parameters(name):
+    report = report_of(name)
+    lines = str(report).splitlines()[3 + len(report) : -1]
+    counts = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in lines}
+    shares = [float(line.split()[-1].rstrip("%")) for line in lines]
+    _, params, *_ = models.by_name(name).make()
+    assert sum(counts.values()) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert sum(shares) == pytest.approx(100.0, abs=0.05 * len(shares) + 1e-9)
+    for block, count in counts.items():
+        assert count == sum(layer.size for layer in report if layer.block == block)
+    assert 0 not in counts.values()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mlp", "grouped_einsum", "scan_over_layers", "nnx_layer_norm", "leaves_that_do_not_count",
+     "embedding", "tied_autoencoder"],
+)  # fmt: skip
+@pytest.mark.parametrize("separate", [False, True], ids=["joint", "separate"])
+def test_memory_is_that_of_the_statistics(name, separate):
+    """In float32, counted on the arrays that an accumulation holds."""
+    model_fn, params, inputs, _ = models.by_name(name).make()
+    report = report_of(name, separate_weight_and_bias=separate)
+    accumulator = laplax_kfac.accumulator(
+        model_fn, params, loss_fn="mse", separate_weight_and_bias=separate
+    )
+    output = jax.eval_shape(
+        jax.vmap(lambda x: model_fn(input=x, params=params)), inputs
+    )  # fmt: skip
+    statistics = accumulator.update(
+        accumulator.init(), (inputs, jnp.zeros(output.shape, output.dtype))
+    )
+    expected = 0
+    for layer, sums in zip(statistics.layers, statistics.sums, strict=True):
+        arrays = jax.tree.leaves(sums)
+        if isinstance(sums, KroneckerSums):
+            arrays = [sums.inputs, sums.outputs]  # and the counts, a number each
+        held = sum(a.size for a in arrays) * 4
+        assert memory(layer) == held, layer.name
+        expected += held
+    assert sum(map(memory, report)) == expected
+
+
+def test_total_memory_is_readable():
+    def line(*sizes):
+        layer = report_of("mlp_without_bias")[0]
+        layers = [
+            laplax_kfac.Layer(
+                f"l{k}", layer.pattern, layer.params, "diagonal", size, 1, segments=layer.segments
+            )
+            for k, size in enumerate(sizes)
+        ]
+        return str(LayerReport(layers)).splitlines()[-1]
+
+    assert line(10) == "memory of the factors: 40 B"
+    assert line(249, 1) == "memory of the factors: 1 kB"
+    assert line(10_000) == "memory of the factors: 40 kB"
+    assert line(1_000_000, 500_000) == "memory of the factors: 6 MB"
+    assert line(10**12) == "memory of the factors: 4e+03 GB"
+
+
+def test_layers_by_name_and_by_number():
+    layers = report_of("mlp")
+    assert layers["lin2"] is layers[1]
+    assert layers[-1] is layers[1]
+    assert [layer.name for layer in layers] == ["lin1", "lin2"]
+    assert len(layers[:1]) == 1
+    assert repr(layers) == str(layers)
+
+
+def test_unknown_names_are_told_the_known_ones():
+    with pytest.raises(
+        KeyError, match=r"no layer is named 'lin3'; the names are \['lin1', 'lin2'\]"
+    ):
+        report_of("mlp")["lin3"]
+
+
+def test_example_may_be_numpy_or_a_pytree():
+    model_fn, params, inputs, _ = models.by_name("two_inputs_and_two_outputs").make()
+    one = jax.tree.map(lambda x: np.asarray(x[0]), inputs)
+    assert [layer.name for layer in laplax_kfac.find_layers(model_fn, params, one)] == [
+        "one", "out", "two"
+    ]  # fmt: skip
