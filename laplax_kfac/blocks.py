@@ -176,6 +176,19 @@ class BlockDiagonal:
         blocks = tuple(replace(b, eigenvalues=function(b.eigenvalues)) for b in self.blocks)
         return replace(self, blocks=blocks)
 
+    def num_free(self) -> int:
+        """Number of parameters that are not frozen."""
+        return sum(layer.size for layer in self.layers if not layer.frozen)
+
+    def squared_norm(self, v: PyTree) -> Float[Array, ""]:
+        """Squared norm of a pytree like the parameters, over those that are not frozen."""
+        parts = [
+            jnp.sum(jnp.abs(part) ** 2)
+            for part, layer in zip(self.read(v), self.layers, strict=True)
+            if not layer.frozen and jnp.issubdtype(part.dtype, jnp.inexact)
+        ]
+        return sum(parts, jnp.zeros(()))
+
     def mv(self, v: PyTree) -> PyTree:
         """Matrix-vector product.
 
@@ -213,8 +226,10 @@ class BlockDiagonal:
         return sum((jnp.sum(b.eigenvalues) for b in self.blocks), jnp.zeros(()))
 
     def log_determinant(self) -> Float[Array, ""]:
-        """Logarithm of the determinant; -inf for a singular matrix."""
-        return sum((jnp.sum(jnp.log(b.eigenvalues)) for b in self.blocks), jnp.zeros(()))
+        """Logarithm of the determinant on all but frozen parameters; -inf if singular."""
+        pairs = zip(self.blocks, self.layers, strict=True)
+        logs = [jnp.sum(jnp.log(b.eigenvalues)) for b, layer in pairs if not layer.frozen]
+        return sum(logs, jnp.zeros(()))
 
 
 def _read(space: ParameterSpace, layer: Layer, leaves: Sequence[Array]) -> Float[Array, "..."]:

@@ -189,9 +189,7 @@ def _use_record(program: Program, member: Member, inputs: Inputs, at_uses: Probe
     positions = use.pattern.outputs(
         use.eqn, use.operand, np.empty(jaxprs.shape(use.eqn.outvars[0]), bool)
     ).shape[0]
-    active = jnp.broadcast_to(
-        active[..., None, None, None], (*use.lanes, positions, values.shape[-2], 1)
-    )
+    active = jnp.broadcast_to(active[..., None], (*use.lanes, positions, values.shape[-2], 1))
     gradients = at_uses[_probe_of(program, claim.use)]
     outputs = lambda g: use.pattern.outputs(use.eqn, use.operand, g)  # noqa: E731
     for _ in range(1 + len(use.lanes)):
@@ -199,6 +197,8 @@ def _use_record(program: Program, member: Member, inputs: Inputs, at_uses: Probe
     a = values if claim.bias is None else claim.bias * active.astype(values.dtype)
     a, active = _canonical(a, claim.shared), _canonical(active, claim.shared)
     g = jax.vmap(lambda x: _canonical(x, claim.shared))(outputs(gradients))
+    if use.pattern.active is not None:
+        g = g * active.astype(g.dtype)
     if claim.input_scale is not None and claim.indexed:
         rows = jnp.asarray(claim.input_scale, g.dtype)  # (stack, rows)
         g = g * jnp.take_along_axis(rows, a[..., 0].T, axis=1).T[..., None]
@@ -283,11 +283,19 @@ def run(
             outputs = jaxprs.evaluate(jaxpr, eqn, values)
         for key, use in plan.uses.get(number, []):
             others = tuple(v for k, v in enumerate(values) if k != use.operand)
-            inputs[key] = (use.pattern.inputs(eqn, use.operand, others), jnp.ones(()))
+            active = use.pattern.active or _always
+            inputs[key] = (
+                use.pattern.inputs(eqn, use.operand, others),
+                active(eqn, use.operand, others),
+            )
         if number in plan.probes:
             outputs[0] = outputs[0] + probes[plan.probes[number]]
         env.update(zip(eqn.outvars, outputs, strict=True))
     return [read(a) for a in jaxpr.outvars], inputs
+
+
+def _always(_: JaxprEqn, __: int, ___: tuple[Any, ...]) -> Array:
+    return jnp.ones((1, 1))
 
 
 def _run_nested(

@@ -391,7 +391,7 @@ def kfac(
             examples, ``"reduce"`` summed up (Eschenhagen et al. 2023, arXiv 2311.00636).
         params_filter: Which parameters get curvature: patterns of paths as in a shell
             (``"encoder/*"``; one or several), a function of the path, or ``"last_layer"``. The
-            others keep their prior; all are covered by default.
+            others are frozen at their value; all are covered by default.
         fallback: Block of parameters without a Kronecker form: ``"dense"`` (up to ``dense_limit``,
             diagonal above), ``"diagonal"``, ``"none"``, or ``"error"``; or these by pattern.
         dense_limit: Most parameters of a leaf that get a dense block.

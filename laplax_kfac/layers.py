@@ -5,6 +5,9 @@ from typing import Literal
 
 from laplax_kfac.layout import Segment
 
+FROZEN = "frozen"
+"""Pattern of parameters that are left out: fixed at their value."""
+
 BlockKind = Literal["kronecker", "dense", "diagonal", "none"]
 
 
@@ -15,10 +18,11 @@ class Layer:
     Attributes:
         name: Path of the layer in the parameter pytree, e.g. ``"encoder/attention/query"``.
         pattern: How the model uses the parameters: ``"dense"``, ``"conv"``, ``"bias"``,
-            ``"scale"``, ..., or ``"unused"``.
+            ``"scale"``, ..., ``"unused"``, or ``"frozen"``.
         params: Paths of the leaves, as ``jax.tree_util.keystr`` writes them.
         block: ``"kronecker"``, ``"dense"``, ``"diagonal"``, or ``"none"`` where the parameters
-            cannot influence the output, so that their posterior is the prior.
+            cannot influence the output, so that their posterior is the prior, and where they are
+            frozen, so that they have no uncertainty.
         in_features: Rows of a Kronecker block's weight matrix, without a joint bias; the number
             of parameters for the other blocks.
         out_features: Columns of the weight matrix; 1 for the other blocks.
@@ -44,6 +48,11 @@ class Layer:
     diagonal: tuple[bool, bool] = (False, False)
     reason: str = ""
     segments: tuple[Segment, ...] = field(default=(), repr=False)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the parameters are fixed at their value."""
+        return self.pattern == FROZEN
 
     @property
     def rows(self) -> int:

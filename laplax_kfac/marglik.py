@@ -144,11 +144,7 @@ def log_marginal_likelihood(
     factor = log_likelihood.curvature_factor(noise_variance)
     posterior = make_posterior(curvature, prior_prec, sigma_squared=factor)
     determinant = posterior.log_determinant()
-    leaves = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    norm = sum(
-        (jnp.sum(jnp.square(jnp.asarray(x, determinant.dtype))) for x in leaves), jnp.zeros(())
-    )
-    size = curvature.space.size
+    norm, size = curvature.squared_norm(params), curvature.num_free()
     complexity = 0.5 * (prior_prec * norm - size * jnp.log(prior_prec) + determinant)
     fit = log_likelihood.log_likelihood(noise_variance)
     return Evidence(fit - complexity, fit, complexity, determinant)

@@ -48,6 +48,9 @@ class Pattern:
         weight: (equation, operand, w) -> w as ``(stack, in, out)``; rearranges entries only.
         inputs: (equation, operand, other operands) -> layer inputs ``(positions, stack, in)``.
         outputs: (equation, operand, y) -> y as ``(positions, stack, out)``; rearranges only.
+        active: (equation, operand, other operands) -> which outputs use which matrix of the stack,
+            1 or 0 of shape ``(positions, stack)``; only where not all do. The identity then holds
+            for those, and inputs of the others are zero.
         indexed: Whether an input picks one row of the weight. ``inputs`` then returns row numbers
             ``(positions, stack, 1)``, -1 for none; they stand for one-hot rows.
     """
@@ -57,6 +60,9 @@ class Pattern:
     weight: Callable[[JaxprEqn, int, Any], Any]
     inputs: Callable[[JaxprEqn, int, tuple[Any, ...]], Shaped[Array, "positions stack in"]]
     outputs: Callable[[JaxprEqn, int, Any], Any]
+    active: Callable[[JaxprEqn, int, tuple[Any, ...]], Shaped[Array, "positions stack"]] | None = (
+        None
+    )
     indexed: bool = False
 
 
@@ -119,6 +125,8 @@ def check(function: Callable[..., Array], operand: int, *operands: Array) -> flo
     if pattern.indexed:
         inputs = one_hot(inputs, weight.shape[1])
     outputs = pattern.outputs(eqns[0], operand, function(*operands))
+    if pattern.active is not None:
+        outputs = outputs * pattern.active(eqns[0], operand, others)[..., None]
     return float(jnp.max(jnp.abs(outputs - jnp.einsum("tki,kio->tko", inputs, weight))))
 
 
@@ -370,6 +378,45 @@ DYNAMIC_SLICE = Pattern(
     "embedding", _lookup_operands, _lookup_weight, _slice_inputs, _slice_outputs, indexed=True
 )
 
+
+# -- experts: ragged_dot of sorted tokens, each with the matrix of its group -------------------
+
+
+def _ragged_operands(eqn: JaxprEqn) -> tuple[int, ...]:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    plain = (
+        tuple(map(tuple, numbers.dot_dimension_numbers[0])) == ((1,), (1,))
+        and not any(numbers.dot_dimension_numbers[1])
+        and tuple(numbers.lhs_ragged_dimensions) == (0,)
+        and tuple(numbers.rhs_group_dimensions) == (0,)
+    )
+    return (1,) if plain else ()
+
+
+def _groups_of_tokens(eqn: JaxprEqn, _: int, others: tuple[Any, ...]) -> Any:
+    ends = jnp.cumsum(others[1])
+    token = jnp.arange(jaxprs.shape(eqn.invars[0])[0])[:, None]
+    return ((token < ends) & (token >= ends - others[1])).astype(others[0].dtype)
+
+
+def _ragged_inputs(eqn: JaxprEqn, operand: int, others: tuple[Any, ...]) -> Any:
+    return others[0][:, None, :] * _groups_of_tokens(eqn, operand, others)[..., None]
+
+
+def _ragged_outputs(eqn: JaxprEqn, _: int, y: Any) -> Any:
+    return y[:, None, :].repeat(jaxprs.shape(eqn.invars[1])[0], axis=1)
+
+
+RAGGED = Pattern(
+    "dense",
+    _ragged_operands,
+    weight=lambda _, __, w: w,
+    inputs=_ragged_inputs,
+    outputs=_ragged_outputs,
+    active=_groups_of_tokens,
+)
+
+register("ragged_dot_general", RAGGED)
 register("dot_general", DENSE)
 register("conv_general_dilated", CONV)
 register("gather", GATHER)

@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import laplax
 import laplax.api
@@ -107,8 +108,15 @@ def marginal_log_likelihood(
     joint = joint_log_likelihood(
         full_fn=full_fn, prior_arguments=prior_arguments, params=params, data=data
     )
-    size = posterior_precision.space.size
-    return joint + 0.5 * size * jnp.log(2 * jnp.pi) - 0.5 * posterior_precision.log_determinant()
+    everything, free = posterior_precision.space.size, posterior_precision.num_free()
+    prior_prec = prior_arguments["prior_prec"]
+    # laplax's prior is over all parameters; frozen ones have none.
+    leaves = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    norm = sum(jnp.sum(jnp.abs(leaf) ** 2) for leaf in leaves)
+    frozen_norm = norm - posterior_precision.squared_norm(params)
+    frozen_prior = 0.5 * (everything - free) * jnp.log(prior_prec / (2 * jnp.pi))
+    joint = joint + 0.5 * prior_prec * frozen_norm - frozen_prior
+    return joint + 0.5 * free * jnp.log(2 * jnp.pi) - 0.5 * posterior_precision.log_determinant()
 
 
 # -- laplax.laplace ----------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 Posterior precision: ``(sigma_squared * curvature + prior_prec * I) / loss_scaling_factor``, the
 convention of laplax's own curvature types. No factorisation happens here: the curvature's
 eigendecomposition serves every prior, so everything is differentiable in the hyperparameters.
+Frozen parameters have infinite precision: no variance, and no part in the determinant.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -119,9 +120,14 @@ def make_posterior(
         ValueError: If ``prior_prec`` is not a scalar, or not positive.
     """
     prior_prec = _checked(prior_prec)
-    return Posterior(
-        curvature.map(lambda e: (sigma_squared * e + prior_prec) / loss_scaling_factor)
+    precision = curvature.map(lambda e: (sigma_squared * e + prior_prec) / loss_scaling_factor)
+    blocks = tuple(
+        replace(block, eigenvalues=jnp.full_like(block.eigenvalues, jnp.inf))
+        if layer.frozen
+        else block
+        for block, layer in zip(precision.blocks, precision.layers, strict=True)
     )
+    return Posterior(replace(precision, blocks=blocks))
 
 
 def _checked(prior_prec: Scalar) -> Scalar:

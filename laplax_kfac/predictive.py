@@ -31,7 +31,7 @@ from laplax_kfac.layers import Layer
 from laplax_kfac.parser import ModelFn, Program, parse
 from laplax_kfac.posterior import Scalar, make_posterior
 from laplax_kfac.resolve import Resolved
-from laplax_kfac.selection import Selection
+from laplax_kfac.selection import Fallback, Selection
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -166,20 +166,25 @@ def _same_model(
 
 
 def _grouping(layer: Layer) -> tuple[Any, ...]:
-    return layer.segments, layer.block, layer.stack, layer.diagonal
+    probed = layer.block in ("none", "diagonal")  # a block "none" is a diagonal of zeros
+    return layer.segments, "diagonal" if probed else layer.block, layer.stack, layer.diagonal
 
 
 def _selection_of(curvature: BlockDiagonal, *, separate: bool) -> Selection:
-    """The selection that gives every parameter the kind of block it has in the curvature."""
+    """The selection that gives every parameter the kind of block it has in the curvature.
+
+    Parameters without curvature are probed as a diagonal: they have the variance of their prior.
+    """
     name_of = dict(zip(curvature.space.paths, curvature.space.names, strict=True))
-    blocks = {name_of[p]: layer.block for layer in curvature.layers for p in layer.params}
-    none = {p for layer in curvature.layers if layer.block == "none" for p in layer.params}
-    other = {p for layer in curvature.layers if layer.block != "none" for p in layer.params}
-    left_out = {name_of[p] for p in none - other}
-    kept = tuple((glob.escape(n), b) for n, b in blocks.items() if b in ("dense", "diagonal"))
+    frozen = {name_of[p] for layer in curvature.layers if layer.frozen for p in layer.params}
+    kinds: dict[str, Fallback] = {}
+    for layer in curvature.layers:
+        if layer.block != "kronecker":
+            kind: Fallback = "dense" if layer.block == "dense" else "diagonal"
+            kinds.update({glob.escape(name_of[p]): kind for p in layer.params})
     return Selection(
-        lambda path: path not in left_out,
-        kept,
+        lambda path: path not in frozen,
+        tuple(kinds.items()),
         dense_limit=curvature.space.size,
         separate_weight_and_bias=separate,
     )

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from laplax_kfac import jaxprs
-from laplax_kfac.layers import BlockKind, Layer
+from laplax_kfac.layers import FROZEN, BlockKind, Layer
 from laplax_kfac.layout import ParameterSpace, make_segment
 from laplax_kfac.selection import DENSE_LIMIT, Selection
 from laplax_kfac.structure import FOREIGN
@@ -407,13 +407,20 @@ def _fallback_layers(
             kind = _fallback_kind(leaf, probed.size, cause.reason, space, selection)
             layers.append(_plain_layer(path, cause.pattern, kind, probed, cause.reason))
         if idle.size or not ids.size:
-            inexact = jnp.issubdtype(space.dtypes[leaf], jnp.inexact)
-            reason = "does not influence the output" if inexact else "an integer leaf"
-            if not selection.covers(space.names[leaf]):
-                reason = "left out by `params_filter`"
-            reason = reason if ids.size else "has no entries"
-            layers.append(_plain_layer(path, "unused", "none", idle, reason))
+            pattern, reason = _why_idle(leaf, space, selection)
+            layers.append(_plain_layer(path, pattern, "none", idle, reason))
     return layers
+
+
+def _why_idle(leaf: int, space: ParameterSpace, selection: Selection) -> tuple[str, str]:
+    """Pattern and reason of parameters in a leaf that have no curvature."""
+    if 0 in space.shapes[leaf]:
+        return "unused", "has no entries"
+    if not selection.covers(space.names[leaf]):
+        return FROZEN, "left out by `params_filter`: fixed at its value"
+    if not jnp.issubdtype(space.dtypes[leaf], jnp.inexact):
+        return "unused", "an integer leaf"
+    return "unused", "does not influence the output"
 
 
 def _fallback_kind(

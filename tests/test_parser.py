@@ -294,7 +294,8 @@ def test_params_filter_leaves_parameters_out(params_filter, covered):
     assert sum(layer.size for layer in layers) == 43
     for layer in layers:
         if layer.block == "none":
-            assert layer.reason == "left out by `params_filter`"
+            assert (layer.pattern, layer.frozen) == ("frozen", True)
+            assert layer.reason == "left out by `params_filter`: fixed at its value"
         else:
             assert layer.bias
 
