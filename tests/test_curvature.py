@@ -594,3 +594,102 @@ def test_mc_of_a_callable_is_refused():
 def test_a_loss_that_is_no_loss_is_refused():
     with pytest.raises(TypeError, match="must be a laplax LossFn, its string, or a callable"):
         curvature(SMALL[1], loss_fn=1)
+
+
+# -- bounded memory ----------------------------------------------------------------------------
+
+
+def gained(input, params):
+    """Two linear layers, and gains without a Kronecker form between them."""
+    first, second, gain = params["l0"], params["l1"], params["gain"]
+    return (jnp.tanh(input @ first["w"] + first["b"]) * gain) @ second["w"] + second["b"]
+
+
+GAINED = {"gain": normal(3, seed=4)} | layers(4, 3, 3)
+# For one example: inputs and two columns, 5 + 2 x 3 and 4 + 2 x 3 numbers, and 2 x 3 for the gains.
+NUMBERS = {"type2": 27, "empirical": 18, "mc": 18}
+
+
+def bounded(monkeypatch, examples, fisher_type="type2"):
+    """Let the records of so many examples fit in memory."""
+    monkeypatch.setattr("laplax_kfac.curvature.RECORD_BYTES", 4 * examples * NUMBERS[fisher_type])
+
+
+def gained_fit(data, **options):
+    return laplax_kfac.kfac(gained, GAINED, data, loss_fn="cross_entropy", **options)
+
+
+@pytest.mark.parametrize("examples", [1, 2, 3, 6], ids=lambda n: f"{n} at once")
+@pytest.mark.parametrize(("fisher_type", "correction"), [("type2", True), ("empirical", False)])
+def test_working_in_parts_changes_nothing(examples, fisher_type, correction, monkeypatch):
+    data = normal(7, 4, seed=1), np.arange(7) % 3  # no number of parts divides it
+    options = {"fisher_type": fisher_type, "eigenvalue_correction": correction}
+    whole = gained_fit(data, **options)
+    bounded(monkeypatch, examples, fisher_type)
+    found = gained_fit(data, **options)
+    assert found.layers == whole.layers
+    assert found.trace() > 0
+    np.testing.assert_allclose(found.to_dense(), whole.to_dense(), **tolerance(jnp.float64))
+
+
+def test_parts_and_batches_and_weights_go_together(monkeypatch):
+    x, y = normal(7, 4, seed=1), np.arange(7) % 3
+    weights = np.asarray([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+    kept = weights == 1.0
+    expected = gained_fit((x[kept], y[kept]))
+    bounded(monkeypatch, 2)
+    acc = laplax_kfac.accumulator(gained, GAINED, loss_fn="cross_entropy")
+    state: Any = acc.update(acc.init(), (x, y), weights)
+    assert (state.num_examples, state.num_updates) == (5, 1)
+    found = acc.finalize(state).to_dense()
+    np.testing.assert_allclose(found, expected.to_dense(), **tolerance(jnp.float64))
+    found = gained_fit(cuts(x[kept], y[kept], 3), batch_size=3)  # of 3 and 2, each in 2 parts
+    np.testing.assert_allclose(found.to_dense(), expected.to_dense(), **tolerance(jnp.float64))
+
+
+def test_every_part_draws_anew_and_both_passes_the_same(monkeypatch):
+    bounded(monkeypatch, 1, "mc")
+    # Equal examples with equal draws would give a matrix B of rank 1.
+    acc = laplax_kfac.accumulator(*SMALL, loss_fn="mse", fisher_type="mc")
+    state: Any = acc.update(acc.init(), (np.ones((2, 4)), np.zeros((2, 3))))
+    assert jnp.linalg.matrix_rank(state.sums[-1].outputs[0, 0]) == 2
+    # An example of weight zero adds a part but nothing to the sums: one draw of one example is
+    # exact, and so unchanged by the correction if that draws the same.
+    batch, weights = {"input": np.ones((2, 4)), "target": np.zeros((2, 3))}, jnp.asarray([1.0, 0.0])
+    curv = acc.finalize(acc.update(acc.init(), batch, weights))
+    corrected = acc.correct(curv, [(batch, weights)])
+    assert curv.trace() > 0
+    np.testing.assert_allclose(corrected.to_dense(), curv.to_dense(), **tolerance(jnp.float64))
+
+
+def largest_array(data, **options):
+    """The most numbers in any intermediate of a whole fit, loops and calls included."""
+
+    def sizes(jaxpr):
+        for eqn in jaxpr.eqns:
+            for variable in eqn.outvars:
+                yield int(np.prod(variable.aval.shape))
+            for inner in jax.tree.leaves(
+                list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns")
+            ):
+                yield from (
+                    sizes(inner.jaxpr if hasattr(inner, "jaxpr") else inner)
+                    if (hasattr(inner, "jaxpr") or hasattr(inner, "eqns"))
+                    else ()
+                )
+
+    traced = jax.make_jaxpr(lambda x, y: gained_fit((x, y), **options).to_dense())(*data)
+    return max(sizes(traced.jaxpr))
+
+
+@pytest.mark.parametrize("correction", [False, True], ids=["kfac", "ekfac"])
+def test_no_array_holds_the_records_of_all_examples(correction, monkeypatch):
+    n = 211
+    data = normal(n, 4, seed=1), np.arange(n) % 3
+    records = n * 2 * 3  # the cotangents of any one of the layers: two columns of three outputs
+    dense = laplax_kfac.Curvature.to_dense
+    assert dense is not None
+    assert largest_array(data, eigenvalue_correction=correction) >= records
+    bounded(monkeypatch, 4)
+    # The data themselves are n x 4 numbers, and a few more for padding.
+    assert largest_array(data, eigenvalue_correction=correction) < (n + 4) * 5 < records
