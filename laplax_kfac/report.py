@@ -1,11 +1,13 @@
 """What the parser found, as a table a person can act on."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 from jaxtyping import PyTree
 
+from laplax_kfac.capture import record_size
 from laplax_kfac.layers import Layer
 from laplax_kfac.parser import ModelFn, parse
 from laplax_kfac.selection import DENSE_LIMIT, PathFilter, select
@@ -14,13 +16,19 @@ _BYTES = 4  # factors are kept in float32 unless x64 is on
 
 
 class LayerReport(tuple[Layer, ...]):
-    """The layers of a model; printing it shows the report, iterating gives `Layer` records."""
+    """The layers of a model; printing it shows the report, iterating gives `Layer` records.
 
-    __slots__ = ()
+    Attributes:
+        num_outputs: Number of the model's outputs for one example.
+    """
 
-    def __new__(cls, layers: Iterable[Layer]) -> "LayerReport":
+    num_outputs: int
+
+    def __new__(cls, layers: Iterable[Layer], num_outputs: int) -> "LayerReport":
         """A report on these layers."""
-        return super().__new__(cls, layers)
+        report = super().__new__(cls, layers)
+        report.num_outputs = num_outputs
+        return report
 
     def __getitem__(self, key: Any) -> Any:
         """A layer by number or by name.
@@ -57,6 +65,13 @@ class LayerReport(tuple[Layer, ...]):
             if count:
                 lines.append(f"{block:10s} {count:>12,} parameters  {count / total:6.1%}")
         lines.append(f"memory of the factors: {_readable(sum(map(memory, self)))}")
+        eigen = _BYTES * sum(map(_eigen_numbers, self))
+        lines.append(f"memory of their eigenvectors and eigenvalues: {_readable(eigen)}")
+        records = _BYTES * sum(record_size(layer, self.num_outputs) for layer in self)
+        lines.append(
+            f"memory of an example at work: up to {_readable(records)}"
+            f" ({self.num_outputs} columns pulled back)"
+        )
         return lines
 
 
@@ -72,6 +87,16 @@ def memory(layer: Layer) -> int:
         )
     sizes = {"dense": layer.size**2, "diagonal": layer.size, "none": 0}
     return _BYTES * sizes[layer.block]
+
+
+def _eigen_numbers(layer: Layer) -> int:
+    """Numbers in the basis and the eigenvalues of a layer's block."""
+    if layer.block == "dense":
+        return layer.size**2 + layer.size
+    if layer.block != "kronecker":
+        return layer.size
+    sides = zip((layer.rows, layer.out_features), layer.diagonal, strict=True)
+    return layer.stack * sum(n**2 for n, diagonal in sides if not diagonal) + layer.size
 
 
 def find_layers(
@@ -122,7 +147,8 @@ def find_layers(
             separate_weight_and_bias=separate_weight_and_bias,
         ),
     )
-    return LayerReport(program.layers)
+    outputs = sum(math.prod(o.shape) for o in jax.tree.leaves(program.output))
+    return LayerReport(program.layers, outputs)
 
 
 def _row(layer: Layer) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ def test_several_uses_are_told():
 @pytest.mark.parametrize("name", NAMES)
 def test_shares_are_those_of_all_parameters(name):
     report = report_of(name)
-    lines = str(report).splitlines()[3 + len(report) : -1]
+    lines = str(report).splitlines()[3 + len(report) : -3]
     counts = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in lines}
     shares = [float(line.split()[-1].rstrip("%")) for line in lines]
     _, params, *_ = models.by_name(name).make()
@@ -112,13 +112,26 @@ def test_total_memory_is_readable():
             )
             for k, size in enumerate(sizes)
         ]
-        return str(LayerReport(layers)).splitlines()[-1]
+        lines = str(LayerReport(layers, num_outputs=3)).splitlines()
+        return next(line for line in lines if line.startswith("memory of the factors"))
 
     assert line(10) == "memory of the factors: 40 B"
     assert line(249, 1) == "memory of the factors: 1 kB"
     assert line(10_000) == "memory of the factors: 40 kB"
     assert line(1_000_000, 500_000) == "memory of the factors: 6 MB"
     assert line(10**12) == "memory of the factors: 4e+03 GB"
+
+
+def test_memory_of_the_whole_fit():
+    report = report_of("mlp_without_bias")
+    eigenvectors = sum(ly.rows**2 + ly.out_features**2 + ly.size for ly in report)
+    records = sum(ly.positions * (ly.rows + report.num_outputs * ly.out_features) for ly in report)
+    *_, second, third = str(report).splitlines()
+    assert second == f"memory of their eigenvectors and eigenvalues: {4 * eigenvectors} B"
+    assert third == (
+        f"memory of an example at work: up to {4 * records} B"
+        f" ({report.num_outputs} columns pulled back)"
+    )
 
 
 def test_layers_by_name_and_by_number():
