@@ -180,15 +180,6 @@ class BlockDiagonal:
         """Number of parameters that are not frozen."""
         return sum(layer.size for layer in self.layers if not layer.frozen)
 
-    def squared_norm(self, v: PyTree) -> Float[Array, ""]:
-        """Squared norm of a pytree like the parameters, over those that are not frozen."""
-        parts = [
-            jnp.sum(jnp.abs(part) ** 2)
-            for part, layer in zip(self.read(v), self.layers, strict=True)
-            if not layer.frozen and jnp.issubdtype(part.dtype, jnp.inexact)
-        ]
-        return sum(parts, jnp.zeros(()))
-
     def mv(self, v: PyTree) -> PyTree:
         """Matrix-vector product.
 

@@ -35,7 +35,8 @@ from laplax_kfac.likelihood import (
     resolve_likelihood,
 )
 from laplax_kfac.parser import ModelFn, Program, parse
-from laplax_kfac.posterior import Scalar, make_posterior
+from laplax_kfac.posterior import make_posterior
+from laplax_kfac.prior import PriorPrecision
 from laplax_kfac.selection import DENSE_LIMIT, PathFilter, Selection, select
 
 DEFAULT_BATCH_SIZE = 256
@@ -50,18 +51,21 @@ class Curvature(BlockDiagonal):
 
     A pytree: it goes through ``jit``, ``vmap`` and ``grad``. `mv`, `to_dense`, `diagonal` and
     `trace` are of the curvature alone; the methods here add a prior, posterior precision being
-    ``curvature + prior_prec * I``.
+    ``curvature + prior_prec * I``; ``prior_prec`` is a scalar, an array with one value a layer,
+    or a pytree prefix of the parameters.
     """
 
-    def inverse_mv(self, v: PyTree, *, prior_prec: Scalar) -> PyTree:
+    def inverse_mv(self, v: PyTree, *, prior_prec: PriorPrecision) -> PyTree:
         """Posterior covariance times a pytree like the parameters."""
         return make_posterior(self, prior_prec).covariance_mv(v)
 
-    def logdet(self, *, prior_prec: Scalar) -> Float[Array, ""]:
+    def logdet(self, *, prior_prec: PriorPrecision) -> Float[Array, ""]:
         """Log-determinant of the posterior precision."""
         return make_posterior(self, prior_prec).log_determinant()
 
-    def sample(self, key: Key[Array, ""], n: int, params: PyTree, *, prior_prec: Scalar) -> PyTree:
+    def sample(
+        self, key: Key[Array, ""], n: int, params: PyTree, *, prior_prec: PriorPrecision
+    ) -> PyTree:
         """Draw ``n`` parameter pytrees from the posterior around ``params``, stacked in front."""
         return make_posterior(self, prior_prec).sample(key, n, params)
 

@@ -22,7 +22,8 @@ from laplax_kfac.curvature import DEFAULT_BATCH_SIZE
 from laplax_kfac.data import batches, even_batches
 from laplax_kfac.likelihood import resolve_likelihood
 from laplax_kfac.parser import ModelFn, per_example
-from laplax_kfac.posterior import Scalar, make_posterior
+from laplax_kfac.posterior import make_posterior
+from laplax_kfac.prior import PriorPrecision, Scalar, log_prior
 
 
 @jax.tree_util.register_dataclass
@@ -103,7 +104,7 @@ class Evidence:
     Attributes:
         value: The log marginal likelihood.
         log_likelihood: The fit, log p(D | theta).
-        complexity: ``tau/2 ||theta||^2 - P/2 log tau + 1/2 log_determinant``.
+        complexity: ``tau/2 ||theta||^2 - P/2 log tau + 1/2 log_determinant``, for a scalar tau.
         log_determinant: Of the posterior precision.
     """
 
@@ -118,7 +119,7 @@ def log_marginal_likelihood(
     params: PyTree,
     *,
     log_likelihood: DataFit,
-    prior_prec: Scalar,
+    prior_prec: PriorPrecision,
     noise_variance: Scalar | None = None,
 ) -> Evidence:
     """Log evidence of the Laplace approximation at the trained parameters.
@@ -127,7 +128,8 @@ def log_marginal_likelihood(
         curvature: Curvature of the loss over the data, from `kfac` or `ekfac`.
         params: The trained parameters.
         log_likelihood: The fit to the same data, from `data_fit`.
-        prior_prec: Prior precision tau.
+        prior_prec: Prior precision tau: a scalar, an array with one value a layer, or a pytree
+            prefix of the parameters.
         noise_variance: Variance of the Gaussian noise; only for ``mse``, 1/2 by default, for which
             the loss itself is the negative log-likelihood up to its constant.
 
@@ -144,8 +146,8 @@ def log_marginal_likelihood(
     factor = log_likelihood.curvature_factor(noise_variance)
     posterior = make_posterior(curvature, prior_prec, sigma_squared=factor)
     determinant = posterior.log_determinant()
-    norm, size = curvature.squared_norm(params), curvature.num_free()
-    complexity = 0.5 * (prior_prec * norm - size * jnp.log(prior_prec) + determinant)
+    volume = 0.5 * (curvature.num_free() * jnp.log(2 * jnp.pi) - determinant)
+    complexity = -log_prior(prior_prec, curvature, params) - volume
     fit = log_likelihood.log_likelihood(noise_variance)
     return Evidence(fit - complexity, fit, complexity, determinant)
 
@@ -156,7 +158,7 @@ class Tuned:
     """Hyperparameters that maximise the evidence.
 
     Attributes:
-        prior_prec: Prior precision.
+        prior_prec: Prior precision, in the form it was given.
         noise_variance: Noise variance; None where the likelihood has none.
         evidence: The evidence there.
         trace: Evidence at every step, shape (steps,).
@@ -164,7 +166,7 @@ class Tuned:
             to the number of parameters.
     """
 
-    prior_prec: Float[Array, ""]
+    prior_prec: PyTree
     noise_variance: Float[Array, ""] | None
     evidence: Evidence
     trace: Float[Array, " steps"]
@@ -176,7 +178,7 @@ def tune(
     params: PyTree,
     *,
     log_likelihood: DataFit,
-    prior_prec: Scalar = 1.0,
+    prior_prec: PriorPrecision = 1.0,
     noise_variance: Scalar | None = None,
     steps: int = 300,
     learning_rate: float = 0.1,
@@ -190,22 +192,23 @@ def tune(
         curvature: Curvature of the loss over the data.
         params: The trained parameters.
         log_likelihood: The fit to the same data, from `data_fit`.
-        prior_prec: Where to start.
+        prior_prec: Where to start: a scalar, an array with one value a layer, or a pytree prefix
+            of the parameters; every value is tuned.
         noise_variance: Where to start; None leaves it out.
         steps: Steps of Adam.
         learning_rate: Its step size, in natural logarithms; it decays to zero by a cosine.
         tolerance: See `Tuned.converged`.
     """
-    start = {"prior_prec": jnp.log(jnp.asarray(prior_prec, jnp.result_type(float)))}
+    start = {"prior_prec": _logarithms(prior_prec)}
     if noise_variance is not None:
-        start["noise_variance"] = jnp.log(jnp.asarray(noise_variance, jnp.result_type(float)))
+        start["noise_variance"] = _logarithms(noise_variance)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
-    def evidence(logs: dict[str, Array], curvature: BlockDiagonal, params: PyTree) -> Evidence:
-        values = {name: jnp.exp(value) for name, value in logs.items()}
+    def evidence(logs: dict[str, PyTree], curvature: BlockDiagonal, params: PyTree) -> Evidence:
+        values = jax.tree.map(jnp.exp, logs)
         return log_marginal_likelihood(curvature, params, log_likelihood=log_likelihood, **values)
 
-    def loss(logs: dict[str, Array], curvature: BlockDiagonal, params: PyTree) -> Array:
+    def loss(logs: dict[str, PyTree], curvature: BlockDiagonal, params: PyTree) -> Array:
         return -evidence(logs, curvature, params).value
 
     @jax.jit
@@ -218,7 +221,8 @@ def tune(
 
         (logs, _), trace = jax.lax.scan(step, (start, optimizer.init(start)), length=steps)
         gradient = jax.grad(loss)(logs, curvature, params)
-        steepest = jnp.max(jnp.abs(jnp.stack(jax.tree.leaves(gradient))))
+        sizes = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(gradient)]
+        steepest = jnp.max(jnp.stack(sizes))
         return (
             logs,
             trace,
@@ -227,5 +231,9 @@ def tune(
         )
 
     logs, trace, converged, best = optimise(curvature, params)
-    variance = jnp.exp(logs["noise_variance"]) if "noise_variance" in logs else None
-    return Tuned(jnp.exp(logs["prior_prec"]), variance, best, trace, converged)
+    values = jax.tree.map(jnp.exp, logs)
+    return Tuned(values["prior_prec"], values.get("noise_variance"), best, trace, converged)
+
+
+def _logarithms(values: PyTree) -> PyTree:
+    return jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), values)

@@ -13,7 +13,6 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import laplax
 import laplax.api
@@ -21,11 +20,11 @@ import laplax.register
 from jaxtyping import Array, Float, PyTree
 from laplax.curv.cov import set_posterior_fn
 from laplax.enums import CurvApprox
-from laplax.eval.likelihood import joint_log_likelihood
 
 from laplax_kfac.blocks import BlockDiagonal
 from laplax_kfac.curvature import Curvature, ekfac, kfac
 from laplax_kfac.posterior import Posterior, make_posterior
+from laplax_kfac.prior import log_prior
 
 CURVATURE_TYPES = {"kfac": kfac, "ekfac": ekfac}
 Flat = Float[Array, " P"]
@@ -104,19 +103,12 @@ def marginal_log_likelihood(
     params: PyTree,
     data: Any,
 ) -> Float[Array, ""]:
-    """Evidence in laplax's conventions, as for ``"full"``: only the log-determinant is ours."""
-    joint = joint_log_likelihood(
-        full_fn=full_fn, prior_arguments=prior_arguments, params=params, data=data
-    )
-    everything, free = posterior_precision.space.size, posterior_precision.num_free()
-    prior_prec = prior_arguments["prior_prec"]
-    # laplax's prior is over all parameters; frozen ones have none.
-    leaves = [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    norm = sum(jnp.sum(jnp.abs(leaf) ** 2) for leaf in leaves)
-    frozen_norm = norm - posterior_precision.squared_norm(params)
-    frozen_prior = 0.5 * (everything - free) * jnp.log(prior_prec / (2 * jnp.pi))
-    joint = joint + 0.5 * prior_prec * frozen_norm - frozen_prior
-    return joint + 0.5 * free * jnp.log(2 * jnp.pi) - 0.5 * posterior_precision.log_determinant()
+    """Evidence in laplax's conventions, as for ``"full"``: they belong to the likelihood alone."""
+    scale = 2 * prior_arguments.get("sigma", 1.0)
+    fit = -full_fn(data["input"], data["target"], params) / scale
+    prior = log_prior(prior_arguments["prior_prec"], posterior_precision, params)
+    volume = posterior_precision.num_free() * jnp.log(2 * jnp.pi)
+    return fit + prior + 0.5 * (volume - posterior_precision.log_determinant())
 
 
 # -- laplax.laplace ----------------------------------------------------------------------------

@@ -12,13 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from laplax_kfac.blocks import BlockDiagonal, rotate_back
 from laplax_kfac.layout import ParameterSpace
-
-Scalar = Float[Array, ""] | float
+from laplax_kfac.prior import PriorPrecision, Scalar, per_block
 
 
 @jax.tree_util.register_dataclass
@@ -103,38 +101,28 @@ def _noise(key: Key[Array, ""], space: ParameterSpace, dtype: Any) -> list[Array
 
 def make_posterior(
     curvature: BlockDiagonal,
-    prior_prec: Scalar,
+    prior_prec: PriorPrecision,
     *,
     sigma_squared: Scalar = 1.0,
     loss_scaling_factor: Scalar = 1.0,
 ) -> Posterior:
-    """The posterior of a curvature and an isotropic Gaussian prior.
+    """The posterior of a curvature and a Gaussian prior.
 
     Args:
         curvature: Curvature of the loss, a sum over the data.
-        prior_prec: Prior precision, a positive scalar.
+        prior_prec: Prior precision: a positive scalar, an array with one value a layer, or a
+            pytree prefix of the parameters.
         sigma_squared: Factor of the curvature.
         loss_scaling_factor: Factor by which the loss was scaled.
 
     Raises:
-        ValueError: If ``prior_prec`` is not a scalar, or not positive.
+        ValueError: If ``prior_prec`` is of another form, or not positive.
     """
-    prior_prec = _checked(prior_prec)
-    precision = curvature.map(lambda e: (sigma_squared * e + prior_prec) / loss_scaling_factor)
-    blocks = tuple(
-        replace(block, eigenvalues=jnp.full_like(block.eigenvalues, jnp.inf))
-        if layer.frozen
-        else block
-        for block, layer in zip(precision.blocks, precision.layers, strict=True)
-    )
-    return Posterior(replace(precision, blocks=blocks))
-
-
-def _checked(prior_prec: Scalar) -> Scalar:
-    if np.ndim(prior_prec) != 0:
-        msg = f"`prior_prec` must be a scalar, found shape {np.shape(prior_prec)}."
-        raise ValueError(msg)
-    if not isinstance(prior_prec, jax.core.Tracer) and not prior_prec > 0:
-        msg = f"`prior_prec` must be positive, or the posterior is improper; found {prior_prec}."
-        raise ValueError(msg)
-    return prior_prec
+    values = per_block(prior_prec, curvature)
+    blocks = []
+    for block, layer, value in zip(curvature.blocks, curvature.layers, values, strict=True):
+        eigenvalues = (sigma_squared * block.eigenvalues + value) / loss_scaling_factor
+        if layer.frozen:
+            eigenvalues = jnp.full_like(eigenvalues, jnp.inf)
+        blocks.append(replace(block, eigenvalues=eigenvalues))
+    return Posterior(BlockDiagonal(tuple(blocks), curvature.layers, curvature.space))

@@ -29,7 +29,8 @@ from laplax_kfac.factors import (
 )
 from laplax_kfac.layers import Layer
 from laplax_kfac.parser import ModelFn, Program, parse
-from laplax_kfac.posterior import Scalar, make_posterior
+from laplax_kfac.posterior import make_posterior
+from laplax_kfac.prior import PriorPrecision, Scalar
 from laplax_kfac.resolve import Resolved
 from laplax_kfac.selection import Fallback, Selection
 
@@ -61,7 +62,7 @@ def predictive_covariance(
     params: PyTree,
     inputs: PyTree,
     *,
-    prior_prec: Scalar,
+    prior_prec: PriorPrecision,
     sigma_squared: Scalar = 1.0,
     vmap_over_data: bool = True,
     batch_size: int = 64,

@@ -81,6 +81,7 @@ def resolve(
     """
     claims, opaque = _claims(findings)
     groups = _group(claims, opaque, space.size)
+    groups = _without_partial_sums(groups, opaque, findings, space)
     if not selection.separate_weight_and_bias:
         groups = _join_biases(groups)
     layers = [_kronecker_layer(group, findings, space) for group in groups]
@@ -320,6 +321,28 @@ def _drop_opaque(groups: list[Group], opaque: list[Opaque], size: int) -> list[G
                 groups.remove(group)
                 changed = True
     return groups
+
+
+def _without_partial_sums(
+    groups: list[Group], opaque: list[Opaque], findings: Findings, space: ParameterSpace
+) -> list[Group]:
+    """Probe a leaf as a whole if a part of it is added to data, and the rest is idle.
+
+    The probe is exact, and the leaf one layer instead of two.
+    """
+    used = np.zeros(space.size, bool)
+    for ids in [i for group in groups for i in group.all_ids] + [entry.ids for entry in opaque]:
+        used[ids] = True
+    kept = []
+    for group in groups:
+        leaves = space.leaves_of(group.ids)
+        idle = not all(used[space.offsets[k] : space.offsets[k + 1]].all() for k in leaves)
+        if idle and findings.use(group.claims[0].use).operand < 0:
+            whole = np.concatenate([space.leaf_ids(k).ravel() for k in leaves])
+            opaque.append(Opaque(whole, "shift", "added to data in part"))
+        else:
+            kept.append(group)
+    return kept
 
 
 def _join_biases(groups: list[Group]) -> list[Group]:

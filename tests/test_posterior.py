@@ -202,9 +202,9 @@ def test_posteriors_are_pytrees():
 
 
 @pytest.mark.parametrize("prior_prec", [np.ones(3), jnp.ones((1, 1)), np.ones(1)])
-def test_a_prior_that_is_no_scalar_is_refused(prior_prec):
+def test_a_prior_of_another_shape_is_refused(prior_prec):
     shape = str(np.shape(prior_prec)).replace("(", r"\(").replace(")", r"\)")
-    with pytest.raises(ValueError, match=f"`prior_prec` must be a scalar, found shape {shape}"):
+    with pytest.raises(ValueError, match=f"`prior_prec` has shape {shape}, but the curvature has"):
         make_posterior(matrix(), prior_prec)
 
 
