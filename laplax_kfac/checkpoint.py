@@ -8,6 +8,7 @@ themselves; other containers (flax.nnx states, equinox modules) need the paramet
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -39,7 +40,7 @@ def save(path: str | os.PathLike[str], x: Curvature | Posterior) -> None:
         TypeError: If ``x`` is something else.
     """
     matrix = x.precision if isinstance(x, Posterior) else x
-    if not isinstance(matrix, BlockDiagonal):
+    if not isinstance(x, Curvature | Posterior):
         msg = f"`x` must be a Curvature or a Posterior, got {type(x).__name__}."
         raise TypeError(msg)
     arrays: dict[str, np.ndarray] = {}
@@ -60,6 +61,9 @@ def save(path: str | os.PathLike[str], x: Curvature | Posterior) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             np.savez(file, **{_HEADER: np.asarray(json.dumps(header))}, **arrays)  # type: ignore[arg-type]
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(temporary).chmod(0o666 & ~mask)
         os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -78,10 +82,13 @@ def load(path: str | os.PathLike[str], params: PyTree | None = None) -> Any:
         ValueError: If the file is of another format, if ``params`` is needed and missing, or if it
             has another structure than the parameters that were saved.
     """
+    foreign = f"`path` ({path}) was not written by laplax_kfac.save."
+    with Path(path).open("rb") as stream:  # np.load leaks the file if it is no archive
+        if not zipfile.is_zipfile(stream):
+            raise ValueError(foreign)
     with np.load(Path(path), allow_pickle=False) as file:
         if _HEADER not in file:
-            msg = f"`path` ({path}) was not written by laplax_kfac.save."
-            raise ValueError(msg)
+            raise ValueError(foreign)
         header = json.loads(str(file[_HEADER]))
         if header.get("format") != FORMAT:
             msg = f"`path` ({path}) has format {header.get('format')}; this version reads {FORMAT}."

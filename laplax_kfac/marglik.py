@@ -18,12 +18,13 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.blocks import BlockDiagonal
+from laplax_kfac.capture import map_examples
 from laplax_kfac.curvature import DEFAULT_BATCH_SIZE
 from laplax_kfac.data import batches, even_batches
 from laplax_kfac.likelihood import resolve_likelihood
 from laplax_kfac.parser import ModelFn, per_example
 from laplax_kfac.posterior import make_posterior
-from laplax_kfac.prior import PriorPrecision, Scalar, log_prior
+from laplax_kfac.prior import PriorPrecision, Scalar, log_prior, per_block, require_positive
 
 
 @jax.tree_util.register_dataclass
@@ -81,12 +82,14 @@ def data_fit(
 
     @jax.jit
     def sums(params: PyTree, batch: Any, weights: Array) -> tuple[Array, Array]:
-        def one(x: PyTree, y: PyTree) -> tuple[Array, Array]:
+        def one(example: tuple[PyTree, PyTree], *, sequential: bool = False) -> tuple[Array, Array]:
+            del sequential  # one example has nothing to vmap
+            x, y = example
             out = single(params, x)
             size = sum(o.size for o in jax.tree.leaves(out))
             return likelihood.loss(out, y), jnp.asarray(float(size))
 
-        losses, sizes = jax.vmap(one)(batch["input"], batch["target"])
+        losses, sizes = map_examples(one, (batch["input"], batch["target"]))
         return jnp.sum(losses * weights), jnp.sum(sizes * weights)
 
     loss, count = jnp.zeros(()), jnp.zeros(())
@@ -130,11 +133,12 @@ def log_marginal_likelihood(
         log_likelihood: The fit to the same data, from `data_fit`.
         prior_prec: Prior precision tau: a scalar, an array with one value a layer, or a pytree
             prefix of the parameters.
-        noise_variance: Variance of the Gaussian noise; only for ``mse``, 1/2 by default, for which
-            the loss itself is the negative log-likelihood up to its constant.
+        noise_variance: Variance of the Gaussian noise, positive; only for ``mse``, 1/2 by default,
+            for which the loss itself is the negative log-likelihood up to its constant.
 
     Raises:
-        ValueError: If ``noise_variance`` is given for another loss than ``mse``.
+        ValueError: If ``noise_variance`` is given for another loss than ``mse``, or if it or
+            ``prior_prec`` is not positive.
         TypeError: If ``log_likelihood`` is no `DataFit`.
     """
     if not isinstance(log_likelihood, DataFit):
@@ -143,6 +147,8 @@ def log_marginal_likelihood(
     if noise_variance is not None and not log_likelihood.gaussian:
         msg = "`noise_variance` belongs to the Gaussian likelihood of `mse`; leave it out here."
         raise ValueError(msg)
+    if noise_variance is not None:
+        require_positive("noise_variance", noise_variance)
     factor = log_likelihood.curvature_factor(noise_variance)
     posterior = make_posterior(curvature, prior_prec, sigma_squared=factor)
     determinant = posterior.log_determinant()
@@ -199,10 +205,13 @@ def tune(
         learning_rate: Its step size, in natural logarithms; it decays to zero by a cosine.
         tolerance: See `Tuned.converged`.
     """
+    per_block(prior_prec, curvature)  # inside the loop its values are not known
     start = {"prior_prec": _logarithms(prior_prec)}
     if noise_variance is not None:
+        require_positive("noise_variance", noise_variance)
         start["noise_variance"] = _logarithms(noise_variance)
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+    # The usual b2 = 0.999 would remember the steep gradients far from the optimum all the way.
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps), b2=0.9)
 
     def evidence(logs: dict[str, PyTree], curvature: BlockDiagonal, params: PyTree) -> Evidence:
         values = jax.tree.map(jnp.exp, logs)
@@ -226,7 +235,7 @@ def tune(
         return (
             logs,
             trace,
-            steepest < tolerance * curvature.space.size,
+            steepest < tolerance * curvature.num_free(),
             evidence(logs, curvature, params),
         )
 

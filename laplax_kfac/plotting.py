@@ -53,11 +53,11 @@ def plot_block(curvature: BlockDiagonal, layer: str, *, axes: Any = None) -> Any
     Raises:
         ValueError: If there is no such layer.
     """
+    axes = _axes(axes)
     from matplotlib.colors import SymLogNorm
 
-    axes = _axes(axes)
     matrix = np.asarray(block_matrix(curvature, layer))
-    top = float(np.abs(matrix).max()) or 1.0
+    top = float(np.abs(matrix).max(initial=0.0)) or 1.0
     norm = SymLogNorm(linthresh=1e-3 * top, vmin=-top, vmax=top)
     image = axes.imshow(matrix, norm=norm, cmap="RdBu_r", interpolation="nearest")
     axes.figure.colorbar(image, ax=axes)
@@ -84,7 +84,8 @@ def plot_spectrum(curvature: BlockDiagonal, *, axes: Any = None) -> Any:
     axes.set_yscale("log")
     axes.set_xlabel("fraction of the block's eigenvalues")
     axes.set_ylabel("eigenvalue")
-    axes.legend()
+    if axes.get_lines():
+        axes.legend()
     return axes
 
 

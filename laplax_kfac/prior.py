@@ -36,10 +36,20 @@ def per_block(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> tuple[Scalar
     else:
         values = _from_prefix(prior_prec, matrix)
     for value in values:
-        if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
-            msg = f"`prior_prec` must be positive, or the posterior is improper; found {value}."
-            raise ValueError(msg)
+        require_positive("prior_prec", value)
     return tuple(values)
+
+
+def require_positive(name: str, value: Scalar) -> None:
+    """Refuse a value that is not positive, as far as it is known.
+
+    Raises:
+        ValueError: If it is known and not positive.
+    """
+    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
+        why = ", or the posterior is improper" if name == "prior_prec" else ""
+        msg = f"`{name}` must be positive{why}; found {value}."
+        raise ValueError(msg)
 
 
 def log_prior(

@@ -1,0 +1,499 @@
+"""The evidence against closed forms: Bayesian linear regression, and dense Laplace elsewhere."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import laplax
+import models
+import numpy as np
+import pytest
+from conftest import tolerance
+from jax.extend.core import Primitive
+from jax.flatten_util import ravel_pytree
+from jax.interpreters import mlir
+from jax.scipy.stats import multivariate_normal
+from laplax.eval.likelihood import marginal_log_likelihood
+from oracles import LOSSES, dense_ggn
+
+import laplax_kfac
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+CLOSE = tolerance(jnp.float64)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def linear(input, params):
+    return input @ params["w"] + params["b"]
+
+
+# -- Bayesian linear regression ----------------------------------------------------------------
+
+TALL, WIDE = (12, 3), (4, 6)  # examples and inputs
+OUTPUTS = 2
+
+
+@functools.cache
+def regression(shape):
+    """Targets of a noisy linear function; the inputs' features have a 1 for the bias."""
+    x = normal(*shape, seed=1)
+    features = np.concatenate([np.ones((len(x), 1)), x], axis=1)
+    y = features @ normal(features.shape[1], OUTPUTS, seed=2) + 0.5 * normal(len(x), 2, seed=3)
+    return x, features, y
+
+
+def most_probable(shape, prior_prec, noise_variance):
+    """The parameters at the mode of the posterior."""
+    _, features, y = regression(shape)
+    precision = features.T @ features + noise_variance * prior_prec * np.eye(features.shape[1])
+    weights = np.linalg.solve(precision, features.T @ y)
+    return {"b": jnp.asarray(weights[0]), "w": jnp.asarray(weights[1:])}
+
+
+def density_of_targets(shape, prior_prec, noise_variance):
+    """log N(y; 0, noise I + features features^T / prior_prec), summed over the outputs."""
+    _, features, y = regression(shape)
+    covariance = noise_variance * jnp.eye(len(y)) + features @ features.T / prior_prec
+    return jnp.sum(multivariate_normal.logpdf(y.T, jnp.zeros(len(y)), covariance))
+
+
+@functools.cache
+def fitted(shape):
+    """Curvature (the same for all parameters), and a function of the parameters for the fit."""
+    x, _, y = regression(shape)
+    params = most_probable(shape, 1.0, 1.0)
+    curvature = laplax_kfac.kfac(linear, params, (x, y), loss_fn="mse")
+    return curvature, jax.jit(lambda p: laplax_kfac.data_fit(linear, p, (x, y), loss_fn="mse"))
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE], ids=["N > P", "N < P"])
+@pytest.mark.parametrize("prior_prec", [1e-2, 1.0, 30.0])
+@pytest.mark.parametrize("noise_variance", [0.05, 4.0])
+def test_linear_regression_has_the_density_of_its_targets(shape, prior_prec, noise_variance):
+    params = most_probable(shape, prior_prec, noise_variance)
+    curvature, fit = fitted(shape)
+    found = laplax_kfac.log_marginal_likelihood(
+        curvature, params, log_likelihood=fit(params), prior_prec=prior_prec,
+        noise_variance=noise_variance,
+    ).value  # fmt: skip
+    expected = density_of_targets(shape, prior_prec, noise_variance)
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
+
+
+def test_the_squared_error_alone_is_noise_of_variance_one_half():
+    params = most_probable(TALL, 0.3, 0.5)
+    curvature, fit = fitted(TALL)
+    found = laplax_kfac.log_marginal_likelihood(
+        curvature, params, log_likelihood=fit(params), prior_prec=0.3
+    ).value
+    np.testing.assert_allclose(found, density_of_targets(TALL, 0.3, 0.5), rtol=1e-8)
+
+
+def test_away_from_the_mode_the_evidence_is_smaller():
+    params = most_probable(TALL, 0.3, 0.5)
+    curvature, fit = fitted(TALL)
+    moved = jax.tree.map(lambda p: p + 0.1, params)
+    found = laplax_kfac.log_marginal_likelihood(
+        curvature, moved, log_likelihood=fit(moved), prior_prec=0.3
+    ).value
+    # By half of the distance in the posterior's precision: the joint density is quadratic.
+    step = jnp.full(curvature.space.size, 0.1)
+    precision = curvature.to_dense() + 0.3 * jnp.eye(len(step))
+    expected = density_of_targets(TALL, 0.3, 0.5) - 0.5 * step @ precision @ step
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE], ids=["N > P", "N < P"])
+def test_gradients_are_those_of_the_closed_form(shape):
+    # At the mode the joint density does not change with the parameters, so that those of the
+    # closed form, whose parameters move along, are the same.
+    logs = jnp.log(jnp.asarray([0.7, 0.2]))
+    params = most_probable(shape, 0.7, 0.2)
+    curvature, fit = fitted(shape)
+    log_likelihood = fit(params)
+
+    def value(logs):
+        prior_prec, noise_variance = jnp.exp(logs)
+        return laplax_kfac.log_marginal_likelihood(
+            curvature, params, log_likelihood=log_likelihood, prior_prec=prior_prec,
+            noise_variance=noise_variance,
+        ).value  # fmt: skip
+
+    found = jax.jit(jax.grad(value))(logs)
+    expected = jax.jit(jax.grad(lambda logs: density_of_targets(shape, *jnp.exp(logs))))(logs)
+    assert np.abs(expected).min() > 1e-3
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
+
+
+# -- other likelihoods -------------------------------------------------------------------------
+
+
+def product_as_a_sum(input, params):
+    """A linear layer that has no Kronecker form: its block is the exact dense one."""
+    return jnp.sum(input[:, None] * params["w"], axis=0)
+
+
+X = normal(6, 3, seed=1)
+CLASSES = np.asarray([0, 1, 2, 2, 1, 0])
+BINARY = np.asarray([[0], [1], [1], [0], [1], [1]])
+LINEAR = {"b": normal(3, seed=2), "w": normal(3, 3, seed=3)}
+# (model, parameters, data, loss): cases in which every block is exact, and the only one.
+EXACT = {
+    "logistic regression": (product_as_a_sum, {"w": normal(3, 1)}, (X, BINARY)),
+    "softmax regression": (product_as_a_sum, {"w": normal(3, 3)}, (X, CLASSES)),
+    "softmax, one-hot": (product_as_a_sum, {"w": normal(3, 3)}, (X, np.eye(3)[CLASSES])),
+    "one datapoint": (linear, LINEAR, (X[:1], CLASSES[:1])),
+    "weights of zero": (linear, LINEAR | {"w": np.zeros((3, 3))}, (X, CLASSES)),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "correction"),
+    [(case, False) for case in EXACT] + [("one datapoint", True), ("weights of zero", True)],
+)
+def test_the_evidence_is_that_of_the_dense_laplace_approximation(case, correction):
+    model_fn, params, data = EXACT[case]
+    loss = "binary_cross_entropy" if data[1] is BINARY else "cross_entropy"
+    curvature = laplax_kfac.kfac(
+        model_fn, params, data, loss_fn=loss, eigenvalue_correction=correction
+    )
+    fit = laplax_kfac.data_fit(model_fn, params, data, loss_fn=loss)
+    ggn, theta = dense_ggn(model_fn, params, data, loss), np.asarray(ravel_pytree(params)[0])
+    likelihood = -sum(LOSSES[loss](model_fn(x, params), y) for x, y in zip(*data, strict=True))
+    size = len(theta)
+    for prior_prec in (0.1, 5.0):
+        found = laplax_kfac.log_marginal_likelihood(
+            curvature, params, log_likelihood=fit, prior_prec=prior_prec
+        )
+        determinant = np.linalg.slogdet(ggn + prior_prec * np.eye(size))[1]
+        prior = 0.5 * size * np.log(prior_prec / (2 * np.pi)) - 0.5 * prior_prec * theta @ theta
+        expected = likelihood + prior + 0.5 * size * np.log(2 * np.pi) - 0.5 * determinant
+        np.testing.assert_allclose(found.value, expected, rtol=1e-9)
+        np.testing.assert_allclose(found.log_likelihood, likelihood, rtol=1e-9)
+        np.testing.assert_allclose(found.log_determinant, determinant, rtol=1e-9)
+        np.testing.assert_allclose(found.value, found.log_likelihood - found.complexity, rtol=1e-12)
+
+
+def test_integer_leaves_are_no_parameters():
+    # The prior's density of a leaf without curvature cancels its part of the determinant.
+    def counted(input, params):
+        return linear(input, params) + 0.0 * params["step"]
+
+    x, _, y = regression(TALL)
+    params = most_probable(TALL, 0.3, 0.5)
+    with_step = params | {"step": jnp.asarray(7)}
+    options: Any = {"loss_fn": "mse"}
+    values = []
+    for model_fn, p in ((linear, params), (counted, with_step)):
+        curvature = laplax_kfac.kfac(model_fn, p, (x, y), **options)
+        fit = laplax_kfac.data_fit(model_fn, p, (x, y), **options)
+        values.append(
+            laplax_kfac.log_marginal_likelihood(
+                curvature, p, log_likelihood=fit, prior_prec=0.3
+            ).value
+        )
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("params_filter", ["w", "b"])
+def test_parameters_that_are_left_out_are_constants(params_filter):
+    x, _, y = regression(TALL)
+    params = most_probable(TALL, 0.3, 0.5)
+    kept = {params_filter: params[params_filter]}
+    options: Any = {"loss_fn": "mse"}
+    filtered = laplax_kfac.kfac(linear, params, (x, y), params_filter=params_filter, **options)
+
+    def with_constants(input, params):
+        return linear(input, most_probable(TALL, 0.3, 0.5) | params)
+
+    closed_over = laplax_kfac.kfac(with_constants, kept, (x, y), **options)
+    fit = laplax_kfac.data_fit(linear, params, (x, y), **options)
+
+    def value(curvature, params, prior_prec):
+        return laplax_kfac.log_marginal_likelihood(
+            curvature, params, log_likelihood=fit, prior_prec=prior_prec, noise_variance=0.4
+        ).value
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(value, argnums=2))(c, p, 0.3)
+        for c, p in ((filtered, params), (closed_over, kept))
+    )
+    assert abs(expected[1]) > 1e-3
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_laplax_has_the_same_up_to_a_constant():
+    # Of its two conventions for the noise, both must be passed; the density's normaliser it drops.
+    x, _, y = regression(TALL)
+    prior_prec, noise = 0.7, 0.2
+    params = most_probable(TALL, 1.0, 1.0)
+    curvature, fit = fitted(TALL)
+    full = laplax.laplace(linear, params, (x, y), loss_fn="mse", curv_type="full")[1]
+    theirs = marginal_log_likelihood(
+        full,
+        {"prior_prec": prior_prec, "sigma_squared": 1 / (2 * noise), "sigma": noise},
+        {"input": x, "target": y},
+        linear,
+        params,
+        "mse",
+        "full",
+        vmap_over_data=True,
+    )
+    ours = laplax_kfac.log_marginal_likelihood(
+        curvature, params, log_likelihood=fit(params), prior_prec=prior_prec, noise_variance=noise
+    ).value
+    constant = y.size / 2 * np.log(2 * np.pi * noise)
+    assert abs(constant) > 1
+    np.testing.assert_allclose(ours, theirs - constant, rtol=1e-9)
+
+
+# -- the fit to the data -----------------------------------------------------------------------
+
+
+class Loader:
+    """Batches under other names, started anew with every iteration."""
+
+    def __init__(self, x, y, size):
+        self.batches = [(x[k : k + size], y[k : k + size]) for k in range(0, len(x), size)]
+
+    def __iter__(self):
+        return ({"image": x, "label": y} for x, y in self.batches)
+
+
+def from_loader(batch):
+    return batch["image"], batch["label"]
+
+
+STREAMS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "one batch": (lambda x, y: (x, y), {}),
+    "a dictionary": (lambda x, y: {"input": x, "target": y}, {}),
+    "split by us": (lambda x, y: (x, y), {"batch_size": 4}),
+    "a ragged list": (lambda x, y: [(x[:3], y[:3]), (x[3:], y[3:])], {}),
+    "a generator": (lambda x, y: ((x[k : k + 2], y[k : k + 2]) for k in (0, 2, 4)), {}),
+    "a loader": (lambda x, y: Loader(x, y, 4), {"transform": from_loader}),
+    "a model of batches": (lambda x, y: (x, y), {"vmap_over_data": False}),
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_the_fit_is_a_sum_over_the_data(stream):
+    data, options = STREAMS[stream]
+    found = laplax_kfac.data_fit(
+        linear, LINEAR, data(X, CLASSES), loss_fn="cross_entropy", **options
+    )
+    losses = [
+        LOSSES["cross_entropy"](linear(x, LINEAR), y) for x, y in zip(X, CLASSES, strict=True)
+    ]
+    np.testing.assert_allclose(found.loss, sum(losses), **CLOSE)
+    assert found.num_outputs == 6 * 3
+    assert not found.gaussian
+    np.testing.assert_array_equal(found.log_likelihood(), -found.loss)
+
+
+def test_the_fit_of_a_callable_and_of_several_outputs():
+    model_fn, params, inputs, _ = models.by_name("two_inputs_and_two_outputs").make()
+    targets = {"mean": np.ones((3, 2)), "hidden": np.ones((3, 3))}
+
+    def loss(f, y):
+        return sum(jnp.sum((f[name] - y[name]) ** 2) for name in f)
+
+    found = laplax_kfac.data_fit(model_fn, params, (inputs, targets), loss_fn=loss)
+    named = laplax_kfac.data_fit(model_fn, params, (inputs, targets), loss_fn="mse")
+    outputs = jax.vmap(lambda x: model_fn(input=x, params=params))(inputs)
+    expected = sum(np.sum((np.asarray(outputs[name]) - 1.0) ** 2) for name in targets)
+    for fit in (found, named):
+        np.testing.assert_allclose(fit.loss, expected, **CLOSE)
+        assert fit.num_outputs == 3 * 5
+    assert (found.gaussian, named.gaussian) == (False, True)
+    density = -0.5 * (expected / 0.2 + 15 * np.log(2 * np.pi * 0.2))
+    np.testing.assert_allclose(named.log_likelihood(0.2), density, **CLOSE)
+
+
+def test_the_fit_of_a_model_without_a_rule_for_vmap():
+    # `kfac` takes such models, too.
+    primitive = Primitive("without_vmap")
+    primitive.def_impl(lambda x: x)
+    primitive.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(primitive, lambda _, x: [x])
+
+    def model_fn(input, params):
+        return primitive.bind(linear(input, params))
+
+    found = laplax_kfac.data_fit(model_fn, LINEAR, (X, CLASSES), loss_fn="cross_entropy")
+    expected = laplax_kfac.data_fit(linear, LINEAR, (X, CLASSES), loss_fn="cross_entropy")
+    np.testing.assert_allclose(found.loss, expected.loss, **CLOSE)
+    assert found.num_outputs == 6 * 3
+
+
+# -- tuning ------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def values_on(names, grid, curvature, params, fit):
+    """Evidence for every entry of a grid of these hyperparameters."""
+
+    def value(entry):
+        values = dict(zip(names, entry, strict=True))
+        return laplax_kfac.log_marginal_likelihood(
+            curvature, params, log_likelihood=fit, **values
+        ).value
+
+    return jax.vmap(value)(grid)
+
+
+def best_on_a_grid(names, curvature, params, fit):
+    """The best entry of a grid that is refined twice, to steps of 0.04 %; and its evidence."""
+    center, width = np.zeros(len(names)), 8.0
+    for _ in range(3):
+        steps = np.linspace(-width, width, 81)
+        offsets = np.stack(np.meshgrid(*[steps] * len(names), indexing="ij"), axis=-1)
+        logs = center + offsets.reshape(-1, len(names))
+        values = np.asarray(values_on(names, np.exp(logs), curvature, params, fit))
+        center, width = logs[values.argmax()], width / 20
+    return np.exp(center), values.max()
+
+
+PRIOR, BOTH = ("prior_prec",), ("prior_prec", "noise_variance")
+
+
+@pytest.mark.parametrize("start", [0.01, 20.0])
+def test_tuning_the_prior_finds_the_best_of_a_grid(start):
+    params = most_probable(TALL, 1.0, 0.5)
+    curvature, make_fit = fitted(TALL)
+    fit = make_fit(params)
+    tuned = laplax_kfac.tune(curvature, params, log_likelihood=fit, prior_prec=start)
+    (best,), value = best_on_a_grid(PRIOR, curvature, params, fit)
+    np.testing.assert_allclose(tuned.prior_prec, best, rtol=1e-2)
+    np.testing.assert_allclose(tuned.evidence.value, value, rtol=1e-6)
+    assert tuned.noise_variance is None
+    assert_converged(tuned)
+
+
+def test_tuning_prior_and_noise_finds_the_best_of_a_grid():
+    params = most_probable(TALL, 1.0, 0.5)
+    curvature, make_fit = fitted(TALL)
+    fit = make_fit(params)
+    tuned = laplax_kfac.tune(
+        curvature, params, log_likelihood=fit, prior_prec=20.0, noise_variance=5.0
+    )
+    best, value = best_on_a_grid(BOTH, curvature, params, fit)
+    found: Any = (tuned.prior_prec, tuned.noise_variance)
+    np.testing.assert_allclose(found, best, rtol=1e-2)
+    np.testing.assert_allclose(tuned.evidence.value, value, rtol=1e-6)
+    assert_converged(tuned)
+
+
+def assert_converged(tuned):
+    """The trace begins lower and does not fall at its end, which is the evidence found."""
+    assert tuned.converged
+    trace = np.asarray(tuned.trace)
+    assert trace.shape == (300,)
+    assert trace[0] < trace[-1] - 0.1
+    assert (np.diff(trace[-30:]) >= -1e-9 * abs(trace[-1])).all()
+    np.testing.assert_allclose(tuned.evidence.value, trace[-1], rtol=1e-9)
+
+
+def test_a_few_steps_do_not_converge():
+    params = most_probable(TALL, 1.0, 0.5)
+    curvature, make_fit = fitted(TALL)
+    tuned = laplax_kfac.tune(
+        curvature, params, log_likelihood=make_fit(params), prior_prec=300.0, steps=3
+    )
+    assert not tuned.converged
+    assert tuned.trace.shape == (3,)
+    assert tuned.prior_prec > 100.0
+
+
+def test_tuning_and_evidence_work_under_jit():
+    params = most_probable(TALL, 1.0, 0.5)
+    curvature, make_fit = fitted(TALL)
+    fit = make_fit(params)
+
+    def tuned(curvature, params, fit, start):
+        found = laplax_kfac.tune(
+            curvature, params, log_likelihood=fit, prior_prec=start, noise_variance=0.5, steps=50
+        )
+        evidence = laplax_kfac.log_marginal_likelihood(
+            curvature, params, log_likelihood=fit, prior_prec=found.prior_prec,
+            noise_variance=found.noise_variance,
+        )  # fmt: skip
+        return found, evidence
+
+    found, evidence = jax.jit(tuned)(curvature, params, fit, 2.0)
+    expected, _ = tuned(curvature, params, fit, 2.0)
+    assert isinstance(found, laplax_kfac.Tuned)
+    for got, want in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(got, want, **CLOSE)
+    np.testing.assert_allclose(evidence.value, expected.evidence.value, **CLOSE)
+
+
+def test_fitting_and_evidence_are_differentiable_in_the_parameters():
+    # For the squared error the curvature does not depend on them: only the joint density does.
+    x, _, y = regression(TALL)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        curvature = laplax_kfac.kfac(linear, params, (x, y), loss_fn="mse")
+        fit = laplax_kfac.data_fit(linear, params, (x, y), loss_fn="mse")
+        return laplax_kfac.log_marginal_likelihood(
+            curvature, params, log_likelihood=fit, prior_prec=0.3, noise_variance=0.2
+        ).value
+
+    for found in jax.tree.leaves(gradient(most_probable(TALL, 0.3, 0.2))):
+        np.testing.assert_allclose(found, 0.0, atol=1e-9)
+    moved = jax.tree.map(lambda p: p + 0.1, most_probable(TALL, 0.3, 0.2))
+    assert all(np.abs(g).min() > 0.1 for g in jax.tree.leaves(gradient(moved)))
+
+
+# -- errors ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def softmax_case():
+    model_fn, params, data = EXACT["one datapoint"]
+    options: Any = {"loss_fn": "cross_entropy"}
+    curvature = laplax_kfac.kfac(model_fn, params, data, **options)
+    return curvature, params, laplax_kfac.data_fit(model_fn, params, data, **options)
+
+
+@pytest.mark.parametrize("function", [laplax_kfac.log_marginal_likelihood, laplax_kfac.tune])
+def test_noise_belongs_to_the_squared_error(function):
+    curvature, params, fit = softmax_case()
+    with pytest.raises(ValueError, match="`noise_variance` belongs to the Gaussian likelihood of"):
+        function(curvature, params, log_likelihood=fit, prior_prec=1.0, noise_variance=0.5)
+
+
+@pytest.mark.parametrize("function", [laplax_kfac.log_marginal_likelihood, laplax_kfac.tune])
+def test_the_fit_must_be_one(function):
+    curvature, params, fit = softmax_case()
+    with pytest.raises(TypeError, match="`log_likelihood` must come from `data_fit`, got float"):
+        function(curvature, params, log_likelihood=float(-fit.loss), prior_prec=1.0)
+
+
+@pytest.mark.parametrize("prior_prec", [0.0, -1.0])
+@pytest.mark.parametrize("function", [laplax_kfac.log_marginal_likelihood, laplax_kfac.tune])
+def test_a_prior_that_is_not_positive_is_refused(function, prior_prec):
+    curvature, params, fit = softmax_case()
+    with pytest.raises(ValueError, match="`prior_prec` must be positive"):
+        function(curvature, params, log_likelihood=fit, prior_prec=prior_prec)
+
+
+@pytest.mark.parametrize("noise_variance", [0.0, -1.0])
+@pytest.mark.parametrize("function", [laplax_kfac.log_marginal_likelihood, laplax_kfac.tune])
+def test_a_noise_that_is_not_positive_is_refused(function, noise_variance):
+    params = most_probable(TALL, 1.0, 1.0)
+    curvature, fit = fitted(TALL)
+    arguments: Any = {"prior_prec": 1.0, "noise_variance": noise_variance}
+    with pytest.raises(ValueError, match="`noise_variance` must be positive"):
+        function(curvature, params, log_likelihood=fit(params), **arguments)
+
+
+def test_a_stream_without_batches_is_refused():
+    with pytest.raises(ValueError, match="`data` has no batches"):
+        laplax_kfac.data_fit(linear, LINEAR, [], loss_fn="cross_entropy")
