@@ -70,6 +70,7 @@ def capture(
     example: PyTree,
     vectors: Callable[[PyTree], PyTree],
     *,
+    by_units: bool = False,
     sequential: bool = False,
 ) -> tuple[PyTree, list[Record]]:
     """Evaluate the model on one example and pull ``vectors(output)`` back to all layers.
@@ -80,6 +81,8 @@ def capture(
         consts: Values of ``program.consts``.
         example: One input without a batch axis.
         vectors: Output -> R vectors like the output, stacked in front.
+        by_units: Whether to pull the unit vectors back and to combine the results. That makes a
+            difference only for rules that are not linear: then it defines the Jacobian.
         sequential: Whether to pull them back one after another, not vmapped.
 
     Returns:
@@ -98,12 +101,19 @@ def capture(
     zeros = (_use_probes(program), _parameter_probes(program))
     outputs, pullback, inputs = jax.vjp(forward, zeros, has_aux=True)
     output = jax.tree.unflatten(treedef, outputs)
-    pulled = jax.tree.leaves(vectors(output))
+    wanted = jax.tree.leaves(vectors(output))
+    pulled = jax.tree.leaves(unit_vectors(output)) if by_units else wanted
     cotangents = [_cotangent(v, o) for v, o in zip(pulled, outputs, strict=True)]
     if sequential:
         ((at_uses, at_parameters),) = lax.map(pullback, cotangents)
     else:
         ((at_uses, at_parameters),) = jax.vmap(pullback)(cotangents)
+    if by_units:
+        mix = jnp.concatenate([v.reshape(len(v), -1) for v in wanted], axis=1)  # (R, C)
+        at_uses, at_parameters = jax.tree.map(
+            lambda g: jnp.tensordot(mix.astype(g.dtype), g, 1, precision=lax.Precision.HIGHEST),
+            (at_uses, at_parameters),
+        )
     records: list[Record] = []
     for number, resolved in enumerate(program.resolved):
         if resolved.members:
@@ -115,6 +125,15 @@ def capture(
         else:
             records.append(None)
     return output, records
+
+
+def unit_vectors(output: PyTree) -> PyTree:
+    """The unit vectors at an output, stacked in front."""
+    leaves, treedef = jax.tree.flatten(output)
+    ends = np.cumsum([x.size for x in leaves])
+    columns = jnp.split(jnp.eye(int(ends[-1])), ends[:-1], axis=1)
+    parts = [c.reshape(-1, *x.shape) for c, x in zip(columns, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, parts)
 
 
 def record_size(layer: Layer, pulled: int) -> int:
@@ -398,7 +417,10 @@ def capture_batch(
         def vectors(f: PyTree) -> PyTree:
             return columns(likelihood, fisher_type, f, y, key=key, mc_samples=mc_samples)
 
-        return capture(program, leaves, consts, x, vectors, sequential=sequential)[1]
+        by_units = program.custom_vjp and fisher_type == "type2"
+        return capture(
+            program, leaves, consts, x, vectors, by_units=by_units, sequential=sequential
+        )[1]
 
     keys = jax.random.split(key, batch_size(batch))
     return map_examples(one, (batch["input"], batch["target"], keys))

@@ -87,6 +87,19 @@ def has_body(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name in ("scan", "cond") or called_jaxpr(eqn) is not None
 
 
+def has_custom_vjp(jaxpr: Jaxpr) -> bool:
+    """Whether a pullback may run a rule that somebody wrote, at any depth."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name.startswith("custom_vjp"):
+            return True
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                body = getattr(inner, "jaxpr", inner)
+                if isinstance(body, Jaxpr) and has_custom_vjp(body):
+                    return True
+    return False
+
+
 def consumers(jaxpr: Jaxpr) -> dict[Var, int]:
     """How often each variable is read: by equations, and as an output."""
     counts: dict[Var, int] = {}

@@ -32,6 +32,7 @@ class Program:
         space: Structure of the parameters.
         resolved: The layers, and how their statistics are read.
         uses: The uses that the layers' members refer to, by number.
+        custom_vjp: Whether the model has derivative rules that may not be linear in the cotangent.
         output: The model's output for one example, as a pytree of ``jax.ShapeDtypeStruct``.
     """
 
@@ -40,6 +41,7 @@ class Program:
     space: ParameterSpace
     resolved: tuple[Resolved, ...]
     uses: dict[int, Use]
+    custom_vjp: bool
     output: PyTree
 
     @property
@@ -93,7 +95,8 @@ def parse(
     resolved = resolve(findings, space, selection)
     used = {m.claim.use for r in resolved for m in r.members}
     uses = {number: findings.use(number) for number in used}
-    return Program(jaxpr, consts, space, resolved, uses, output)
+    custom_vjp = jaxprs.has_custom_vjp(jaxpr)
+    return Program(jaxpr, consts, space, resolved, uses, custom_vjp, output)
 
 
 def _find(

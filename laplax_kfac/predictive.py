@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.blocks import Block, BlockDiagonal, rotate
-from laplax_kfac.capture import ParameterRecord, Record, capture
+from laplax_kfac.capture import ParameterRecord, Record, capture, unit_vectors
 from laplax_kfac.data import batch_size as size_of
 from laplax_kfac.factors import (
     gradient_matrices,
@@ -92,7 +92,7 @@ def predictive_covariance(
 
     def one(x: PyTree, *, sequential: bool = False) -> Predictive:
         output, records = capture(
-            program, leaves, program.consts, x, _unit_vectors, sequential=sequential
+            program, leaves, program.consts, x, unit_vectors, sequential=sequential
         )
         flat = jnp.concatenate([jnp.ravel(o) for o in jax.tree.leaves(output)])
         parts = [
@@ -107,16 +107,6 @@ def predictive_covariance(
         return jax.lax.map(one, inputs, batch_size=batch_size)
     except NotImplementedError:  # a primitive of the model has no vmap rule
         return jax.lax.map(functools.partial(one, sequential=True), inputs)
-
-
-def _unit_vectors(output: PyTree) -> PyTree:
-    leaves, treedef = jax.tree.flatten(output)
-    eye = jnp.eye(sum(x.size for x in leaves))
-    columns, start = [], 0
-    for x in leaves:
-        columns.append(eye[:, start : start + x.size].reshape(-1, *x.shape))
-        start += x.size
-    return jax.tree.unflatten(treedef, columns)
 
 
 def _layer_covariance(resolved: Resolved, record: Record, block: Block) -> Float[Array, "C C"]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import tolerance
 from jax.flatten_util import ravel_pytree
-from oracles import block_mask, dense_empirical_fisher, dense_ggn
+from oracles import LOSSES, block_mask, dense_empirical_fisher, dense_ggn
 
 import laplax_kfac
 
@@ -695,3 +695,32 @@ def test_no_array_holds_the_records_of_all_examples(correction, monkeypatch):
     bounded(monkeypatch, 4)
     # The inputs themselves are n x 4 numbers, and a few more with padding.
     assert largest() < (n + 4) * 5 < records
+
+
+# -- derivative rules of the user's own --------------------------------------------------------
+
+
+@jax.custom_vjp
+def _clipped(x):
+    return jnp.tanh(x)
+
+
+_clipped.defvjp(lambda x: (jnp.tanh(x), None), lambda _, g: (jnp.clip(g, -0.1, 0.1),))
+
+
+@pytest.mark.parametrize("target", ["mse", "classes"])
+@pytest.mark.parametrize("fisher_type", ORACLES)
+def test_rules_that_are_not_linear_give_the_jacobian_of_jacrev(target, fisher_type):
+    """The Jacobian is what unit vectors are pulled back to; a gradient is one pullback."""
+    model_fn, params = chain(_clipped), layers(4, 5, 3)
+    loss_fn, make = TARGETS[target]
+    data = normal(1, 4, seed=1), make(1, 3)
+    curvature = laplax_kfac.kfac(model_fn, params, data, loss_fn=loss_fn, fisher_type=fisher_type)
+    exact = ORACLES[fisher_type](model_fn, params, data, loss_fn)
+    if fisher_type == "empirical":  # the oracle goes through the Jacobian
+        gradient = ravel_pytree(
+            jax.grad(lambda p: LOSSES[loss_fn](model_fn(data[0][0], p), data[1][0]))(params)
+        )[0]
+        exact = jnp.outer(gradient, gradient)
+    mask = block_mask(params, groups(params, separate=False))
+    np.testing.assert_allclose(curvature.to_dense(), exact * mask, **tolerance(jnp.float64))
