@@ -265,7 +265,7 @@ def _rank_one(
 # -- groups ------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)  # a group is the claims it collects, not their values
 class Group:
     """Claims on the same ids, and those of the bias that is joint with them."""
 

@@ -51,7 +51,10 @@ class Trace:
     def scaled(self, factor: Float[np.ndarray, "..."] | float) -> "Trace":
         """The trace of this array times a constant."""
         old = np.ones((1,) * self.index.ndim) if self.scale is None else self.scale
-        return replace(self, scale=old * factor)
+        scale = np.asarray(old * factor)
+        # A factor that differs between iterations makes their entries different, too.
+        shape = np.broadcast_shapes(self.index.shape, scale.shape)
+        return replace(self, index=np.broadcast_to(self.index, shape), scale=scale)
 
 
 @dataclass(frozen=True)
@@ -323,11 +326,9 @@ def _selected(jaxpr: Jaxpr, eqn: JaxprEqn, values: list[Value]) -> Value:
 
     def select(x: Any, *constants: Any) -> Any:
         # What is padded with, or filled in for what is out of bounds, is no parameter.
-        kept = [
-            x.dtype.type(0) if jaxprs.is_inexact(a) else c
-            for a, c in zip(eqn.invars[1:], constants, strict=True)
-        ]
-        return jaxprs.evaluate(jaxpr, eqn, [x, *kept])[0]
+        if eqn.primitive.name == "pad":
+            return lax.pad(x, x.dtype.type(0), eqn.params["padding_config"])
+        return jaxprs.evaluate(jaxpr, eqn, [x, *constants])[0]
 
     def selected(x: Any) -> Any:
         mine = Known(lambda: x, x.ndim - jaxprs.ndim(eqn.invars[0]))

@@ -1571,3 +1571,52 @@ def weight_times_an_imaginary_number() -> Built:
         return jnp.abs(jnp.sum(input) + input @ (1j * params["w"]))
 
     return model_fn, normal({"w": (4, 3)}), inputs(4)
+
+
+@model(probed("w", "dense", 12, "combined with constants"))
+def weight_padded_with_a_literal() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        return input @ lax.pad(params["w"], np.asarray(0.0, float), ((0, 1, 0), (1, 0, 0)))
+
+    return model_fn, normal({"w": (3, 4)}), inputs(4)
+
+
+@model(probed("w", "dense", 12, "combined with constants"))
+def block_diagonal_of_parts() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        return input @ jax.scipy.linalg.block_diag(params["w"][:1], params["w"][1:])
+
+    return model_fn, normal({"w": (3, 4)}), inputs(3)
+
+
+@model(probed("b", "bias", 4, "scaled differently"), dense("w", 4, 4, 3))
+def bias_scaled_by_the_time() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        def step(h: Array, t: Array) -> tuple[Array, None]:
+            return jnp.tanh(h @ params["w"] + params["b"] * t), None
+
+        return lax.scan(step, input, np.asarray([1.0, 2.0, 4.0]))[0]
+
+    return model_fn, normal({"w": (4, 4), "b": (4,)}), inputs(4)
+
+
+@model(probed("b", "bias", 4, "scaled differently"), dense("w", 4, 4, 3))
+def bias_added_and_scaled_by_the_time() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        def step(h: Array, t: Array) -> tuple[Array, None]:
+            return jnp.tanh(h @ params["w"] + params["b"] * t + params["b"]), None
+
+        return lax.scan(step, input, np.asarray([1.0, 2.0, 4.0]))[0]
+
+    return model_fn, normal({"w": (4, 4), "b": (4,)}), inputs(4)
+
+
+@model(probed("w", "dense", 16, "scaled differently where it is shared"))
+def weight_scaled_by_the_time() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        def step(h: Array, t: Array) -> tuple[Array, None]:
+            return jnp.tanh(h @ (params["w"] * t).T), None
+
+        return lax.scan(step, input, np.asarray([1.0, 2.0, 4.0]))[0]
+
+    return model_fn, normal({"w": (4, 4)}), inputs(4)
