@@ -1595,7 +1595,7 @@ def bias_scaled_by_the_time() -> Built:
         def step(h: Array, t: Array) -> tuple[Array, None]:
             return jnp.tanh(h @ params["w"] + params["b"] * t), None
 
-        return lax.scan(step, input, np.asarray([1.0, 2.0, 4.0]))[0]
+        return lax.scan(step, input, jnp.asarray([1.0, 2.0, 4.0]))[0]
 
     return model_fn, normal({"w": (4, 4), "b": (4,)}), inputs(4)
 
@@ -1606,7 +1606,7 @@ def bias_added_and_scaled_by_the_time() -> Built:
         def step(h: Array, t: Array) -> tuple[Array, None]:
             return jnp.tanh(h @ params["w"] + params["b"] * t + params["b"]), None
 
-        return lax.scan(step, input, np.asarray([1.0, 2.0, 4.0]))[0]
+        return lax.scan(step, input, jnp.asarray([1.0, 2.0, 4.0]))[0]
 
     return model_fn, normal({"w": (4, 4), "b": (4,)}), inputs(4)
 
@@ -1617,6 +1617,6 @@ def weight_scaled_by_the_time() -> Built:
         def step(h: Array, t: Array) -> tuple[Array, None]:
             return jnp.tanh(h @ (params["w"] * t).T), None
 
-        return lax.scan(step, input, np.asarray([1.0, 2.0, 4.0]))[0]
+        return lax.scan(step, input, jnp.asarray([1.0, 2.0, 4.0]))[0]
 
     return model_fn, normal({"w": (4, 4)}), inputs(4)
