@@ -5,7 +5,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -159,10 +159,8 @@ class Accumulator:
         batch = to_arrays(as_batch(batch))
         weights = jnp.ones(size_of(batch)) if weights is None else jnp.asarray(weights)
         compiled = self._compiled(first_example(batch))
-        key = jax.random.fold_in(self.options.key, state.num_updates)
-        leaves = jax.tree.leaves(self.params)
-        new = compiled.statistics(leaves, compiled.program.consts, batch, weights, key)
-        return factors.merge(state, new)
+        arrays = self._arrays(compiled.program, batch, weights, state.num_updates)
+        return factors.merge(state, compiled.statistics(arrays))
 
     def merge(self, first: Statistics, second: Statistics) -> Statistics:
         """Statistics of the data of both."""
@@ -188,11 +186,8 @@ class Accumulator:
         moments: list[Array] | None = None
         for number, (batch, weights) in enumerate(data):
             compiled = self._compiled(first_example(batch))
-            key = jax.random.fold_in(self.options.key, number)
-            leaves = jax.tree.leaves(self.params)
-            new = compiled.moments(
-                leaves, compiled.program.consts, batch, weights, key, curvature.blocks
-            )
+            arrays = self._arrays(compiled.program, batch, weights, number)
+            new = compiled.moments(arrays, curvature.blocks)
             moments = (
                 list(new) if moments is None else [m + n for m, n in zip(moments, new, strict=True)]
             )
@@ -203,6 +198,12 @@ class Accumulator:
             )
         )
         return replace(curvature, blocks=blocks)
+
+    def _arrays(
+        self, program: Program, batch: Batch, weights: Float[Array, " N"], update: Any
+    ) -> "_Arrays":
+        key = jax.random.fold_in(self.options.key, update)
+        return _Arrays(jax.tree.leaves(self.params), program.consts, batch, weights, key)
 
     @functools.cached_property
     def _programs(self) -> dict[Any, "_Compiled"]:
@@ -237,64 +238,50 @@ class _Compiled:
     moments: Callable[..., tuple[Array, ...]]
 
 
-def _records(
-    program: Program,
-    options: Options,
-    leaves: list[Array],
-    consts: list[Array],
-    batch: Batch,
-    key: Key[Array, ""],
-) -> list[Record]:
-    return capture_batch(
-        program, leaves, consts, batch, options.likelihood, options.fisher_type,
-        key=key, mc_samples=options.mc_samples,
-    )  # fmt: skip
+class _Arrays(NamedTuple):
+    """What a pass over a batch works on; arguments, so that nothing is compiled in."""
+
+    leaves: list[Array]
+    consts: list[Array]
+    batch: Batch
+    weights: Float[Array, " N"]
+    key: Key[Array, ""]
 
 
 def _moments(
-    program: Program,
-    options: Options,
-    leaves: list[Array],
-    consts: list[Array],
-    batch: Batch,
-    weights: Float[Array, " N"],
-    key: Key[Array, ""],
-    blocks: tuple[Block, ...],
+    program: Program, options: Options, arrays: _Arrays, blocks: tuple[Block, ...]
 ) -> tuple[Array, ...]:
-    def moments(batch: Batch, weights: Float[Array, " n"], key: Key[Array, ""]) -> Any:
-        records = _records(program, options, leaves, consts, batch, key)
+    def moments(records: list[Record], weights: Float[Array, " n"]) -> tuple[Array, ...]:
         return factors.corrected_eigenvalues(program.resolved, records, weights, blocks)
 
-    return _in_bounded_memory(program, options, moments, batch, weights, key)
+    return _summed(program, options, arrays, moments)
 
 
-def _statistics(
-    program: Program,
-    options: Options,
-    leaves: list[Array],
-    consts: list[Array],
-    batch: Batch,
-    weights: Float[Array, " N"],
-    key: Key[Array, ""],
-) -> Statistics:
-    def sums(batch: Batch, weights: Float[Array, " n"], key: Key[Array, ""]) -> Any:
-        records = _records(program, options, leaves, consts, batch, key)
+def _statistics(program: Program, options: Options, arrays: _Arrays) -> Statistics:
+    def sums(records: list[Record], weights: Float[Array, " n"]) -> Any:
         return factors.batch_sums(program.resolved, records, weights, options.kfac_approx)
 
-    total = _in_bounded_memory(program, options, sums, batch, weights, key)
-    count, updates = jnp.sum(weights), jnp.ones((), jnp.int32)
+    total = _summed(program, options, arrays, sums)
+    count, updates = jnp.sum(arrays.weights), jnp.ones((), jnp.int32)
     return Statistics(count, updates, total, program.layers, program.space)
 
 
-def _in_bounded_memory(
+def _summed(
     program: Program,
     options: Options,
-    sums: Callable[[Batch, Float[Array, " n"], Key[Array, ""]], Any],
-    batch: Batch,
-    weights: Float[Array, " N"],
-    key: Key[Array, ""],
+    arrays: _Arrays,
+    of_records: Callable[[list[Record], Float[Array, " n"]], Any],
 ) -> Any:
     """Sum over a batch, in parts whose records stay below `RECORD_BYTES`, or of one example."""
+    leaves, consts, batch, weights, key = arrays
+
+    def sums(batch: Batch, weights: Float[Array, " n"], key: Key[Array, ""]) -> Any:
+        records = capture_batch(
+            program, leaves, consts, batch, options.likelihood, options.fisher_type,
+            key=key, mc_samples=options.mc_samples,
+        )  # fmt: skip
+        return of_records(records, weights)
+
     size = size_of(batch)
     target = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), batch["target"])
     pulled = num_columns(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.blocks import Block, BlockDiagonal, rotate
-from laplax_kfac.capture import ParameterRecord, Record, capture, unit_vectors
+from laplax_kfac.capture import ParameterRecord, Record, capture, map_examples, unit_vectors
 from laplax_kfac.data import batch_size as size_of
 from laplax_kfac.factors import (
     gradient_matrices,
@@ -103,10 +103,7 @@ def predictive_covariance(
         zero = jnp.zeros((flat.size, flat.size))
         return Predictive(flat, functools.reduce(jnp.add, parts, zero))
 
-    try:
-        return jax.lax.map(one, inputs, batch_size=batch_size)
-    except NotImplementedError:  # a primitive of the model has no vmap rule
-        return jax.lax.map(functools.partial(one, sequential=True), inputs)
+    return map_examples(one, inputs, batch_size)
 
 
 def _layer_covariance(resolved: Resolved, record: Record, block: Block) -> Float[Array, "C C"]:

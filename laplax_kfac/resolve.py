@@ -138,9 +138,7 @@ def _weight_claim(number: int, use: Use) -> Claim | str:
         return "added to different places unequally often"
     if use.pattern.name == "shift" and use.ids.shape[-1] > DENSE_LIMIT:
         return "added to data, differently at every position"
-    lanes = use.ids.shape[:-3]
-    shared = (*(_constant_along(use.ids, a) for a in range(len(lanes))),
-              use.ids.shape[-3] > 1 and _constant_along(use.ids, len(lanes)))  # fmt: skip
+    shared = _shared_axes(use.ids)
     ids = _take_first(use.ids, shared)
     problem = _not_a_matrix(ids)
     if problem:
@@ -178,14 +176,20 @@ def _bias_claim(number: int, use: Use, shift: Shift) -> Claim | None:
     ids = np.moveaxis(ids_of_output[place], range(3), range(-3, 0))  # (lanes, T, K, out)
     if shift.factor is None or (ids == FOREIGN).any() or not _constant_along(ids, len(lanes)):
         return None
-    ids = ids.take(0, axis=len(lanes))  # (lanes, K, out)
-    shared = (*(_constant_along(ids, a) for a in range(len(lanes))),
-              ids.shape[-2] > 1 and _constant_along(ids, len(lanes)))  # fmt: skip
-    core = _take_first(ids[..., None, :], shared)
+    ids = ids.take(0, axis=len(lanes))[..., None, :]  # (lanes, K, 1, out)
+    shared = _shared_axes(ids)
+    core = _take_first(ids, shared)
     if _not_a_matrix(core):
         return None
-    positions = place.shape[0] * _shared_size(use, ids.shape[-2], shared)
+    positions = place.shape[0] * _shared_size(use, ids.shape[-3], shared)
     return Claim(number, core, shared, positions, bias=shift.factor)
+
+
+def _shared_axes(ids: Int[np.ndarray, "*lanes stack rows out"]) -> tuple[bool, ...]:
+    """For each lane and the stack axis, whether the ids are the same all along it."""
+    *lanes, stack = range(ids.ndim - 2)
+    alone = ids.shape[stack] == 1  # a stack of one is a stack
+    return (*(_constant_along(ids, a) for a in lanes), not alone and _constant_along(ids, stack))
 
 
 def _shared_size(use: Use, stack: int, shared: Sequence[bool]) -> int:
@@ -306,9 +310,7 @@ def _group(claims: list[Claim], opaque: list[Opaque], size: int) -> list[Group]:
 
 def _drop_opaque(groups: list[Group], opaque: list[Opaque], size: int) -> list[Group]:
     """A group with one opaque parameter is opaque as a whole: repeat until nothing changes."""
-    number = np.full(size, -1, dtype=np.int32)
-    for k, entry in reversed(list(enumerate(opaque))):
-        number[entry.ids] = k
+    number = _causes(opaque, size)
     changed = True
     while changed:
         changed = False
@@ -321,6 +323,14 @@ def _drop_opaque(groups: list[Group], opaque: list[Opaque], size: int) -> list[G
                 groups.remove(group)
                 changed = True
     return groups
+
+
+def _causes(opaque: list[Opaque], size: int) -> Int[np.ndarray, " P"]:
+    """For every parameter, which entry first made it opaque; -1 if none did."""
+    number = np.full(size, -1, dtype=np.int32)
+    for k, entry in reversed(list(enumerate(opaque))):
+        number[entry.ids] = k
+    return number
 
 
 def _without_partial_sums(
@@ -415,9 +425,7 @@ def _fallback_layers(
     opaque: list[Opaque], taken: np.ndarray, space: ParameterSpace, selection: Selection
 ) -> list[Resolved]:
     """One layer a leaf for what is probed, and one for what does not influence the output."""
-    number = np.full(space.size, -1, dtype=np.int32)
-    for k, entry in reversed(list(enumerate(opaque))):
-        number[entry.ids] = k
+    number = _causes(opaque, space.size)
     number[taken] = -1
     layers = []
     for leaf, path in enumerate(space.paths):

@@ -681,12 +681,10 @@ def _scan(number: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list
 
 def _known_inside(known: Known, lanes: int, *, scanned: bool) -> Known:
     """A known operand of a scan as its body sees it in every iteration."""
+    if not scanned and not known.lanes:
+        return known
     if not scanned:
-        return (
-            Known(lambda: np.asarray(known.value())[..., None], known.lanes + 1)
-            if (known.lanes)
-            else known
-        )
+        return Known(lambda: np.asarray(known.value())[..., None], known.lanes + 1)
 
     def value() -> Any:
         full = np.asarray(known.value())
