@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from laplax_kfac import patterns
+from laplax_kfac import likelihood, patterns
 from laplax_kfac.capture import LayerRecord, intermediates_and_gradients
 from laplax_kfac.checkpoint import load, save
 from laplax_kfac.curvature import Accumulator, Curvature, accumulator, ekfac, kfac
@@ -34,6 +34,7 @@ __all__ = [
     "find_layers",
     "intermediates_and_gradients",
     "kfac",
+    "likelihood",
     "load",
     "log_marginal_likelihood",
     "make_posterior",

@@ -406,6 +406,7 @@ def capture_batch(
     *,
     key: Key[Array, ""],
     mc_samples: int = 1,
+    sketches: int | None = None,
 ) -> list[Record]:
     """`capture` every example of a batch; the records' leaves get a leading axis N."""
 
@@ -415,9 +416,12 @@ def capture_batch(
         x, y, key = example
 
         def vectors(f: PyTree) -> PyTree:
-            return columns(likelihood, fisher_type, f, y, key=key, mc_samples=mc_samples)
+            return columns(
+                likelihood, fisher_type, f, y, key=key, mc_samples=mc_samples, sketches=sketches
+            )
 
-        by_units = program.custom_vjp and fisher_type == "type2"
+        # There are as many unit vectors as outputs: more than sketches are there to avoid.
+        by_units = program.custom_vjp and fisher_type == "type2" and sketches is None
         return capture(
             program, leaves, consts, x, vectors, by_units=by_units, sequential=sequential
         )[1]
@@ -478,7 +482,8 @@ def intermediates_and_gradients(
     Args:
         model_fn: ``model_fn(input=, params=)``.
         params: Its parameters.
-        data: One batch: ``(input, target)`` or ``{"input": ..., "target": ...}``.
+        data: One batch: ``(input, target)`` or ``{"input": ..., "target": ...}``; weights of
+            examples play no part.
         loss_fn: A laplax ``LossFn``, its string, or a callable ``loss(output, target)`` of one
             example; the gradients are those of its value at the observed target.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.

@@ -67,7 +67,7 @@ class Statistics:
     """The state of an accumulation; without layers before the first update.
 
     Attributes:
-        num_examples: Examples seen, a float scalar.
+        num_examples: Examples seen, each counted with its weight, a float scalar.
         num_updates: Updates made, an integer scalar: it tells the random keys of updates apart.
         sums: Sums of every layer.
         layers: The layers.
@@ -357,7 +357,7 @@ def _block(layer: Layer, sums: Sums) -> Block:
     if isinstance(sums, ParameterSums):
         make = dense_block if layer.block == "dense" else diagonal_block
         return make(sums.gradients)
-    count = jnp.maximum(sums.count, 1.0)  # a branch never taken has zero sums
+    count = jnp.where(sums.count > 0, sums.count, 1.0)  # a branch never taken has zero sums
     count = count.reshape(*count.shape, *[1] * (sums.inputs.ndim - 2))
     block = kronecker_block(*nearest_kronecker(sums.inputs / count, sums.outputs), layer.diagonal)
     return block if layer.stack > 1 else jax.tree.map(lambda x: x[0], block)

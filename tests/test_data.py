@@ -71,8 +71,14 @@ def test_as_batch_accepts(batch):
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
-        ((X,), ValueError, r"must be \(input, target\), found a tuple of 1"),
-        ([X, Y, Y], ValueError, r"must be \(input, target\), found a list of 3"),
+        ((X,), ValueError, r"must be \(input, target\) or \(.*weight\), found a tuple of 1"),
+        ([X, Y, Y, Y], ValueError, "found a list of 4"),
+        ((X, Y, X), ValueError, r"weight of a batch must be .* \(N,\).*ndarray of \(6, 2\)"),
+        ((X, Y, 2.0), ValueError, r"found float of \(\)"),
+        (((X, Y), (X, Y), (X, Y)), ValueError, "found tuple. A tuple of three is"),
+        ({"input": X, "target": Y, "weight": {"w": Y}}, ValueError, "found dict"),
+        ((X, Y, Y - 1), ValueError, "weight of an example must be finite and not negative"),
+        ((X, Y, np.full(6, np.inf)), ValueError, "finite and not negative"),
         ({"input": X}, ValueError, r"needs the keys 'input' and 'target', found \['input'\]"),
         ({"x": X, 0: Y}, ValueError, r"found \['0', 'x'\]"),
         (X, TypeError, "found ndarray.*`data` is one such batch, or an iterable of them"),
