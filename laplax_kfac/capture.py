@@ -21,7 +21,13 @@ from jaxtyping import Array, Float, Key, PyTree
 from laplax_kfac import jaxprs
 from laplax_kfac.data import Batch, as_batch, batch_size, first_example, to_arrays
 from laplax_kfac.layers import Layer
-from laplax_kfac.likelihood import FisherType, Likelihood, columns, resolve_likelihood
+from laplax_kfac.likelihood import (
+    FisherType,
+    Likelihood,
+    columns,
+    num_columns,
+    resolve_likelihood,
+)
 from laplax_kfac.parser import ModelFn, Program, parse
 from laplax_kfac.patterns import one_hot
 from laplax_kfac.resolve import Member, Resolved
@@ -420,8 +426,11 @@ def capture_batch(
                 likelihood, fisher_type, f, y, key=key, mc_samples=mc_samples, sketches=sketches
             )
 
-        # There are as many unit vectors as outputs: more than sketches are there to avoid.
-        by_units = program.custom_vjp and fisher_type == "type2" and sketches is None
+        # Sketches are there to avoid as many pullbacks as there are unit vectors.
+        sketched = sketches is not None and sketches < num_columns(
+            likelihood, fisher_type, program.output, y, mc_samples
+        )
+        by_units = program.custom_vjp and fisher_type == "type2" and not sketched
         return capture(
             program, leaves, consts, x, vectors, by_units=by_units, sequential=sequential
         )[1]

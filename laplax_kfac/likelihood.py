@@ -152,8 +152,9 @@ def columns(
         key: For ``"mc"`` and sketches.
         mc_samples: For ``"mc"``: draws an example.
         sketches: For ``"type2"``: k random combinations S w / sqrt(k) of the columns S of the root,
-            with independent signs w; the mean of their outer products is H, at the cost of k
-            columns. A root that has no more than k columns is taken itself.
+            with independent signs w. Their outer products sum to H in expectation, with a mean
+            squared error in Frobenius norm of at most ``(tr(H)^2 + ||H||^2) / k``, at the cost of
+            k columns. A root that has no more than k columns is taken itself.
 
     Raises:
         ValueError: If the loss has no sampler and ``fisher_type`` is ``"mc"``.
@@ -366,6 +367,17 @@ def _like(f: PyTree, array: Array) -> PyTree:
     return jax.tree.map(lambda _: array, f)
 
 
+def _only(y: PyTree) -> Any:
+    leaves = jax.tree.leaves(y)
+    if len(leaves) != 1:
+        msg = (
+            f"An example's target must be one array, found {jax.tree.structure(y)}; pairs (target, "
+            "weights) need the loss `laplax_kfac.likelihood.weighted(loss_fn)`."
+        )
+        raise ValueError(msg)
+    return leaves[0]
+
+
 def _target_like(output: Float[Array, "..."], target: Any) -> Num[Array, "..."]:
     """A target in the shape of the output; axes of length one may be missing, or too many."""
     found, wanted = jnp.shape(target), output.shape
@@ -376,8 +388,7 @@ def _target_like(output: Float[Array, "..."], target: Any) -> Num[Array, "..."]:
 
 
 def _one_target_like(output: Float[Array, "..."], y: PyTree) -> Float[Array, "..."]:
-    (target,) = jax.tree.leaves(y)
-    return _target_like(output, target).astype(output.dtype)
+    return _target_like(output, _only(y)).astype(output.dtype)
 
 
 def _analytic(
@@ -715,11 +726,6 @@ def _by_differentiation(
         return ravel_pytree(f)[1](combined.reshape(-1))
 
     return Likelihood(name, losses, root, sample_gradient, sketch)
-
-
-def _only(y: PyTree) -> Any:
-    (target,) = jax.tree.leaves(y)
-    return target
 
 
 _NAMED = {
