@@ -442,7 +442,7 @@ def _normal_like(key: Key[Array, ""], f: PyTree) -> PyTree:
     return unravel(jax.random.normal(key, flat.shape, flat.dtype))
 
 
-def gaussian(noise_variance: float | Float[Array, "..."]) -> Likelihood:
+def gaussian(noise_variance: float | Num[Array | np.ndarray, "..."]) -> Likelihood:
     """A Gaussian around the output, of known variance; any pytree of outputs.
 
     With its normaliser, so that `data_fit` and `log_marginal_likelihood` need no

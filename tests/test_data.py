@@ -2,12 +2,14 @@
 
 import itertools
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import laplax_kfac
 from laplax_kfac.data import (
     as_batch,
     batch_size,
@@ -247,3 +249,106 @@ def test_first_example_has_no_batch_axis_and_dtypes_of_jax():
     assert example["b"] == jax.ShapeDtypeStruct((2, 3), jnp.int8)
     with jax.enable_x64(True):
         assert first_example({"input": X, "target": Y}).dtype == jnp.float64
+
+
+# -- weights of examples -----------------------------------------------------------------------
+
+WEIGHTS = np.asarray([1, 0, 3, 2, 1, 2])
+
+
+def test_batches_with_weights():
+    for batch in ((X, Y, WEIGHTS), {"weight": WEIGHTS, "target": Y, "input": X, "id": Y}):
+        found = as_batch(batch)
+        assert list(found) == ["input", "target", "weight"]
+        np.testing.assert_array_equal(found["weight"], WEIGHTS)
+    assert_batch(as_batch({"input": X, "target": Y, "weight": None}), X, Y)
+
+
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray, Tensor], ids=["np", "jax", "torch"])
+def test_weights_are_kept_where_batches_are_cut_and_padded(convert):
+    stream = [to_arrays(as_batch((X, Y, convert(WEIGHTS)))), {"input": X[:2], "target": Y[:2]}]
+    parts = list(even_batches(stream, 4))
+    assert [sorted(batch) for batch, _ in parts] == [["input", "target"]] * 3
+    found = np.concatenate([weights for _, weights in parts])
+    np.testing.assert_array_equal(found, [*WEIGHTS, 1.0, 1.0, 0.0])
+    assert found.dtype == jnp.result_type(float)
+
+
+def test_weights_of_another_length_are_refused():
+    with pytest.raises(ValueError, match=r"same leading axis.*'weight': \{\(5,\)\}"):
+        list(even_batches([as_batch((X, Y, WEIGHTS[:5]))], 4))
+
+
+def tokens(input, params):
+    """Two layers over positions, gains without a Kronecker form, and a mean."""
+    hidden = jnp.tanh(input @ params["first"]["w"] + params["first"]["b"]) * params["gain"]
+    return (hidden @ params["second"]).mean(axis=0)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+TOKENS = {
+    "first": {"b": normal(4), "w": normal(3, 4, seed=1)},
+    "gain": normal(4, seed=2),
+    "second": normal(4, 3, seed=3),
+}
+EXAMPLES = normal(6, 5, 3, seed=4), np.arange(6) % 3
+REPEATED = tuple(np.repeat(part, WEIGHTS, axis=0) for part in EXAMPLES)
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def fit(data, **options):
+    return laplax_kfac.kfac(tokens, TOKENS, data, loss_fn="cross_entropy", **options).to_dense()
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kfac_approx": "reduce"}, {"eigenvalue_correction": True}, {"fisher_type": "empirical"}],
+    ids=["expand", "reduce", "ekfac", "empirical"],
+)
+def test_an_example_of_weight_w_counts_as_w_examples(options):
+    expected = fit(REPEATED, **options)
+    assert np.linalg.norm(fit(EXAMPLES, **options) - expected) > 0.1
+    found = fit((*EXAMPLES, WEIGHTS), batch_size=4, **options)
+    np.testing.assert_allclose(found, expected, **CLOSE)
+
+
+@pytest.mark.usefixtures("x64")
+def test_updates_take_weights_with_the_batch_and_apart():
+    acc = laplax_kfac.accumulator(tokens, TOKENS, loss_fn="cross_entropy")
+    x, y = EXAMPLES
+    twice = acc.update(acc.init(), {"input": x, "target": y, "weight": WEIGHTS}, jnp.full(6, 2.0))
+    assert twice.num_examples == 2 * WEIGHTS.sum()
+    expected = 2 * fit(REPEATED)
+    np.testing.assert_allclose(acc.finalize(twice).to_dense(), expected, **CLOSE)
+    # The second pass, too, takes weights in either place.
+    batch = as_batch((x, y, WEIGHTS))
+    curv = acc.finalize(twice)
+    found = acc.correct(curv, [(batch, jnp.full(6, 2.0))]).to_dense()
+    np.testing.assert_allclose(found, 2 * fit(REPEATED, eigenvalue_correction=True), **CLOSE)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_weights_that_sum_to_less_than_one_scale_the_curvature(kfac_approx):
+    found = fit((*EXAMPLES, np.full(6, 1e-3)), kfac_approx=kfac_approx)
+    np.testing.assert_allclose(
+        found, 1e-3 * fit(EXAMPLES, kfac_approx=kfac_approx), rtol=1e-9, atol=1e-13
+    )
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_fit_and_the_evidence_count_weights():
+    values = []
+    for data in (REPEATED, (*EXAMPLES, WEIGHTS)):
+        curv = laplax_kfac.kfac(tokens, TOKENS, data, loss_fn="cross_entropy")
+        found = laplax_kfac.data_fit(tokens, TOKENS, data, loss_fn="cross_entropy", batch_size=4)
+        evidence = laplax_kfac.log_marginal_likelihood(
+            curv, TOKENS, log_likelihood=found, prior_prec=1.0
+        )
+        values.append(np.asarray([found.loss, found.num_outputs, evidence.value]))
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-9)
+    assert values[0][1] == WEIGHTS.sum() * 3

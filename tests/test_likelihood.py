@@ -761,3 +761,136 @@ def test_sketches_that_make_no_sense_are_refused(options, message):
     options = {"sketches": 1} | options
     with pytest.raises(ValueError, match=message):
         laplax_kfac.accumulator(network(6), NETWORK, loss_fn="mse", **options)
+
+
+# -- weights -----------------------------------------------------------------------------------
+
+MASK = np.asarray([1.0, 0.0, 2.0])
+
+
+@pytest.mark.parametrize("fisher_type", ["type2", "mc", "empirical"])
+def test_what_is_at_terms_of_weight_zero_does_not_matter(fisher_type):
+    likelihood, f, y = weighted("cross_entropy"), normal(3, 4), np.asarray([1, 3, 0])
+    spoiled_f, spoiled_y = f.copy(), y.copy()
+    spoiled_f[1], spoiled_y[1] = np.nan, 99
+
+    def found(f, y):
+        return columns(likelihood, fisher_type, f, (y, MASK), key=KEY)
+
+    spoiled = found(spoiled_f, spoiled_y)
+    assert not spoiled[:, 1].any()
+    np.testing.assert_array_equal(spoiled, found(f, y))
+    assert likelihood.loss(spoiled_f, (spoiled_y, MASK)) == likelihood.loss(f, (y, MASK)) > 0
+
+
+def test_masks_may_be_integers_or_booleans_and_nested():
+    f, labels = normal(3, 4), np.asarray([1, -1, 0])
+    ignoring = weighted(lik.categorical(ignore_index=-1))
+    expected = 2 * integer_labels(f[0], labels[0])
+    for weights in (np.asarray([2, 5, 0]), np.asarray([2.0, 5.0, 0.0])):
+        np.testing.assert_allclose(ignoring.loss(f, (labels, weights)), expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        ignoring.loss(f, (labels, np.asarray([True, True, False]))), expected / 2, rtol=1e-12
+    )
+    root = columns(ignoring, "type2", f, (labels, np.asarray([2, 5, 0])), key=KEY)
+    assert root[:, 0].any()
+    assert not root[:, 1:].any()
+
+
+def test_weights_are_a_prefix_of_a_pytree_of_terms():
+    f = {"a": normal(2, 3), "b": normal(2, seed=1)}
+    y, weights = jax.tree.map(np.zeros_like, f), {"a": np.asarray([0.5, 0.0]), "b": 3.0}
+    likelihood = weighted("mse")
+    expected = 0.5 * np.sum(f["a"][0] ** 2) + 3 * np.sum(f["b"] ** 2)
+    np.testing.assert_allclose(likelihood.loss(f, (y, weights)), expected, rtol=1e-12)
+    np.testing.assert_allclose(likelihood.loss(f, (y, 2.0)), 2 * squares(f, y), rtol=1e-12)
+    assert likelihood.num_outputs(f, (y, weights)) == 0.5 * 3 + 3 * 2
+    root = flat_columns(columns(likelihood, "type2", f, (y, weights), key=KEY))
+    diagonal = np.repeat([1.0, 0.0, 6.0], [3, 3, 2])
+    np.testing.assert_allclose(root.T @ root, np.diag(diagonal), **tolerance(jnp.float64))
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (np.zeros(3, int), r"targets that are pairs \(target, weights\)"),
+        ((np.zeros(3, int),), "targets that are pairs"),
+        ((np.zeros(3, int), np.ones(4)), r"shape of the loss terms, \(3,\).*found \(4,\)"),
+        ((np.zeros(3, int), np.ones((3, 4))), r"found \(3, 4\)"),
+        ((np.zeros(3, int), {"w": np.ones(3)}), "must be a pytree prefix of the loss terms"),
+    ],
+    ids=["no pair", "one", "another length", "classes", "a dictionary"],
+)
+def test_weights_of_another_form_are_refused(y, message):
+    with pytest.raises(ValueError, match=message):
+        columns(weighted("cross_entropy"), "type2", normal(3, 4), y, key=KEY)
+
+
+def test_pairs_without_a_weighted_likelihood_are_refused():
+    with pytest.raises(ValueError, match=r"one array, found .*`laplax_kfac.likelihood.weighted"):
+        resolve_likelihood("cross_entropy").loss(normal(3, 4), (np.zeros(3, int), np.ones(3)))
+
+
+# -- constants, dtypes and errors of ready-made likelihoods ------------------------------------
+
+
+def test_log_probabilities_have_their_constants():
+    f, y = normal(3), normal(3, seed=1)
+    density = np.sum(stats.norm.logpdf(y, f, np.sqrt(0.5)))
+    for likelihood in (resolve_likelihood("mse"), lik.gaussian(0.5)):
+        np.testing.assert_allclose(likelihood.log_prob(f, y), density, rtol=1e-12)
+    half = weighted("mse").log_prob(f, (y, np.asarray([0.5, 0.5, 0.5])))
+    np.testing.assert_allclose(half, density / 2, rtol=1e-12)
+    assert resolve_likelihood(squares).log_prob(f, y) == -squares(f, y)
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [lik.gaussian(0.3), lik.heteroscedastic_gaussian(), lik.poisson(), OWN],
+    ids=lambda likelihood: likelihood.name,
+)
+def test_bfloat16_outputs_of_likelihoods_are_computed_in_float32(likelihood):
+    with jax.enable_x64(False):
+        f, y = jnp.asarray([0.3, -0.2], jnp.bfloat16), jnp.ones(())
+        exact = f.astype(jnp.float32)
+        y = y if likelihood.name.startswith("het") else jnp.ones(2)
+        found = columns(likelihood, "type2", f, y, key=KEY)
+        assert found.dtype == likelihood.loss(f, y).dtype == jnp.float32
+        np.testing.assert_array_equal(found, columns(likelihood, "type2", exact, y, key=KEY))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lik.gaussian(0.0), "`noise_variance` must be positive, found 0.0"),
+        (lambda: lik.gaussian(np.asarray([1.0, -1.0])), "`noise_variance` must be positive"),
+        (lambda: lik.categorical(label_smoothing=1.0), r"must be in \[0, 1\), found 1.0"),
+        (lambda: lik.bernoulli(label_smoothing=-0.1), r"must be in \[0, 1\), found -0.1"),
+        (
+            lambda: lik.heteroscedastic_gaussian().loss(normal(3), normal(1)),
+            r"even size; found shape \(3,\)",
+        ),
+        (
+            lambda: lik.heteroscedastic_gaussian().loss(normal(4), normal(3)),
+            r"shape of the output, \(2,\) an example; found \(3,\)",
+        ),
+        (
+            lambda: columns(
+                lik.categorical(ignore_index=0), "type2", normal(2, 3), soft(2, 3), key=KEY
+            ),
+            r"`ignore_index` needs targets that are integer classes of shape \(2,\)",
+        ),
+        (
+            lambda: lik.poisson().loss({"a": normal(2), "b": normal(2)}, normal(2)),
+            "needs a model with one output array, found 2",
+        ),
+        (
+            lambda: Likelihood.from_log_prob("own", lambda f, _: f[:2]).loss(normal(3), None),
+            r"log-probability of 'own' must be one number.*found shape \(2,\)",
+        ),
+    ],
+    ids=range(9),
+)
+def test_likelihoods_refuse_what_they_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
