@@ -23,9 +23,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Key, Num, PyTree
 
-FisherType = Literal["type2", "mc", "empirical"]
+FisherType = Literal["type2", "mc", "empirical", "forward_only"]
 LossFunction = Callable[[PyTree, PyTree], PyTree]
-FISHER_TYPES = ("type2", "mc", "empirical")
+FISHER_TYPES = ("type2", "mc", "empirical", "forward_only")
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -164,6 +164,8 @@ def columns(
     if fisher_type == "type2":
         if sketches is None or sketches >= num_columns(likelihood, "type2", f, y, 1):
             vectors = likelihood.hessian_root(f, y)
+            if not len(jax.tree.leaves(vectors)[0]):  # none at all is for `forward_only`
+                vectors = jax.tree.map(lambda v: jnp.zeros((1, *v.shape[1:]), v.dtype), vectors)
         else:
             vectors = _draws(lambda k: _sketch(likelihood, k, f, y), key, sketches)
     else:
@@ -192,12 +194,14 @@ def num_columns(
     sketches: int | None = None,
 ) -> int:
     """How many vectors `columns` returns, R, for outputs and targets of these shapes."""
+    if fisher_type == "forward_only":
+        return 0
     if fisher_type == "empirical":
         return 1
     if fisher_type == "mc":
         return mc_samples
     exact = int(jax.tree.leaves(jax.eval_shape(likelihood.hessian_root, f, y))[0].shape[0])
-    return exact if sketches is None else min(exact, sketches)
+    return max(1, exact if sketches is None else min(exact, sketches))
 
 
 def _draws(draw: Callable[[Key[Array, ""]], PyTree], key: Key[Array, ""], number: int) -> PyTree:

@@ -306,8 +306,15 @@ def fit(data, **options):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "options",
-    [{}, {"kfac_approx": "reduce"}, {"eigenvalue_correction": True}, {"fisher_type": "empirical"}],
-    ids=["expand", "reduce", "ekfac", "empirical"],
+    [
+        {},
+        {"kfac_approx": "reduce"},
+        {"eigenvalue_correction": True},
+        {"optimal_factors": True},
+        {"fisher_type": "empirical", "curvature": "block"},
+        {"fisher_type": "forward_only"},
+    ],
+    ids=["expand", "reduce", "ekfac", "kfoc", "block", "forward only"],
 )
 def test_an_example_of_weight_w_counts_as_w_examples(options):
     expected = fit(REPEATED, **options)

@@ -314,7 +314,16 @@ def test_cross_entropy_pulls_back_one_column_less_than_classes(shape, rank):
     likelihood, f = resolve_likelihood("cross_entropy"), normal(*shape)
     root = jax.eval_shape(likelihood.hessian_root, f, None)
     assert root.shape == (rank, *shape)
-    assert num_columns(likelihood, "type2", f, None, 1) == rank
+    # No columns at all would stand for `forward_only`: a zero takes their place.
+    assert num_columns(likelihood, "type2", f, None, 1) == max(rank, 1)
+
+
+def test_a_single_class_has_no_curvature():
+    data = np.ones((2, 3)), np.zeros(2, int)
+    found = laplax_kfac.kfac(
+        lambda input, params: input @ params, normal(3, 1), data, loss_fn="cross_entropy"
+    )
+    np.testing.assert_array_equal(found.to_dense(), np.zeros((3, 3)))
 
 
 def test_extreme_logits_stay_finite_in_float32():
