@@ -488,8 +488,9 @@ def kfac(
         sketches: For ``"type2"`` with large outputs: how many vectors to pull back for an example,
             independent random combinations of the columns of its Hessian's root. The factor of the
             outputs and blocks without a Kronecker form are then unbiased estimates, at a cost that
-            does not grow with the number of outputs. A derivative rule of the model's own that is
-            not linear is applied to the combinations. All columns by default.
+            does not grow with the number of outputs, but for the factor of a layer that has as
+            many outputs itself. A derivative rule of the model's own that is not linear is applied
+            to the combinations. All columns by default.
         key: Random key for ``"mc"`` and ``sketches``; ``jax.random.key(0)`` by default.
         kfac_approx: How positions that share a weight are treated: ``"expand"`` as if they were
             examples, ``"reduce"`` summed up (Eschenhagen et al. 2023, arXiv 2311.00636); or these

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import laplax
 import numpy as np
 import optax
 import pytest
@@ -903,3 +904,53 @@ def test_bfloat16_outputs_of_likelihoods_are_computed_in_float32(likelihood):
 def test_likelihoods_refuse_what_they_cannot_be(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# -- in transformations, and through laplax ----------------------------------------------------
+
+
+def test_the_curvature_is_differentiable_in_the_noise_variance():
+    data = INPUT[None], np.zeros((1, 6))
+
+    @jax.jit
+    @jax.value_and_grad
+    def trace(noise_variance):
+        likelihood = lik.gaussian(noise_variance)
+        return laplax_kfac.kfac(network(6), NETWORK, data, loss_fn=likelihood).trace()
+
+    value, gradient = trace(0.5)
+    exact = laplax_kfac.kfac(network(6), NETWORK, data, loss_fn="mse").trace()
+    np.testing.assert_allclose((value, gradient), (exact, -2 * exact), rtol=1e-9)
+
+
+@jax.custom_vjp
+def _clipped(x):
+    return x
+
+
+_clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -0.1, 0.1),))
+
+
+def test_as_many_sketches_as_columns_leave_rules_that_are_not_linear_alone():
+    # Then, and only then, unit vectors are pulled back.
+    def model_fn(input, params):
+        return _clipped(network(6)(input, params))
+
+    def fit(**options):
+        data = INPUT[None], np.asarray([2])
+        return laplax_kfac.kfac(
+            model_fn, NETWORK, data, loss_fn="cross_entropy", **options
+        ).to_dense()
+
+    exact = fit()
+    np.testing.assert_array_equal(fit(sketches=5), exact)
+    assert np.linalg.norm(fit(sketches=4) - exact) > 0.01 * np.linalg.norm(exact)
+
+
+def test_laplax_takes_likelihoods_weights_and_sketches():
+    data = {"input": normal(3, 4), "target": np.ones((3, 6)), "weight": np.asarray([1, 2, 0])}
+    options: Any = {"loss_fn": lik.poisson(), "sketches": 2}
+    posterior_fn, curv = laplax.laplace(network(6), NETWORK, data, curv_type="kfac", **options)
+    expected = laplax_kfac.kfac(network(6), NETWORK, data, **options)
+    np.testing.assert_array_equal(curv.to_dense(), expected.to_dense())
+    assert posterior_fn({"prior_prec": 1.0}) is not None
