@@ -1,5 +1,6 @@
 """Batches of data: accepted forms, splitting to one size, padding, errors."""
 
+import functools
 import itertools
 from types import MappingProxyType
 from typing import Any
@@ -296,66 +297,77 @@ TOKENS = {
 }
 EXAMPLES = normal(6, 5, 3, seed=4), np.arange(6) % 3
 REPEATED = tuple(np.repeat(part, WEIGHTS, axis=0) for part in EXAMPLES)
+LOSS = "cross_entropy"
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
 
 
-def fit(data, **options):
-    return laplax_kfac.kfac(tokens, TOKENS, data, loss_fn="cross_entropy", **options).to_dense()
+def plain(acc, state, _):
+    return acc.finalize(state)
+
+
+def corrected(acc, state, parts):
+    return acc.correct(acc.finalize(state), parts)
+
+
+def nearest(acc, state, parts):
+    return acc.optimise(state, lambda: parts)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "options",
+    ("options", "finish"),
     [
-        {},
-        {"kfac_approx": "reduce"},
-        {"eigenvalue_correction": True},
-        {"optimal_factors": True},
-        {"fisher_type": "empirical", "curvature": "block"},
-        {"fisher_type": "forward_only"},
+        ({}, plain),
+        ({"kfac_approx": "reduce"}, plain),
+        ({}, corrected),
+        ({}, nearest),
+        ({"fisher_type": "empirical", "curvature": "block"}, plain),
+        ({"fisher_type": "forward_only"}, plain),
     ],
     ids=["expand", "reduce", "ekfac", "kfoc", "block", "forward only"],
 )
-def test_an_example_of_weight_w_counts_as_w_examples(options):
-    expected = fit(REPEATED, **options)
-    assert np.linalg.norm(fit(EXAMPLES, **options) - expected) > 0.1
-    found = fit((*EXAMPLES, WEIGHTS), batch_size=4, **options)
-    np.testing.assert_allclose(found, expected, **CLOSE)
+def test_an_example_of_weight_w_counts_as_w_examples(options, finish):
+    acc = laplax_kfac.accumulator(tokens, TOKENS, loss_fn=LOSS, **options)
+
+    def fit(data):
+        parts = list(even_batches([as_batch(data)], 3))
+        state = functools.reduce(lambda state, part: acc.update(state, *part), parts, acc.init())
+        return finish(acc, state, parts).to_dense()
+
+    weighted, expected = fit((*EXAMPLES, WEIGHTS)), fit(REPEATED)
+    np.testing.assert_allclose(weighted, expected, **CLOSE)
+    assert np.linalg.norm(fit(EXAMPLES) - expected) > 0.1
+    # Whatever they sum to: more than one, or less.
+    few = fit((*EXAMPLES, 1e-3 * WEIGHTS))
+    np.testing.assert_allclose(few, 1e-3 * expected, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.usefixtures("x64")
-def test_updates_take_weights_with_the_batch_and_apart():
-    acc = laplax_kfac.accumulator(tokens, TOKENS, loss_fn="cross_entropy")
-    x, y = EXAMPLES
-    twice = acc.update(acc.init(), {"input": x, "target": y, "weight": WEIGHTS}, jnp.full(6, 2.0))
-    assert twice.num_examples == 2 * WEIGHTS.sum()
-    expected = 2 * fit(REPEATED)
-    np.testing.assert_allclose(acc.finalize(twice).to_dense(), expected, **CLOSE)
+def test_weights_come_with_the_batch_and_apart():
+    acc = laplax_kfac.accumulator(tokens, TOKENS, loss_fn=LOSS)
+    batch, twice = {"input": EXAMPLES[0], "target": EXAMPLES[1]}, jnp.asarray(2.0 * WEIGHTS)
+    ways: list[Any] = [
+        (batch, twice),
+        ((*EXAMPLES, twice), None),
+        (batch | {"weight": WEIGHTS}, jnp.full(6, 2.0)),
+    ]
+    states = [acc.update(acc.init(), *way) for way in ways]
+    assert [state.num_examples for state in states] == [2 * WEIGHTS.sum()] * 3
+    found = [acc.finalize(state) for state in states]
     # The second pass, too, takes weights in either place.
-    batch = as_batch((x, y, WEIGHTS))
-    curv = acc.finalize(twice)
-    found = acc.correct(curv, [(batch, jnp.full(6, 2.0))]).to_dense()
-    np.testing.assert_allclose(found, 2 * fit(REPEATED, eigenvalue_correction=True), **CLOSE)
+    parts = [[(as_batch(batch), weights)] for batch, weights in ways[::2]]
+    exact = [acc.correct(found[0], part) for part in parts]
+    for curvatures in (found, exact):
+        first, *others = (c.to_dense() for c in curvatures)
+        for other in others:
+            np.testing.assert_allclose(other, first, **CLOSE)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
-def test_weights_that_sum_to_less_than_one_scale_the_curvature(kfac_approx):
-    found = fit((*EXAMPLES, np.full(6, 1e-3)), kfac_approx=kfac_approx)
-    np.testing.assert_allclose(
-        found, 1e-3 * fit(EXAMPLES, kfac_approx=kfac_approx), rtol=1e-9, atol=1e-13
+def test_the_fit_counts_weights():
+    found, expected = (
+        laplax_kfac.data_fit(tokens, TOKENS, data, loss_fn=LOSS, batch_size=3)
+        for data in ((*EXAMPLES, WEIGHTS), REPEATED)
     )
-
-
-@pytest.mark.usefixtures("x64")
-def test_the_fit_and_the_evidence_count_weights():
-    values = []
-    for data in (REPEATED, (*EXAMPLES, WEIGHTS)):
-        curv = laplax_kfac.kfac(tokens, TOKENS, data, loss_fn="cross_entropy")
-        found = laplax_kfac.data_fit(tokens, TOKENS, data, loss_fn="cross_entropy", batch_size=4)
-        evidence = laplax_kfac.log_marginal_likelihood(
-            curv, TOKENS, log_likelihood=found, prior_prec=1.0
-        )
-        values.append(np.asarray([found.loss, found.num_outputs, evidence.value]))
-    np.testing.assert_allclose(values[0], values[1], rtol=1e-9)
-    assert values[0][1] == WEIGHTS.sum() * 3
+    np.testing.assert_allclose(found.loss, expected.loss, **CLOSE)
+    assert found.num_outputs == expected.num_outputs == WEIGHTS.sum() * 3

@@ -336,7 +336,11 @@ def test_extreme_logits_stay_finite_in_float32():
     np.testing.assert_allclose(root.T @ root, expected, **tolerance(jnp.float32))
 
 
-@pytest.mark.parametrize("loss_fn", ["mse", "cross_entropy", "binary_cross_entropy"])
+@pytest.mark.parametrize(
+    "loss_fn",
+    ["mse", "cross_entropy", "binary_cross_entropy", lik.poisson()],
+    ids=lambda loss_fn: getattr(loss_fn, "name", loss_fn),
+)
 def test_bfloat16_outputs_are_computed_in_float32(loss_fn):
     f = jnp.asarray(normal(4), jnp.bfloat16)
     exact = f.astype(jnp.float32)
@@ -581,7 +585,9 @@ def test_means_in_place_of_sums_scale_the_curvature(loss_fn):
 
 # -- draws -------------------------------------------------------------------------------------
 
-SAMPLED = [case for case in LIKELIHOODS if case.loss_fn.sample_gradient is not None]
+SAMPLED = [
+    case for case in LIKELIHOODS if case.loss_fn.sample_gradient and "labels" not in case.name
+]
 
 
 def second_moments(case, fisher_type, seed, keys, **options):
@@ -658,9 +664,8 @@ WEIGHTED = next(case for case in LIKELIHOODS if case.name == "weighted classes")
 
 
 @pytest.mark.parametrize("case", [TOKENS, WEIGHTED], ids=str)
-@pytest.mark.parametrize("k", [1, 3])
-def test_sketches_are_unbiased_and_have_the_variance_of_signs(case, k):
-    exact = np.asarray(expected(case)[2])
+def test_sketches_are_unbiased_and_have_the_variance_of_signs(case):
+    k, exact = 3, np.asarray(expected(case)[2])
     mean, error, squared_error = second_moments(case, "type2", k, 5000, sketches=k)
     assert (np.abs(mean - exact) <= 5 * error + 1e-9).all()
     # w^T G w for signs w and the columns' Gram matrix G has variance 2 (||G||^2 - sum_r G_rr^2).
@@ -854,19 +859,13 @@ def test_log_probabilities_have_their_constants():
     assert resolve_likelihood(squares).log_prob(f, y) == -squares(f, y)
 
 
-@pytest.mark.parametrize(
-    "likelihood",
-    [lik.gaussian(0.3), lik.heteroscedastic_gaussian(), lik.poisson(), OWN],
-    ids=lambda likelihood: likelihood.name,
-)
-def test_bfloat16_outputs_of_likelihoods_are_computed_in_float32(likelihood):
+def test_bfloat16_outputs_of_a_log_probability_are_computed_in_float32():
     with jax.enable_x64(False):
-        f, y = jnp.asarray([0.3, -0.2], jnp.bfloat16), jnp.ones(())
-        exact = f.astype(jnp.float32)
-        y = y if likelihood.name.startswith("het") else jnp.ones(2)
-        found = columns(likelihood, "type2", f, y, key=KEY)
-        assert found.dtype == likelihood.loss(f, y).dtype == jnp.float32
-        np.testing.assert_array_equal(found, columns(likelihood, "type2", exact, y, key=KEY))
+        f, y = jnp.asarray([0.3, -0.2], jnp.bfloat16), jnp.ones(2)
+        found = columns(OWN, "type2", f, y, key=KEY)
+        assert found.dtype == OWN.loss(f, y).dtype == jnp.float32
+        exact = columns(OWN, "type2", f.astype(jnp.float32), y, key=KEY)
+        np.testing.assert_array_equal(found, exact)
 
 
 @pytest.mark.parametrize(
