@@ -243,8 +243,8 @@ def resolve_likelihood(loss_fn: Any) -> Likelihood:
     if callable(loss_fn):
         return _from_callable(loss_fn)
     msg = (
-        f"`loss_fn` must be a laplax LossFn, its string, a callable `loss(output, target)` of one "
-        f"example, or a `Likelihood`; got {type(loss_fn).__name__}."
+        f"`loss_fn` must be a laplax LossFn, its string, or a callable `loss(output, target)` of "
+        f"one example (or a `Likelihood`); got {type(loss_fn).__name__}."
     )
     raise TypeError(msg)
 
