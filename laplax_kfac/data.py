@@ -41,8 +41,8 @@ def as_batch(batch: Any) -> Batch:
     if isinstance(batch, tuple | list):
         if len(batch) not in (2, 3):
             msg = (
-                f"A batch must be (input, target) or (input, target, weight), found a "
-                f"{type(batch).__name__} of {len(batch)}."
+                f"A batch must be (input, target), found a {type(batch).__name__} of "
+                f"{len(batch)}; a third entry may be the weights of the examples."
             )
             raise ValueError(msg)
         return _with_weight(*batch)

@@ -74,7 +74,7 @@ def test_as_batch_accepts(batch):
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
-        ((X,), ValueError, r"must be \(input, target\) or \(.*weight\), found a tuple of 1"),
+        ((X,), ValueError, r"must be \(input, target\), found a tuple of 1"),
         ([X, Y, Y, Y], ValueError, "found a list of 4"),
         ((X, Y, X), ValueError, r"weight of a batch must be .* \(N,\).*ndarray of \(6, 2\)"),
         ((X, Y, 2.0), ValueError, r"found float of \(\)"),
