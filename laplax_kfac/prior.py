@@ -1,4 +1,7 @@
-"""The Gaussian prior: one precision for all parameters, one a layer, or one a group of leaves."""
+"""The Gaussian prior: a mean, and a precision for all parameters, a layer, or a group of leaves.
+
+Or the precision is a whole matrix, such as that of the posterior of an earlier task.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +15,7 @@ from laplax_kfac.blocks import BlockDiagonal
 
 Scalar = Float[Array, ""] | float
 PriorPrecision = Any
-"""A scalar, an array with one value a layer, or a pytree prefix of the parameters."""
+"""A scalar, an array with one value a layer, a pytree prefix of the parameters, or a matrix."""
 
 
 def per_block(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> tuple[Scalar, ...]:
@@ -30,7 +33,14 @@ def per_block(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> tuple[Scalar
     Raises:
         ValueError: If it is of another shape or structure, if it is not positive, or if it differs
             between leaves that share a block.
+        TypeError: If it is a function: of hyperparameters, which are not known here.
     """
+    if callable(prior_prec):
+        msg = (
+            "`prior_prec` is a function; call it with its hyperparameters here, or tune these by "
+            "`tune(..., prior_prec=function, hyperparameters=start)`."
+        )
+        raise TypeError(msg)
     if isinstance(prior_prec, int | float | np.generic | np.ndarray | jax.Array):
         values = _from_array(prior_prec, matrix)
     else:
@@ -52,18 +62,84 @@ def require_positive(name: str, value: Scalar) -> None:
         raise ValueError(msg)
 
 
-def log_prior(
-    prior_prec: PriorPrecision, matrix: BlockDiagonal, params: PyTree
-) -> Float[Array, ""]:
-    """Log-density of the prior, centred at zero, at the parameters that are not frozen."""
-    total = jnp.zeros(())
-    blocks = zip(per_block(prior_prec, matrix), matrix.layers, matrix.read(params), strict=True)
-    for value, layer, part in blocks:
-        if layer.frozen:
+def require_definite(precision: BlockDiagonal) -> None:
+    """Refuse a precision matrix that is singular, as far as it is known.
+
+    Raises:
+        ValueError: If an eigenvalue is known and not positive.
+    """
+    for block, layer in zip(precision.blocks, precision.layers, strict=True):
+        values = block.eigenvalues
+        if isinstance(values, jax.core.Tracer) or layer.frozen or np.all(np.asarray(values) > 0):
             continue
-        norm = jnp.sum(jnp.abs(part) ** 2) if jnp.issubdtype(part.dtype, jnp.inexact) else 0.0
-        total = total - 0.5 * (value * norm - layer.size * jnp.log(value / (2 * jnp.pi)))
+        msg = (
+            "`prior_prec` as a matrix must be positive definite, or the prior is improper; in "
+            f"layer {layer.name!r} it is not. A curvature alone seldom is: pass the posterior that "
+            "it makes with a prior of its own, make_posterior(curvature, prior_prec)."
+        )
+        raise ValueError(msg)
+
+
+def log_prior(
+    prior_prec: PriorPrecision,
+    matrix: BlockDiagonal,
+    params: PyTree,
+    prior_mean: PyTree | None = None,
+) -> Float[Array, ""]:
+    """Log-density of the prior at the parameters that are not frozen.
+
+    Args:
+        prior_prec: Prior precision, as for `per_block`; or a precision matrix on the same layers.
+        matrix: The curvature.
+        params: The parameters.
+        prior_mean: The prior's mean, a pytree like the parameters; zero by default.
+    """
+    determinant = log_prior_determinant(prior_prec, matrix)
+    distance = prior_distance(prior_prec, matrix, params, prior_mean)
+    return 0.5 * (determinant - distance - matrix.num_free() * jnp.log(2 * jnp.pi))
+
+
+def log_prior_determinant(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> Float[Array, ""]:
+    """Log-determinant of the prior precision, on all but frozen parameters.
+
+    Raises:
+        ValueError: If it is of another form, or not positive.
+    """
+    if isinstance(prior_prec, BlockDiagonal):
+        require_definite(prior_prec)
+        return prior_prec.log_determinant()
+    pairs = zip(per_block(prior_prec, matrix), matrix.layers, strict=True)
+    logs = [layer.size * jnp.log(value) for value, layer in pairs if not layer.frozen]
+    return sum(logs, jnp.zeros(()))
+
+
+def prior_distance(
+    prior_prec: PriorPrecision,
+    matrix: BlockDiagonal,
+    params: PyTree,
+    prior_mean: PyTree | None = None,
+) -> Float[Array, ""]:
+    """``(params - prior_mean)^T precision (params - prior_mean)``, without frozen parameters."""
+    leaves = matrix.space.flatten(params, name="params")
+    mean = None if prior_mean is None else matrix.space.flatten(prior_mean, name="prior_mean")
+    means = [0.0] * len(leaves) if mean is None else mean
+    offsets = [_offset(jnp.asarray(x), m) for x, m in zip(leaves, means, strict=True)]
+    if isinstance(prior_prec, BlockDiagonal):
+        return prior_prec.quadratic_form(matrix.space.unflatten(offsets))
+    total = jnp.zeros(())
+    for value, layer in zip(per_block(prior_prec, matrix), matrix.layers, strict=True):
+        if not layer.frozen:
+            # By segment: joined to the block's matrix first, they would have to be moved.
+            parts = [matrix.space.read(segment, offsets) for segment in layer.segments]
+            total = total + value * sum(jnp.sum(jnp.abs(part) ** 2) for part in parts)
     return total
+
+
+def _offset(leaf: Array, mean: Any) -> Array:
+    """Distance of a leaf from the mean; integer leaves are no parameters and have none."""
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.zeros(leaf.shape)
+    return leaf - mean
 
 
 def _from_array(prior_prec: Any, matrix: BlockDiagonal) -> list[Scalar]:
