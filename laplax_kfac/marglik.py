@@ -28,12 +28,13 @@ from laplax_kfac.curvature import DEFAULT_BATCH_SIZE
 from laplax_kfac.data import batches, even_batches
 from laplax_kfac.likelihood import resolve_likelihood
 from laplax_kfac.parser import ModelFn, per_example
-from laplax_kfac.posterior import Posterior, make_posterior, precision_matrix
+from laplax_kfac.posterior import Posterior, as_prior, make_posterior
 from laplax_kfac.prior import (
     PriorPrecision,
     Scalar,
     log_prior_determinant,
     per_block,
+    precision_matrix,
     prior_distance,
     require_positive,
 )
@@ -146,8 +147,9 @@ def log_marginal_likelihood(
         params: The trained parameters.
         log_likelihood: The fit to the same data, from `data_fit`.
         prior_prec: Prior precision tau: a scalar, an array with one value a layer, or a pytree
-            prefix of the parameters. Or the posterior of an earlier task, whose precision is added
-            to the curvature by the rules of `merge`, at every call.
+            prefix of the parameters. Or a matrix, which is added to the curvature by the rules of
+            `merge` at every call: a pytree with one value for every parameter (or axes of length
+            one: a feature, a unit), or the posterior of an earlier task.
         prior_mean: Mean of the prior, a pytree like the parameters: for the posterior of an earlier
             task, the parameters it was fitted at. Zero by default.
         noise_variance: Variance of the Gaussian noise, positive; only for ``mse``, 1/2 by default,
@@ -161,9 +163,9 @@ def log_marginal_likelihood(
     require_fit(log_likelihood, noise_variance)
     fit = log_likelihood.log_likelihood(noise_variance)
     factor = log_likelihood.curvature_factor(noise_variance)
-    prior = precision_matrix(prior_prec)
+    prior = as_prior(prior_prec)
     prior_determinant = log_prior_determinant(prior, curvature)
-    if isinstance(prior, BlockDiagonal):
+    if precision_matrix(prior, curvature) is not None:
         posterior = make_posterior(curvature, prior, sigma_squared=factor)
         growth = posterior.log_determinant() - prior_determinant
     else:

@@ -20,8 +20,8 @@ from laplax_kfac.prior import (
     PriorPrecision,
     Scalar,
     per_block,
+    precision_matrix,
     prior_distance,
-    require_definite,
 )
 from laplax_kfac.sums import add
 
@@ -122,7 +122,7 @@ def _noise(key: Key[Array, ""], space: ParameterSpace, dtype: Any) -> list[Array
     ]
 
 
-def precision_matrix(prior_prec: PriorPrecision | Posterior) -> PriorPrecision:
+def as_prior(prior_prec: PriorPrecision | Posterior) -> PriorPrecision:
     """The precision of a posterior that is passed as the prior; any other prior as it is."""
     return prior_prec.precision if isinstance(prior_prec, Posterior) else prior_prec
 
@@ -139,19 +139,19 @@ def make_posterior(
     Args:
         curvature: Curvature of the loss, a sum over the data.
         prior_prec: Prior precision: a positive scalar, an array with one value a layer, or a
-            pytree prefix of the parameters. Or a matrix: the posterior of an earlier task, which
-            is added by the rules of `merge`.
+            pytree prefix of the parameters. Or a matrix, which is added by the rules of `merge`: a
+            pytree with one value for every parameter, or the posterior of an earlier task.
         sigma_squared: Factor of the curvature.
         loss_scaling_factor: Factor by which the loss was scaled.
 
     Raises:
         ValueError: If ``prior_prec`` is of another form, not positive, or on other layers.
     """
-    prior = precision_matrix(prior_prec)
+    prior = as_prior(prior_prec)
     scaled = curvature.map(lambda values: sigma_squared * values)
-    if isinstance(prior, BlockDiagonal):
-        require_definite(prior)
-        total = add(scaled, prior).blocks
+    matrix = precision_matrix(prior, curvature)
+    if matrix is not None:
+        total = add(scaled, matrix).blocks
     else:
         pairs = zip(scaled.blocks, per_block(prior, curvature), strict=True)
         total = tuple(replace(b, eigenvalues=b.eigenvalues + value) for b, value in pairs)

@@ -113,6 +113,8 @@ def _add_dense(first: Block, second: Block) -> Block:
 
 
 def _in_columns(basis: Any, eigenvalues: Float[Array, "*stack n"]) -> Float[Array, "*stack n n"]:
+    if basis is None:
+        return eigenvalues[..., None] * jnp.eye(eigenvalues.shape[-1], dtype=eigenvalues.dtype)
     columns = basis * eigenvalues[..., None, :]
     return jnp.matmul(columns, basis.swapaxes(-1, -2), precision=_HIGHEST)
 
@@ -167,8 +169,10 @@ def _unit(coefficients: list[Array]) -> tuple[Array, Array]:
 
 def _overlap(u: Any, v: Any) -> Float[Array, "*stack n n"] | None:
     """Squares of the inner products of two bases' vectors; None if both are the identity."""
-    if u is None:
-        return None
+    if u is None or v is None:
+        if u is None and v is None:
+            return None
+        return (v if u is None else u.swapaxes(-1, -2)) ** 2
     return jnp.matmul(u.swapaxes(-1, -2), v, precision=_HIGHEST) ** 2
 
 
@@ -185,6 +189,6 @@ def _diagonals(
 
 
 def _eigenbasis(u: Any, v: Any, coefficients: Any) -> Float[Array, "*stack n n"] | None:
-    if u is None:
+    if u is None and v is None:
         return None
     return eigh(_in_columns(u, coefficients[0]) + _in_columns(v, coefficients[1]))[1]

@@ -22,12 +22,11 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from laplax_kfac.blocks import BlockDiagonal
 from laplax_kfac.marglik import DataFit, Evidence, log_marginal_likelihood, require_fit
-from laplax_kfac.posterior import precision_matrix
+from laplax_kfac.posterior import as_prior
 from laplax_kfac.prior import (
     PriorPrecision,
     Scalar,
     log_prior_determinant,
-    per_block,
     prior_distance,
     require_positive,
 )
@@ -97,7 +96,8 @@ def tune(
         params: The trained parameters.
         log_likelihood: The fit to the same data, from `data_fit`.
         prior_prec: Where to start: a scalar, an array with one value a layer, or a pytree prefix
-            of the parameters; every value is tuned. Or a function of ``hyperparameters`` that
+            of the parameters; every value is tuned (one for every feature costs decompositions at
+            every step, though). Or a function of ``hyperparameters`` that
             returns one of these, or a `Posterior`.
         hyperparameters: Where to start if ``prior_prec`` is a function: a pytree of positive
             numbers, all of which are tuned. An empty one leaves the noise variance alone.
@@ -122,13 +122,11 @@ def tune(
     """
     function, start = _start(prior_prec, hyperparameters, noise_variance)
     require_fit(log_likelihood, noise_variance)
-    _check_options(method, bounds)
-    steps = DEFAULT_STEPS[method] if steps is None else steps
+    steps = _checked_steps(method, steps, bounds)
     problem = _Problem(curvature, params, log_likelihood, prior_mean)
     _check_start(start, bounds)
-    prior = precision_matrix(function(start["hyperparameters"]))
-    if not isinstance(prior, BlockDiagonal):
-        per_block(prior, curvature)  # inside the loop its values are not known, nor refused
+    # Inside the loop the values are not known, and not refused.
+    log_prior_determinant(as_prior(function(start["hyperparameters"])), curvature)
     logs = jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)
     limits = jnp.log(jnp.asarray(bounds, jnp.result_type(float)))
     tuned = _tuned(problem, logs, limits, learning_rate, tolerance, function, method, steps)
@@ -149,7 +147,7 @@ def _start(prior_prec: Any, hyperparameters: PyTree, noise_variance: Any) -> tup
             f"{type(prior_prec).__name__} and `hyperparameters` {hyperparameters!r}."
         )
         raise ValueError(msg)
-    if isinstance(precision_matrix(prior_prec), BlockDiagonal):
+    if isinstance(as_prior(prior_prec), BlockDiagonal):
         msg = (
             "`prior_prec` is a matrix, which leaves nothing to tune in it: pass a function, such "
             "as `lambda h: make_posterior(curvature, h)` with `hyperparameters=1.0`, or "
@@ -166,7 +164,8 @@ def _start(prior_prec: Any, hyperparameters: PyTree, noise_variance: Any) -> tup
     return function, start
 
 
-def _check_options(method: str, bounds: tuple[float, float]) -> None:
+def _checked_steps(method: str, steps: int | None, bounds: tuple[float, float]) -> int:
+    """Refuse options without sense, and fill in the number of steps."""
     if method not in DEFAULT_STEPS:
         msg = f"`method` must be one of {', '.join(map(repr, DEFAULT_STEPS))}; found {method!r}."
         raise ValueError(msg)
@@ -174,6 +173,11 @@ def _check_options(method: str, bounds: tuple[float, float]) -> None:
     if not 0 < low < high < float("inf"):
         msg = f"`bounds` must be two positive numbers, the smaller one first; found {bounds}."
         raise ValueError(msg)
+    steps = DEFAULT_STEPS[method] if steps is None else steps
+    if steps < (5 if method == "grid" else 1):
+        msg = f"`steps` must be a positive integer; for the grid, 5 or more; found {steps}."
+        raise ValueError(msg)
+    return steps
 
 
 def _check_start(start: PyTree, bounds: tuple[float, float]) -> None:
@@ -231,13 +235,13 @@ class _Problem:
 
     def terms(self, function: PriorFunction, values: PyTree) -> tuple[Array, Array]:
         """Fit and distance to the prior, the terms of the evidence that cost nothing."""
-        prior = precision_matrix(function(values["hyperparameters"]))
+        prior = as_prior(function(values["hyperparameters"]))
         distance = prior_distance(prior, self.curvature, self.params, self.prior_mean)
         return self.log_likelihood.log_likelihood(values.get("noise_variance")), -0.5 * distance
 
     def shares(self, function: PriorFunction, values: PyTree) -> Array:
         """Half the number of parameters, or of targets, that is governed by the values."""
-        prior = precision_matrix(function(values["hyperparameters"]))
+        prior = as_prior(function(values["hyperparameters"]))
         targets = self.log_likelihood.num_outputs * jnp.log(values.get("noise_variance", 1.0))
         return 0.5 * (log_prior_determinant(prior, self.curvature) + targets)
 
@@ -275,7 +279,8 @@ def _tuned(
         return ~((jnp.abs(gradient) <= tolerance * size) | outwards)
 
     if method == "grid":
-        logs, trace, taken = _grid(value, logs, limits, steps)
+        logs, trace = _grid(value, logs, limits, steps)
+        taken = jnp.asarray(len(trace))
     else:
         shares = jnp.maximum(jnp.abs(jax.grad(of_logs(problem.shares))(logs)), 1.0)
         schedule = optax.cosine_decay_schedule(learning_rate, steps)
@@ -356,7 +361,7 @@ def _grid(
     start: Float[Array, " d"],
     limits: Float[Array, "2"],
     points: int,
-) -> tuple[Float[Array, " d"], Float[Array, " searches"], int]:
+) -> tuple[Float[Array, " d"], Float[Array, " searches"]]:
     """The best of a grid in each coordinate in turn; each round spans two spacings of the last."""
     sweeps = 1 if len(start) == 1 else 3
     rounds = np.repeat(np.arange(_ROUNDS), sweeps * len(start))
@@ -374,8 +379,7 @@ def _grid(
         best = jnp.argmax(values)
         return logs.at[i].set(candidates[best]), values[best]
 
-    logs, trace = jax.lax.scan(search, start, (rounds, coordinates))
-    return logs, trace, len(rounds)
+    return jax.lax.scan(search, start, (jnp.asarray(rounds), jnp.asarray(coordinates)))
 
 
 def _pushed(
@@ -384,16 +388,18 @@ def _pushed(
     logs: Float[Array, " d"],
     limits: Float[Array, "2"],
 ) -> Float[Array, " d"]:
-    """Take coordinates to the bound that they are on the way to, if that loses no evidence.
+    """Take coordinates to the bound that they are on the way to, if the way goes on behind it.
 
     The evidence is concave, and may flatten out towards an optimum at infinity so much that
     rounding stops the search half-way.
     """
 
+    slope = jax.grad(value)
+
     def push(logs: Array, i: Array) -> tuple[Array, None]:
-        here, gradient = jax.value_and_grad(value)(logs)
+        gradient = slope(logs)
         moved = logs.at[i].set(jnp.where(gradient[i] > 0, limits[1], limits[0]))
-        better = unconverged(logs, gradient)[i] & (value(moved) >= here)
-        return jnp.where(better, moved, logs), None
+        goes_on = slope(moved)[i] * jnp.sign(gradient[i]) >= 0
+        return jnp.where(unconverged(logs, gradient)[i] & goes_on, moved, logs), None
 
     return jax.lax.scan(push, logs, jnp.arange(len(logs)))[0]
