@@ -393,7 +393,6 @@ def _pushed(
     The evidence is concave, and may flatten out towards an optimum at infinity so much that
     rounding stops the search half-way.
     """
-
     slope = jax.grad(value)
 
     def push(logs: Array, i: Array) -> tuple[Array, None]:
