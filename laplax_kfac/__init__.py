@@ -15,6 +15,7 @@ from laplax_kfac.posterior import Posterior, make_posterior
 from laplax_kfac.predictive import Predictive, predictive_covariance
 from laplax_kfac.report import LayerReport, find_layers
 from laplax_kfac.sums import merge
+from laplax_kfac.training import Trained, marglik_training
 from laplax_kfac.tuning import BoundaryWarning, Tuned, tune
 
 _register()
@@ -32,6 +33,7 @@ __all__ = [
     "Posterior",
     "Predictive",
     "RelativeError",
+    "Trained",
     "Tuned",
     "accumulator",
     "data_fit",
@@ -43,6 +45,7 @@ __all__ = [
     "load",
     "log_marginal_likelihood",
     "make_posterior",
+    "marglik_training",
     "merge",
     "patterns",
     "predictive_covariance",

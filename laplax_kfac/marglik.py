@@ -13,8 +13,9 @@ costs one pass over the eigenvalues, two with the gradient, and is differentiabl
 hyperparameter.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ from jaxtyping import Array, Float, PyTree
 from laplax_kfac.blocks import BlockDiagonal
 from laplax_kfac.capture import map_examples
 from laplax_kfac.curvature import DEFAULT_BATCH_SIZE
-from laplax_kfac.data import batches, even_batches
+from laplax_kfac.data import Batch, batches, even_batches
 from laplax_kfac.likelihood import resolve_likelihood
 from laplax_kfac.parser import ModelFn, per_example
 from laplax_kfac.posterior import Posterior, as_prior, make_posterior
@@ -90,11 +91,24 @@ def data_fit(
         batch_size: Most examples that are worked on at once.
         transform: Applied to every batch first.
     """
+    compiled = jax.jit(fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data))
+    stream = even_batches(batches(data, transform), batch_size)
+    return summed_fit(compiled(params, batch, weights) for batch, weights in stream)
+
+
+def summed_fit(parts: Iterable[DataFit]) -> DataFit:
+    """The fit to the data of all parts."""
+    return functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
+
+
+def fit_of_batch(
+    model_fn: ModelFn, loss_fn: Any, *, vmap_over_data: bool
+) -> Callable[[PyTree, Batch, Float[Array, " N"]], DataFit]:
+    """The fit to one batch, as a function of the parameters, the batch, and weights of examples."""
     likelihood = resolve_likelihood(loss_fn)
     single = per_example(model_fn, vmap_over_data=vmap_over_data)
 
-    @jax.jit
-    def sums(params: PyTree, batch: Any, weights: Array) -> tuple[Array, Array]:
+    def fit(params: PyTree, batch: Batch, weights: Float[Array, " N"]) -> DataFit:
         def one(example: tuple[PyTree, PyTree], *, sequential: bool = False) -> tuple[Array, Array]:
             del sequential  # one example has nothing to vmap
             x, y = example
@@ -103,13 +117,10 @@ def data_fit(
             return likelihood.loss(out, y), jnp.asarray(float(size))
 
         losses, sizes = map_examples(one, (batch["input"], batch["target"]))
-        return jnp.sum(losses * weights), jnp.sum(sizes * weights)
+        gaussian = likelihood.name == "mse"
+        return DataFit(jnp.sum(losses * weights), jnp.sum(sizes * weights), gaussian)
 
-    loss, count = jnp.zeros(()), jnp.zeros(())
-    for batch, weights in even_batches(batches(data, transform), batch_size):
-        more_loss, more_count = sums(params, batch, weights)
-        loss, count = loss + more_loss, count + more_count
-    return DataFit(loss, count, likelihood.name == "mse")
+    return fit
 
 
 @jax.tree_util.register_dataclass

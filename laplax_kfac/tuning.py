@@ -120,11 +120,11 @@ def tune(
             or out of bounds.
         TypeError: If ``log_likelihood`` is no `DataFit`.
     """
-    function, start = _start(prior_prec, hyperparameters, noise_variance)
+    function, start = start_of(prior_prec, hyperparameters, noise_variance)
     require_fit(log_likelihood, noise_variance)
     steps = _checked_steps(method, steps, bounds)
-    problem = _Problem(curvature, params, log_likelihood, prior_mean)
-    _check_start(start, bounds)
+    problem = Problem(curvature, params, log_likelihood, prior_mean)
+    check_start(start, bounds)
     # Inside the loop the values are not known, and not refused.
     log_prior_determinant(as_prior(function(start["hyperparameters"])), curvature)
     logs = jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)
@@ -138,7 +138,7 @@ def _identity(hyperparameters: PyTree) -> PyTree:
     return hyperparameters
 
 
-def _start(prior_prec: Any, hyperparameters: PyTree, noise_variance: Any) -> tuple[Any, PyTree]:
+def start_of(prior_prec: Any, hyperparameters: PyTree, noise_variance: Any) -> tuple[Any, PyTree]:
     """The prior precision as a function of hyperparameters, and where all of them start."""
     if callable(prior_prec) != (hyperparameters is not None):
         msg = (
@@ -180,7 +180,8 @@ def _checked_steps(method: str, steps: int | None, bounds: tuple[float, float]) 
     return steps
 
 
-def _check_start(start: PyTree, bounds: tuple[float, float]) -> None:
+def check_start(start: PyTree, bounds: tuple[float, float]) -> None:
+    """Refuse starts that are known and not positive, or out of bounds."""
     names = {"hyperparameters": "prior_prec", "noise_variance": "noise_variance"}
     for name, values in start.items():
         for value in jax.tree.leaves(values):
@@ -210,12 +211,69 @@ def _warn_at_bounds(tuned: Tuned, bounds: tuple[float, float]) -> None:
         warnings.warn(msg, BoundaryWarning, stacklevel=3)
 
 
+def minimise(
+    objective: Callable[[PyTree], Float[Array, ""]],
+    start: PyTree,
+    *,
+    steps: int = DEFAULT_STEPS["lbfgs"],
+    bounds: tuple[float, float] = DEFAULT_BOUNDS,
+    tolerance: float = 1e-3,
+) -> tuple[PyTree, Bool[Array, ""]]:
+    """Minimise any differentiable function of positive numbers, as `tune` does by ``"lbfgs"``.
+
+    Args:
+        objective: The function.
+        start: Pytree of positive numbers.
+        steps: Most steps.
+        bounds: Smallest and largest value of every number.
+        tolerance: Largest derivative in the logarithm of a number, relative to the value.
+
+    Returns:
+        The best values, and whether they were found.
+
+    Raises:
+        ValueError: If an option has no sense, if the start is not positive or out of bounds, or if
+            the derivative there is zero or not finite.
+    """
+    _checked_steps("lbfgs", steps, bounds)
+    check_start({"hyperparameters": start}, bounds)
+    logs, unravel = ravel_pytree(
+        jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)
+    )
+    limits = jnp.log(jnp.asarray(bounds, logs.dtype))
+
+    def value(logs: Array) -> Array:
+        return -objective(jax.tree.map(jnp.exp, unravel(logs)))
+
+    size, slope = jax.jit(jax.value_and_grad(value))(logs)
+    if not (np.all(np.isfinite(slope)) and np.any(slope)):
+        msg = (
+            f"The objective has the derivative {-slope} in the logarithms at the start, {start}: "
+            "it is not differentiable there (a calibration error is not, anywhere); use a grid."
+        )
+        raise ValueError(msg)
+
+    def unconverged(logs: Array, gradient: Array) -> Bool[Array, " d"]:
+        outwards = jnp.where(gradient > 0, logs >= limits[1], logs <= limits[0])
+        return ~((jnp.abs(gradient) <= tolerance * jnp.abs(value(logs))) | outwards)
+
+    @jax.jit
+    def search(logs: Array) -> tuple[Array, Array]:
+        shares = jnp.full_like(logs, jnp.maximum(jnp.abs(size), 1e-30) / len(logs))
+        found, *_ = _climb(value, unconverged, logs, limits, shares, optax.lbfgs(), steps)
+        found = _pushed(value, unconverged, found, limits)
+        return found, ~jnp.any(unconverged(found, jax.grad(value)(found)))
+
+    found, converged = search(logs)
+    return jax.tree.map(jnp.exp, unravel(found)), converged
+
+
 # -- the compiled loop -------------------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """What the evidence depends on besides the hyperparameters."""
 
     curvature: BlockDiagonal
@@ -224,6 +282,7 @@ class _Problem:
     prior_mean: PyTree | None
 
     def evidence(self, function: PriorFunction, values: PyTree) -> Evidence:
+        """The evidence, with ``function`` the prior precision of ``values["hyperparameters"]``."""
         return log_marginal_likelihood(
             self.curvature,
             self.params,
@@ -248,7 +307,7 @@ class _Problem:
 
 @functools.partial(jax.jit, static_argnames=("function", "method", "steps"))
 def _tuned(
-    problem: _Problem,
+    problem: Problem,
     start: PyTree,
     limits: Float[Array, "2"],
     learning_rate: Scalar,
