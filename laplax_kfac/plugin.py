@@ -248,7 +248,7 @@ def register() -> None:
         )
         raise ImportError(msg)
     _install_dispatch()
-    laplax.register.register_calibration_method("tune", calibrate)
+    laplax.api.calibration_options["tune"] = calibrate  # as laplax.register does, which logs it
     for name in CURVATURE_TYPES:
         _add_member(name)
         laplax.register.register_curvature_method(
