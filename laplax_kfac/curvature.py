@@ -180,6 +180,12 @@ class Accumulator:
     params: PyTree
     options: Options
 
+    def at(self, params: PyTree) -> "Accumulator":
+        """The same at other parameters of the same shapes; nothing is traced or compiled anew."""
+        moved = replace(self, params=params)
+        moved.__dict__["_programs"] = self._programs
+        return moved
+
     def init(self) -> Statistics:
         """The state before any data."""
         return factors.empty_statistics()

@@ -25,6 +25,7 @@ from laplax_kfac.blocks import BlockDiagonal
 from laplax_kfac.curvature import Curvature, ekfac, kfac, kfoc
 from laplax_kfac.posterior import Posterior, make_posterior
 from laplax_kfac.prior import log_prior
+from laplax_kfac.tuning import minimise
 
 CURVATURE_TYPES = {"kfac": kfac, "ekfac": ekfac, "kfoc": kfoc}
 Flat = Float[Array, " P"]
@@ -197,6 +198,36 @@ def _add_member(value: str) -> None:
     CurvApprox._value2member_map_[value] = member
 
 
+def calibrate(
+    objective: Callable[[Any, Any], Any],
+    data: Any,
+    prior_arguments: Any = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Calibration method ``"tune"`` of `laplax.calibration`: L-BFGS on the log prior precision.
+
+    With the marginal likelihood as its objective, and one of our curvature types, it finds the
+    prior precision that `tune` finds: where laplax's evidence differs, it does so by constants.
+
+    Args:
+        objective: laplax's objective, of prior arguments and data; a differentiable one.
+        data: The data that laplax passes on.
+        prior_arguments: Where to start, ``{"prior_prec": 1.0}`` by default; ``prior_prec`` may
+            have any form that the curvature type takes, and other arguments stay as they are.
+        **options: Those of `laplax_kfac.tuning.minimise`.
+
+    Returns:
+        The prior arguments.
+    """
+    start = {"prior_prec": 1.0} if prior_arguments is None else dict(prior_arguments)
+
+    def of_precision(prior_prec: PyTree) -> Float[Array, ""]:
+        return objective({**start, "prior_prec": prior_prec}, data)
+
+    found, _ = minimise(of_precision, start["prior_prec"], **options)
+    return {**start, "prior_prec": found}
+
+
 def register() -> None:
     """Register our curvature types with laplax; importing `laplax_kfac` does it.
 
@@ -217,6 +248,7 @@ def register() -> None:
         )
         raise ImportError(msg)
     _install_dispatch()
+    laplax.api.calibration_options["tune"] = calibrate  # as laplax.register does, which logs it
     for name in CURVATURE_TYPES:
         _add_member(name)
         laplax.register.register_curvature_method(
