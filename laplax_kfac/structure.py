@@ -27,13 +27,18 @@ def _identity(_: JaxprEqn, xs: Sequence[Index]) -> list[Index]:
     return list(xs)
 
 
+def _permuted(x: Index, order: Sequence[int]) -> Index:
+    return x.transpose(*order, *range(len(order), x.ndim))
+
+
 def _reshape(eqn: JaxprEqn, xs: Sequence[Index]) -> list[Index]:
-    return [xs[0].reshape(tuple(eqn.params["new_sizes"]) + _lanes(eqn, xs[0]))]
+    lanes, order = _lanes(eqn, xs[0]), eqn.params.get("dimensions")
+    x = xs[0] if order is None else _permuted(xs[0], order)  # a vmapped conv transposes first
+    return [x.reshape(tuple(eqn.params["new_sizes"]) + lanes)]
 
 
 def _transpose(eqn: JaxprEqn, xs: Sequence[Index]) -> list[Index]:
-    permutation = tuple(eqn.params["permutation"])
-    return [xs[0].transpose(permutation + tuple(range(len(permutation), xs[0].ndim)))]
+    return [_permuted(xs[0], eqn.params["permutation"])]
 
 
 def _squeeze(eqn: JaxprEqn, xs: Sequence[Index]) -> list[Index]:

@@ -407,6 +407,21 @@ def depthwise_conv() -> Built:
     return model_fn, normal({"conv": {"w": (3, 3, 1, 4), "b": (4,)}}), inputs(4, 4, 2)
 
 
+@model(conv("conv", 6, 3, 4, stack=2, bias=True))
+def vmapped_conv() -> Built:
+    """Groups are made of what is vmapped over, by reshapes that also transpose."""
+
+    def one(w: Array, b: Array, x: Array) -> Array:
+        return lax.conv_general_dilated(
+            x[None], w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        )[0] + b
+
+    def model_fn(input: Array, params: Any) -> Array:
+        return jnp.tanh(jax.vmap(one)(params["conv"]["w"], params["conv"]["b"], input))
+
+    return model_fn, normal({"conv": {"w": (2, 3, 2, 3), "b": (2, 3)}}), inputs(2, 4, 2)
+
+
 @model(conv("conv", 8, 3, 20, bias=True))
 def conv_of_odd_layout() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
