@@ -55,9 +55,10 @@ class Trace:
 
     def scaled(self, factor: Float[np.ndarray, "..."] | float) -> "Trace":
         """The trace of this array times a constant."""
+        scale = np.asarray(factor if self.scale is None else self.scale * factor)
         # A factor that differs between iterations makes their entries different, too.
-        index, scale = np.broadcast_arrays(self.index, np.asarray(self.factors * factor))
-        return Trace(self.source, index, scale)
+        shape = np.broadcast_shapes(self.index.shape, scale.shape)
+        return Trace(self.source, np.broadcast_to(self.index, shape), np.broadcast_to(scale, shape))
 
     def put(self, places: "Trace", shape: tuple[int, ...]) -> "Trace":
         """The array of a shape that has entry i of this one, scaled, at ``places.index[i]``."""
@@ -101,7 +102,10 @@ def known_outputs(jaxpr: Jaxpr, eqn: JaxprEqn, operands: Sequence[Known]) -> lis
     def evaluated() -> Any:
         return on_lanes(lambda *xs: jaxprs.evaluate(jaxpr, eqn, xs), operands)
 
-    return [Known(lambda k=k: evaluated()[k], lanes) for k in range(len(eqn.outvars))]  # type: ignore[misc]
+    def output(number: int) -> Any:
+        return evaluated()[number]
+
+    return [Known(functools.partial(output, k), lanes) for k in range(len(eqn.outvars))]
 
 
 def on_lanes(function: Callable[..., Any], operands: Sequence[Known]) -> Any:
@@ -275,15 +279,19 @@ def selected(eqn: JaxprEqn, values: Sequence[Any]) -> Trace | None:
         return None
     mine, lanes = _of_one_source(eqn, values)
     first = next(v for v in mine if v)
+    params = eqn.params | ({"fill_value": 0} if "fill_value" in eqn.params else {})
 
     def evaluated(of_trace: Callable[[Trace], Any], dtype: Any) -> Any:
+        def operand(trace: Trace | None, atom: Any) -> Known:
+            if trace is None:
+                return Known(lambda: np.zeros(jaxprs.shape(atom), dtype))
+            return Known(lambda: of_trace(trace), lanes)
+
         operands = [
-            v if not n
-            else Known(lambda t=t: of_trace(t), lanes) if t  # type: ignore[misc]
-            else Known(lambda a=a: np.zeros(jaxprs.shape(a), dtype))  # type: ignore[misc]
+            operand(t, a) if n else v
             for v, n, t, a in zip(values, numbers, mine, eqn.invars, strict=True)
-        ]  # fmt: skip
-        return np.asarray(on_lanes(lambda *xs: eqn.primitive.bind(*xs, **eqn.params), operands))
+        ]
+        return np.asarray(on_lanes(lambda *xs: eqn.primitive.bind(*xs, **params), operands))
 
     index = evaluated(lambda t: t.index + 1, first.index.dtype)
     index = np.where(index > 0, index - 1, FOREIGN).astype(first.index.dtype)

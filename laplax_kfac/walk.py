@@ -317,13 +317,15 @@ def _sum(step: Step) -> list[Value]:
 def _scatter_add(step: Step) -> list[Value]:
     """Parameters added at known places: a sum with what they are elsewhere, nothing."""
     onto, places, updates = step.values
-    if isinstance(updates, Trace) and isinstance(places, Known):
-        onto_spec = jaxprs.spec(step.eqn.invars[0])
-        zeros = Known(lambda: np.zeros(onto_spec.shape, onto_spec.dtype))
-        updates = _rearranged(replace(step, values=[zeros, places, updates]))
-    if isinstance(updates, Trace) or not isinstance(step.values[2], Trace):
-        return _add(step, [onto, updates])
-    return step.mark("other", "scattered to places that data decide, or several times to one")
+    if isinstance(updates, Trace):
+        like = jaxprs.spec(step.eqn.invars[0])
+        zeros = Known(lambda: np.zeros(like.shape, like.dtype))
+        alone = replace(step, values=[zeros, places, updates])
+        updates = _rearranged(alone) if isinstance(places, Known) else None
+        if updates is None:
+            reason = "scattered to places that data decide, or several times to one"
+            return step.mark("other", reason)
+    return _add(step, [onto, updates])
 
 
 def _add(step: Step, terms: list[Value]) -> list[Value]:
