@@ -37,6 +37,10 @@ from laplax_kfac.selection import Fallback, Selection
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
+DEFAULT_BATCH_SIZE = 64
+PART_BYTES = 2**28
+"""Most memory for the Jacobians of the inputs that are worked on at once."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def predictive_covariance(
     prior_prec: PriorPrecision,
     sigma_squared: Scalar = 1.0,
     vmap_over_data: bool = True,
-    batch_size: int = 64,
+    batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> Predictive:
     """Covariance ``J Sigma J^T`` of the linearised model at new inputs (Immer et al. 2021).
 
@@ -194,6 +198,72 @@ def output_covariance(linear: Linearized, covariance: BlockDiagonal) -> Float[Ar
 def output_variance(linear: Linearized, covariance: BlockDiagonal) -> Float[Array, " C"]:
     """Diagonal of `output_covariance`, without the rest of it."""
     return _contracted(linear, covariance, "r")
+
+
+def linearize_all(
+    program: Program,
+    leaves: Sequence[Array],
+    curvature: BlockDiagonal,
+    inputs: PyTree,
+    *,
+    most_bytes: int,
+) -> PyTree:
+    """`linearize` stacked inputs if that takes at most ``most_bytes``; else leave them as they are.
+
+    What comes back is for `output_spreads`, with any number of priors.
+    """
+    size, parts = _sizes(program, leaves, curvature, inputs)
+    if size > most_bytes:
+        return inputs
+
+    def one(x: PyTree, *, sequential: bool = False) -> Linearized:
+        return linearize(program, leaves, curvature, x, sequential=sequential)
+
+    return map_examples(one, inputs, parts)
+
+
+def output_spreads(
+    program: Program,
+    leaves: Sequence[Array],
+    covariance: BlockDiagonal,
+    linearized: PyTree,
+    *,
+    diagonal: bool,
+) -> Float[Array, "N C *C"]:
+    """Output variances or covariances at many inputs, in parts of bounded memory.
+
+    Args:
+        program: The model, from `matching_program`.
+        leaves: Leaves of the parameters.
+        covariance: The posterior covariance.
+        linearized: What `linearize_all` returned.
+        diagonal: Whether variances are enough.
+    """
+    contract = output_variance if diagonal else output_covariance
+    if isinstance(linearized, Linearized):
+        return map_examples(
+            lambda linear, **_: contract(linear, covariance), linearized, DEFAULT_BATCH_SIZE
+        )
+
+    def one(x: PyTree, *, sequential: bool = False) -> Float[Array, "..."]:
+        return contract(
+            linearize(program, leaves, covariance, x, sequential=sequential), covariance
+        )
+
+    return map_examples(one, linearized, _sizes(program, leaves, covariance, linearized)[1])
+
+
+def _sizes(
+    program: Program, leaves: Sequence[Array], curvature: BlockDiagonal, inputs: PyTree
+) -> tuple[int, int]:
+    """Bytes of the linearised model at all inputs, and how many to work on at once."""
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
+    linear = jax.eval_shape(
+        lambda x: linearize(program, leaves, curvature, x, sequential=True), example
+    )
+    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(linear))
+    parts = max(1, min(DEFAULT_BATCH_SIZE, PART_BYTES // max(each, 1)))
+    return each * size_of({"input": inputs}), parts
 
 
 def _contracted(linear: Linearized, covariance: BlockDiagonal, axes: str) -> Float[Array, "..."]:
