@@ -436,9 +436,13 @@ class _Dataset:
 
     @property
     def replacements(self) -> dict[str, Any]:
-        """Arguments of calibration and evaluation that work on numbered inputs."""
+        """Arguments of calibration and evaluation that work on numbered inputs.
+
+        laplax would draw its samples of weights even where no prediction needs them.
+        """
         return {
             "posterior_fn": self.tabulate, "model_fn": self.predict, "data": self.numbered,
+            "num_samples": 0,
         }  # fmt: skip
 
 
@@ -476,7 +480,7 @@ def _calibration(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         return original(*args, **kwargs)
     grid = {"calibration_method": _LINEARIZED, _LINEARIZED: dataset.linearized}
     prior, set_predictive = original(**{**given, **dataset.replacements, **grid})
-    own = {"posterior_fn": dataset.posterior_fn, "model_fn": dataset.model_fn}
+    own = {name: given[name] for name in ("posterior_fn", "model_fn", "num_samples")}
     return prior, functools.partial(set_predictive, **own)
 
 
@@ -545,12 +549,12 @@ FOR_SPEED = {
     "laplax.eval.pushforward.lin_setup": ("results", "aux", "input", "dist_state"),
     "laplax.api.calibration": (
         "posterior_fn", "model_fn", "params", "data", "curv_estimate", "curv_type",
-        "predictive_type", "pushforward_type", "pushforward_fns", "calibration_objective",
-        "calibration_method",
+        "predictive_type", "pushforward_type", "pushforward_fns", "num_samples",
+        "calibration_objective", "calibration_method",
     ),
     "laplax.api.evaluation": (
         "posterior_fn", "model_fn", "params", "arguments", "data", "predictive_type",
-        "pushforward_type", "pushforward_fns",
+        "pushforward_type", "pushforward_fns", "num_samples",
     ),
     "laplax.api.calibration_options": (),
     "laplax.enums.CalibrationMethod.GRID_SEARCH": (),
