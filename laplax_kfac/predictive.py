@@ -10,13 +10,12 @@ with one position ``G'_c = a' g'_c^T``, and the sum over i needs only the square
 
 import functools
 import glob
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.blocks import Block, BlockDiagonal, rotate
 from laplax_kfac.capture import ParameterRecord, Record, capture, map_examples, unit_vectors
@@ -36,10 +35,6 @@ from laplax_kfac.resolve import Resolved
 from laplax_kfac.selection import Fallback, Selection
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-
-DEFAULT_BATCH_SIZE = 64
-PART_BYTES = 2**28
-"""Most memory for the Jacobians of the inputs that are worked on at once."""
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +65,7 @@ def predictive_covariance(
     prior_prec: PriorPrecision,
     sigma_squared: Scalar = 1.0,
     vmap_over_data: bool = True,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int = 64,
 ) -> Predictive:
     """Covariance ``J Sigma J^T`` of the linearised model at new inputs (Immer et al. 2021).
 
@@ -90,245 +85,58 @@ def predictive_covariance(
         ValueError: If the curvature is of another model.
     """
     precision = make_posterior(curvature, prior_prec, sigma_squared=sigma_squared).precision
-    covariance = precision.map(jnp.reciprocal)
     size_of({"input": inputs})
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], jnp.result_type(x)), inputs)
-    program = matching_program(curvature, model_fn, params, example, vmap_over_data=vmap_over_data)
+    program = _same_model(curvature, model_fn, params, example, vmap_over_data)
     leaves = jax.tree.leaves(params)
 
     def one(x: PyTree, *, sequential: bool = False) -> Predictive:
-        linear = linearize(program, leaves, curvature, x, sequential=sequential)
-        return Predictive(linear.mean, output_covariance(linear, covariance))
+        output, records = capture(
+            program, leaves, program.consts, x, unit_vectors, sequential=sequential
+        )
+        flat = jnp.concatenate([jnp.ravel(o) for o in jax.tree.leaves(output)])
+        parts = [
+            _layer_covariance(r, record, block)
+            for r, record, block in zip(program.resolved, records, precision.blocks, strict=True)
+            if record is not None
+        ]
+        zero = jnp.zeros((flat.size, flat.size))
+        return Predictive(flat, functools.reduce(jnp.add, parts, zero))
 
     return map_examples(one, inputs, batch_size)
 
 
-# -- the linearised model at one input, before any prior ---------------------------------------
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class FullJacobian:
-    """Jacobian of C outputs in one layer, in the eigenbasis of its block.
-
-    Attributes:
-        values: Shape (C, ...), with the axes of the block's eigenvalues.
-    """
-
-    values: Float[Array, "C *axes"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class OuterJacobian:
-    """Jacobian of a layer with one position: ``inputs[k, i] * gradients[c, k, o]``.
-
-    Attributes:
-        inputs: The layer's input in the basis, shape (stack, rows).
-        gradients: Its output's gradients in the basis, shape (C, stack, out).
-    """
-
-    inputs: Float[Array, "stack rows"]
-    gradients: Float[Array, "C stack out"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LookupJacobian:
-    """Jacobian of a layer whose inputs pick rows of its weight; see `lookup_gradients`.
-
-    Attributes:
-        rows: Numbers of the rows, -1 for none, shape (S, stack).
-        gradients: The rows of the Jacobian, shape (C, S, stack, out).
-        shares: What each counts, so that a row that is picked twice counts once, (S, stack).
-    """
-
-    rows: Int[Array, "S stack"]
-    gradients: Float[Array, "C S stack out"]
-    shares: Float[Array, "S stack"]
-
-
-LayerJacobian = FullJacobian | OuterJacobian | LookupJacobian | None
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Linearized:
-    """The model at one input, linear in the parameters; it depends on no prior.
-
-    Attributes:
-        mean: The model's output, raveled.
-        jacobians: Jacobian in every layer; None where the layer does not influence the output.
-    """
-
-    mean: Float[Array, " C"]
-    jacobians: tuple[LayerJacobian, ...]
-
-
-def linearize(
-    program: Program,
-    leaves: Sequence[Array],
-    curvature: BlockDiagonal,
-    x: PyTree,
-    *,
-    sequential: bool = False,
-) -> Linearized:
-    """Linearise the model at one input, in the eigenbases of a curvature or posterior.
-
-    Args:
-        program: The model, from `matching_program`.
-        leaves: Leaves of the parameters.
-        curvature: A matrix on the parameters; only its bases matter.
-        x: One input.
-        sequential: Whether to pull the outputs back one after another, not vmapped.
-    """
-    output, records = capture(
-        program, leaves, program.consts, x, unit_vectors, sequential=sequential
-    )
-    flat = jnp.concatenate([jnp.ravel(o) for o in jax.tree.leaves(output)])
-    layers = zip(program.resolved, records, curvature.blocks, strict=True)
-    return Linearized(flat, tuple(_layer_jacobian(r, record, block) for r, record, block in layers))
-
-
-def output_covariance(linear: Linearized, covariance: BlockDiagonal) -> Float[Array, "C C"]:
-    """``J Sigma J^T`` of one linearised input, with Sigma in the bases it was linearised in."""
-    return _contracted(linear, covariance, "rs")
-
-
-def output_variance(linear: Linearized, covariance: BlockDiagonal) -> Float[Array, " C"]:
-    """Diagonal of `output_covariance`, without the rest of it."""
-    return _contracted(linear, covariance, "r")
-
-
-def linearize_all(
-    program: Program,
-    leaves: Sequence[Array],
-    curvature: BlockDiagonal,
-    inputs: PyTree,
-    *,
-    most_bytes: int,
-) -> PyTree:
-    """`linearize` stacked inputs if that takes at most ``most_bytes``; else leave them as they are.
-
-    What comes back is for `output_spreads`, with any number of priors.
-    """
-    size, parts = _sizes(program, leaves, curvature, inputs)
-    if size > most_bytes:
-        return inputs
-
-    def one(x: PyTree, *, sequential: bool = False) -> Linearized:
-        return linearize(program, leaves, curvature, x, sequential=sequential)
-
-    return map_examples(one, inputs, parts)
-
-
-def output_spreads(
-    program: Program,
-    leaves: Sequence[Array],
-    covariance: BlockDiagonal,
-    linearized: PyTree,
-    *,
-    diagonal: bool,
-) -> Float[Array, "N C *C"]:
-    """Output variances or covariances at many inputs, in parts of bounded memory.
-
-    Args:
-        program: The model, from `matching_program`.
-        leaves: Leaves of the parameters.
-        covariance: The posterior covariance.
-        linearized: What `linearize_all` returned.
-        diagonal: Whether variances are enough.
-    """
-    contract = output_variance if diagonal else output_covariance
-    if isinstance(linearized, Linearized):
-        return map_examples(
-            lambda linear, **_: contract(linear, covariance), linearized, DEFAULT_BATCH_SIZE
-        )
-
-    def one(x: PyTree, *, sequential: bool = False) -> Float[Array, "..."]:
-        return contract(
-            linearize(program, leaves, covariance, x, sequential=sequential), covariance
-        )
-
-    return map_examples(one, linearized, _sizes(program, leaves, covariance, linearized)[1])
-
-
-def _sizes(
-    program: Program, leaves: Sequence[Array], curvature: BlockDiagonal, inputs: PyTree
-) -> tuple[int, int]:
-    """Bytes of the linearised model at all inputs, and how many to work on at once."""
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
-    linear = jax.eval_shape(
-        lambda x: linearize(program, leaves, curvature, x, sequential=True), example
-    )
-    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(linear))
-    parts = max(1, min(DEFAULT_BATCH_SIZE, PART_BYTES // max(each, 1)))
-    return each * size_of({"input": inputs}), parts
-
-
-def _contracted(linear: Linearized, covariance: BlockDiagonal, axes: str) -> Float[Array, "..."]:
-    """Sum over layers of their share of the covariance ("rs") or of its diagonal ("r")."""
-    total = jnp.zeros((linear.mean.size,) * len(axes))
-    for jacobian, block in zip(linear.jacobians, covariance.blocks, strict=True):
-        if jacobian is not None:
-            total = total + jnp.real(_layer_share(jacobian, block.eigenvalues, axes))
-    return total
-
-
-def _layer_jacobian(resolved: Resolved, record: Record, block: Block) -> LayerJacobian:
-    if record is None:
-        return None
+def _layer_covariance(resolved: Resolved, record: Record, block: Block) -> Float[Array, "C C"]:
+    """One layer's share of the output covariance of one example."""
+    covariance = 1.0 / block.eigenvalues
     if isinstance(record, ParameterRecord):
-        return FullJacobian(jax.vmap(functools.partial(rotate, block))(record.gradients))
+        jacobian = jax.vmap(functools.partial(rotate, block))(record.gradients)
+        product = jnp.matmul(jacobian * covariance, jacobian.conj().T, precision=_HIGHEST)
+        return jnp.real(product)
+    assert record is not None
+    layer = resolved.layer
+    covariance = covariance.reshape(layer.stack, layer.rows, layer.out_features)
     if is_lookup(resolved):
-        return LookupJacobian(*lookup_gradients(record[0], block))
+        rows, gradients, shares = lookup_gradients(record[0], block)
+        picked = covariance[jnp.arange(layer.stack), rows] * ((rows >= 0) * shares)[..., None]
+        return jnp.einsum("rtko,tko,stko->rs", gradients, picked, gradients, precision=_HIGHEST)
     rotated = rotated_records(resolved.members, record, block)
     if has_one_position(record):
         ((a, g),) = rotated
-        return OuterJacobian(a[0], g[:, 0])
-    matrices = gradient_matrices(resolved.members, rotated)
-    return FullJacobian(matrices.reshape(len(matrices), *resolved.layer.shape))
+        weights = jnp.einsum("ki,kio->ko", a[0] ** 2, covariance, precision=_HIGHEST)
+        return jnp.einsum("rko,ko,sko->rs", g[:, 0], weights, g[:, 0], precision=_HIGHEST)
+    jacobian = gradient_matrices(resolved.members, rotated)
+    return jnp.einsum("rkio,kio,skio->rs", jacobian, covariance, jacobian, precision=_HIGHEST)
 
 
-def _layer_share(
-    jacobian: FullJacobian | OuterJacobian | LookupJacobian,
-    covariance: Float[Array, "*axes"],
-    axes: str,
-) -> Float[Array, "..."]:
-    """Contract one layer's Jacobian with the covariance's eigenvalues.
-
-    With one position ``J = a' g'^T``: the sum over its rows needs only the squares of a'.
-    """
-    other = axes[-1]  # "s" for all pairs of outputs, "r" for each with itself
-    if isinstance(jacobian, FullJacobian):
-        values = jacobian.values.reshape(len(jacobian.values), -1)
-        weighted, conjugate = values * covariance.reshape(-1), values.conj()
-        if axes == "r":
-            return jnp.sum(weighted * conjugate, axis=-1)
-        return jnp.matmul(weighted, conjugate.T, precision=_HIGHEST)
-    g = jacobian.gradients
-    covariance = covariance.reshape(g.shape[-2], -1, g.shape[-1])  # (stack, rows, out)
-    if isinstance(jacobian, LookupJacobian):
-        rows, kept = jacobian.rows, (jacobian.rows >= 0) * jacobian.shares
-        picked = covariance[jnp.arange(rows.shape[-1]), rows] * kept[..., None]
-        return jnp.einsum(f"rtko,tko,{other}tko->{axes}", g, picked, g, precision=_HIGHEST)
-    weights = jnp.einsum("ki,kio->ko", jacobian.inputs**2, covariance, precision=_HIGHEST)
-    return jnp.einsum(f"rko,ko,{other}ko->{axes}", g, weights, g, precision=_HIGHEST)
-
-
-def matching_program(
+def _same_model(
     curvature: BlockDiagonal,
     model_fn: ModelFn,
     params: PyTree,
     example: Any,
-    *,
-    vmap_over_data: bool = True,
+    vmap_over_data: bool,
 ) -> Program:
-    """Parse the model with the blocks that the curvature has.
-
-    Raises:
-        ValueError: If the curvature is of another model.
-    """
+    """Parse the model with the blocks that the curvature has."""
     wanted = [_grouping(layer) for layer in curvature.layers]
     for separate in (False, True):
         selection = _selection_of(curvature, separate=separate)
