@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from laplax_kfac.blocks import BlockDiagonal
 from laplax_kfac.capture import map_examples
-from laplax_kfac.curvature import Curvature, ekfac, kfac
+from laplax_kfac.curvature import Curvature, ekfac, kfac, kfoc
 from laplax_kfac.data import Batch, as_batch, batch_size
 from laplax_kfac.parser import Program
 from laplax_kfac.posterior import Posterior, make_posterior
@@ -54,7 +54,7 @@ except ImportError as error:
     _MESSAGE = f"laplax_kfac needs laplax 0.0.2 or a later version like it; here, {error}."
     raise ImportError(_MESSAGE) from error
 
-CURVATURE_TYPES = {"kfac": kfac, "ekfac": ekfac}
+CURVATURE_TYPES = {"kfac": kfac, "ekfac": ekfac, "kfoc": kfoc}
 Flat = Float[Array, " P"]
 
 
