@@ -6,7 +6,7 @@ learn more, by a route around their code that leaves every other curvature type 
 * ``laplace`` hands a curvature type nothing but a matrix-vector product, while KFAC needs the
   model: a call with one of our types goes to `laplace_kfac`.
 * ``lin_setup``, the first of laplax's linearised pushforward functions, gets the closed form of
-  the output covariance, see `setup_linearized`.
+  the output covariance, see `setup_linearised`.
 * ``calibration`` and ``evaluation`` work through a dataset one example at a time; with our types
   the predictions for all examples are worked out together first.
 """
@@ -18,30 +18,28 @@ import re
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import laplax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.blocks import BlockDiagonal
-from laplax_kfac.capture import map_examples
 from laplax_kfac.curvature import Curvature, ekfac, kfac, kfoc
 from laplax_kfac.data import Batch, as_batch, batch_size
-from laplax_kfac.parser import Program
 from laplax_kfac.posterior import Posterior, make_posterior
-from laplax_kfac.predictive import (
-    DEFAULT_BATCH_SIZE,
-    linearize,
-    linearize_all,
-    matching_program,
-    output_covariance,
-    output_spreads,
-    output_variance,
-)
 from laplax_kfac.prior import log_prior
+from laplax_kfac.pushforward import (
+    LINEARISED,
+    TABLE_BYTES,
+    Dataset,
+    Numbered,
+    OutputCovariance,
+    Tabulated,
+    closed_form,
+    program_of,
+)
 
 try:
     import laplax.api
@@ -202,44 +200,7 @@ def _our_name(curv_type: Any) -> str | None:
 # -- the linearised pushforward ----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class OutputCovariance:
-    """Covariance of the outputs at one input, in the form that laplax's pushforward works with.
-
-    That is a product with a vector. laplax takes diagonals and dense matrices of it by functions
-    that dispatch on its type: for this one they are closed forms.
-
-    Attributes:
-        shape: Shape of the model's output.
-        variance: Makes the variances of the raveled output, (C,).
-        covariance: Makes their covariance, (C, C).
-    """
-
-    shape: tuple[int, ...]
-    variance: Callable[[], Float[Array, " C"]]
-    covariance: Callable[[], Float[Array, "C C"]]
-
-    def __call__(self, vector: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The product with a vector like the output."""
-        flat = jnp.reshape(vector, -1)
-        product = jnp.matmul(self.covariance(), flat, precision=jax.lax.Precision.HIGHEST)
-        return product.reshape(self.shape)
-
-
-def _diagonal(mv: OutputCovariance, layout: Any = None, **_: Any) -> Float[Array, " C"]:
-    """What ``laplax.util.mv.diagonal`` returns for it."""
-    del layout
-    return mv.variance()
-
-
-def _to_dense(mv: OutputCovariance, layout: Any = None, **_: Any) -> Float[Array, "..."]:
-    """What ``laplax.util.mv.to_dense`` returns for it: axes reversed, as laplax has them."""
-    del layout
-    covariance = mv.covariance()
-    return covariance.reshape(len(covariance), *mv.shape).transpose()
-
-
-def setup_linearized(
+def setup_linearised(
     results: dict[str, Any], aux: dict[str, Any], input: Any, dist_state: Any, **kwargs: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The first of laplax's linearised ``pushforward_fns``; output covariances in closed form.
@@ -268,182 +229,55 @@ def setup_linearized(
 def _lin_setup(
     original: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    given = inspect.signature(original).bind(*args, **kwargs).arguments
     results, aux = original(*args, **kwargs)
+    given = _by_name(original, args, kwargs)
     state, x = given["dist_state"]["posterior_state"].state, given["input"]
-    if isinstance(state, _Tabulated) and isinstance(x, _Numbered):
-        aux["cov_mv"] = state.at(x.number, jnp.shape(results["map"]))
-    elif isinstance(state, _Tabulated | Posterior):
-        posterior = state.posterior if isinstance(state, _Tabulated) else state
-        aux["cov_mv"] = _closed_form(posterior, aux, x, results["map"]) or aux["cov_mv"]
+    if isinstance(state, Tabulated) and isinstance(x, Numbered):
+        aux["cov_mv"] = state.at(x, jnp.shape(results["map"]))
+    elif isinstance(state, Tabulated | Posterior):
+        posterior = state.posterior if isinstance(state, Tabulated) else state
+        closed = closed_form(posterior, aux["model_fn"], aux["mean_params"], x)
+        aux["cov_mv"] = closed or aux["cov_mv"]
     return results, aux
 
 
-def _closed_form(
-    posterior: Posterior, aux: dict[str, Any], x: PyTree, output: Any
-) -> OutputCovariance | None:
-    if not hasattr(output, "shape"):  # laplax's pushforward takes one output array
-        return None
-    precision, params = posterior.precision, aux["mean_params"]
-    program = _program(precision, aux["model_fn"], params, x)
-    if program is None:
-        return None
-    leaves, covariance = jax.tree.leaves(params), precision.map(jnp.reciprocal)
-    try:
-        linear = linearize(program, leaves, precision, x)
-    except NotImplementedError:  # a primitive of the model has no vmap rule
-        linear = linearize(program, leaves, precision, x, sequential=True)
-    return OutputCovariance(
-        output.shape,
-        lambda: output_variance(linear, covariance),
-        lambda: output_covariance(linear, covariance),
-    )
+def _diagonal(mv: OutputCovariance, layout: Any = None, **_: Any) -> Float[Array, " C"]:
+    """What ``laplax.util.mv.diagonal`` returns for an output covariance."""
+    del layout
+    return mv.variance()
 
 
-def _program(
-    matrix: BlockDiagonal, model_fn: Callable[..., Any], params: PyTree, x: PyTree
-) -> Program | None:
-    """The model with the matrix's layers; None if it has others: it may be another function."""
-    example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), x)
-    try:
-        return matching_program(matrix, model_fn, params, example)
-    except ValueError:
-        return None
+def _to_dense(mv: OutputCovariance, layout: Any = None, **_: Any) -> Float[Array, "..."]:
+    """What ``laplax.util.mv.to_dense`` returns for an output covariance."""
+    del layout
+    return mv.to_dense()
 
 
 # -- laplax.calibration and laplax.evaluation: all examples of a dataset together --------------
 
-TABLE_BYTES = 2**28
-"""Most memory for the predictions of a dataset, and most for its Jacobians on a grid of priors."""
-
 _DIAGONAL = {"none": True, "mean_field_0": True, "mean_field_1": True, "mean_field_2": False}
 """Whether laplax's predictive type needs variances alone; the others need samples or fail."""
 
-_LINEARIZED = "laplax_kfac_linearized"  # entry of the prior arguments, method of calibration
+_GRID_SEARCH = "grid_search"
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Numbered:
-    """Stands for one input of a dataset, or for all of them."""
-
-    number: Int[Array, "*N"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Tabulated:
-    """The state of a posterior, and the output variances or covariances at all inputs."""
-
-    posterior: Posterior
-    spreads: Float[Array, "N C *C"]
-
-    def at(self, number: Int[Array, ""], shape: tuple[int, ...]) -> OutputCovariance:
-        spread = self.spreads[number]
-        diagonal = spread if spread.ndim == 1 else jnp.diagonal(spread)
-        return OutputCovariance(shape, lambda: diagonal, lambda: spread)
-
-
-@dataclass(frozen=True)
-class _Dataset:
-    """Predictions at all inputs of a dataset, for any prior.
-
-    The functions here take the place of a user's own in laplax's calibration and evaluation, where
-    an input is replaced by its number. Given a real input they do what the user's own do.
-    """
-
-    posterior_fn: Callable[..., Any]
-    model_fn: Callable[..., Any]
-    params: PyTree
-    batch: Batch
-    program: Program
-    diagonal: bool
-    posterior: Posterior
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any], prior_arguments: Any) -> "_Dataset | None":
-        """From the arguments of calibration or evaluation; None where this is not for them."""
-        diagonal = _DIAGONAL.get(str(given["predictive_type"]).lower())
-        linear = str(given["pushforward_type"]).lower() == "linear"
-        if diagonal is None or not linear or given["pushforward_fns"]:
-            return None
-        posterior_fn, model_fn, params = (given[k] for k in ("posterior_fn", "model_fn", "params"))
-        batch = _one_batch(given["data"])
-        if batch is None or not _is_ours(posterior_fn, prior_arguments):
-            return None
-        posterior = posterior_fn(prior_arguments).state
-        first = jax.tree.map(lambda x: x[0], batch["input"])
-        program = _program(posterior.precision, model_fn, params, first)
-        if program is None or not hasattr(program.output, "shape"):
-            return None
-        outputs, number = program.output.size, batch_size(batch)
-        if 8 * number * outputs * (1 if diagonal else outputs) > TABLE_BYTES:
-            return None
-        return cls(posterior_fn, model_fn, params, batch, program, diagonal, posterior)
-
-    @property
-    def numbered(self) -> Batch:
-        """The data with a number for every input."""
-        numbers = jnp.arange(batch_size(self.batch))
-        return {"input": _Numbered(numbers), "target": self.batch["target"]}
-
-    @functools.cached_property
-    def linearized(self) -> PyTree:
-        """What is kept for a grid of priors: Jacobians, if they fit, or the inputs."""
-        function = jax.jit(
-            lambda leaves, matrix, xs: linearize_all(
-                self.program, leaves, matrix, xs, most_bytes=TABLE_BYTES
-            )
-        )
-        leaves = jax.tree.leaves(self.params)
-        return function(leaves, self.posterior.precision, self.batch["input"])
-
-    @functools.cached_property
-    def outputs(self) -> Float[Array, "N *shape"]:
-        """The model's outputs at all inputs."""
-
-        def one(params: PyTree, x: PyTree) -> Any:
-            return self.model_fn(input=x, params=params)
-
-        function = jax.jit(
-            lambda params, xs: map_examples(lambda x, **_: one(params, x), xs, DEFAULT_BATCH_SIZE)
-        )
-        return function(self.params, self.batch["input"])
-
-    def predict(self, input: Any, params: PyTree) -> Any:
-        """The model, on inputs and on their numbers."""
-        if isinstance(input, _Numbered):
-            return self.outputs[input.number]
-        return self.model_fn(input=input, params=params)
-
-    def tabulate(self, prior_arguments: Any, loss_scaling_factor: Any = 1.0) -> Any:
-        """Laplax's posterior, with the predictions of all inputs in its state."""
-        arguments = dict(prior_arguments)
-        linearized = arguments.pop(_LINEARIZED, self.batch["input"])
-        posterior = self.posterior_fn(arguments, loss_scaling_factor)
-        covariance = posterior.state.precision.map(jnp.reciprocal)
-        spreads = jax.jit(
-            lambda leaves, covariance, xs: output_spreads(
-                self.program, leaves, covariance, xs, diagonal=self.diagonal
-            )
-        )(jax.tree.leaves(self.params), covariance, linearized)
-        return replace(
-            posterior,
-            state=_Tabulated(posterior.state, spreads),
-            cov_mv=lambda state: posterior.cov_mv(state.posterior),
-            scale_mv=lambda state: posterior.scale_mv(state.posterior),
-        )
-
-    @property
-    def replacements(self) -> dict[str, Any]:
-        """Arguments of calibration and evaluation that work on numbered inputs.
-
-        laplax would draw its samples of weights even where no prediction needs them.
-        """
-        return {
-            "posterior_fn": self.tabulate, "model_fn": self.predict, "data": self.numbered,
-            "num_samples": 0,
-        }  # fmt: skip
+def _dataset(given: Mapping[str, Any], prior_arguments: Any) -> Dataset | None:
+    """The data of a call of calibration or evaluation; None where it is worked on as before."""
+    diagonal = _DIAGONAL.get(str(given["predictive_type"]).lower())
+    linear = str(given["pushforward_type"]).lower() == "linear"
+    if diagonal is None or not linear or given["pushforward_fns"]:
+        return None
+    posterior_fn, model_fn, params = (given[k] for k in ("posterior_fn", "model_fn", "params"))
+    batch = _one_batch(given["data"])
+    if batch is None or not _is_ours(posterior_fn, prior_arguments):
+        return None
+    precision = posterior_fn(prior_arguments).state.precision
+    first = jax.tree.map(lambda x: x[0], batch["input"])
+    program = program_of(precision, model_fn, params, first)
+    if program is None:
+        return None
+    dataset = Dataset(posterior_fn, model_fn, params, batch, precision, program, diagonal)
+    return dataset if dataset.table_bytes <= TABLE_BYTES else None
 
 
 def _one_batch(data: Any) -> Batch | None:
@@ -467,6 +301,16 @@ def _is_ours(posterior_fn: Callable[..., Any], prior_arguments: Any) -> bool:
     return isinstance(state, Posterior)
 
 
+def _numbered(dataset: Dataset) -> dict[str, Any]:
+    """Arguments of calibration and evaluation with which they look predictions up."""
+    return {
+        "posterior_fn": dataset.posterior_fn,
+        "model_fn": dataset.predict,
+        "data": dataset.numbered,
+        "num_samples": 0,  # laplax would draw its samples of weights, which none of these needs
+    }
+
+
 def _calibration(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Laplax's calibration; on a grid, with what does not depend on the prior done once."""
     given = _by_name(original, args, kwargs)
@@ -475,11 +319,11 @@ def _calibration(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         and str(given["calibration_objective"]).lower() in ("nll", "chi_squared", "ece")
         and _our_name(given["curv_type"]) is not None
     )
-    dataset = _Dataset.of(given, {"prior_prec": 1.0}) if wanted else None
-    if dataset is None or not _same_bases(dataset.posterior.precision, given["curv_estimate"]):
+    dataset = _dataset(given, {"prior_prec": 1.0}) if wanted else None
+    if dataset is None or not _same_bases(dataset.matrix, given["curv_estimate"]):
         return original(*args, **kwargs)
-    grid = {"calibration_method": _LINEARIZED, _LINEARIZED: dataset.linearized}
-    prior, set_predictive = original(**{**given, **dataset.replacements, **grid})
+    grid = {"calibration_method": LINEARISED, LINEARISED: dataset.linearise()}
+    prior, set_predictive = original(**{**given, **_numbered(dataset), **grid})
     own = {name: given[name] for name in ("posterior_fn", "model_fn", "num_samples")}
     return prior, functools.partial(set_predictive, **own)
 
@@ -489,10 +333,10 @@ def _grid_search(objective: Callable[..., Any], data: Any, **options: Any) -> di
 
     In a closure it would be a constant of the compiled objective, which takes seconds to compile.
     """
-    linearized = options.pop(_LINEARIZED)
+    linearised = options.pop(LINEARISED)
     defaults = {"log_prior_prec_min": -3.0, "log_prior_prec_max": 3.0, "grid_size": 50}
     chosen = laplax.api.calibration_options[_GRID_SEARCH](
-        objective=lambda prior: objective({**prior, _LINEARIZED: linearized}, data),
+        objective=lambda prior: objective({**prior, LINEARISED: linearised}, data),
         patience=options.get("patience"),
         **{name: options.get(name, default) for name, default in defaults.items()},
     )
@@ -502,10 +346,10 @@ def _grid_search(objective: Callable[..., Any], data: Any, **options: Any) -> di
 def _evaluation(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Laplax's evaluation; of a dataset, with all predictions worked out together."""
     given = _by_name(original, args, kwargs)
-    dataset = _Dataset.of(given, given["arguments"]) if given else None
+    dataset = _dataset(given, given["arguments"]) if given else None
     if dataset is None:
         return original(*args, **kwargs)
-    return original(**{**given, **dataset.replacements})
+    return original(**{**given, **_numbered(dataset)})
 
 
 def _by_name(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
@@ -563,8 +407,6 @@ FOR_SPEED = {
 }  # fmt: skip
 """What the closed-form predictive needs besides; without it, laplax's own one is used."""
 
-_GRID_SEARCH = "grid_search"
-
 
 def register() -> None:
     """Register our curvature types with laplax; importing `laplax_kfac` does it.
@@ -608,7 +450,7 @@ def register() -> None:
         return
     laplax.util.mv.diagonal.register(OutputCovariance)(_diagonal)
     laplax.util.mv.to_dense.register(OutputCovariance)(_to_dense)
-    laplax.api.calibration_options[_LINEARIZED] = _grid_search
+    laplax.api.calibration_options[LINEARISED] = _grid_search
     _route("laplax.eval.pushforward.lin_setup", _lin_setup)
     _route("laplax.api.calibration", _calibration)
     _route("laplax.api.evaluation", _evaluation)
