@@ -32,7 +32,6 @@ from laplax_kfac.posterior import Posterior, make_posterior
 from laplax_kfac.prior import log_prior
 from laplax_kfac.pushforward import (
     LINEARISED,
-    TABLE_BYTES,
     Dataset,
     Numbered,
     OutputCovariance,
@@ -277,7 +276,7 @@ def _dataset(given: Mapping[str, Any], prior_arguments: Any) -> Dataset | None:
     if program is None:
         return None
     dataset = Dataset(posterior_fn, model_fn, params, batch, precision, program, diagonal)
-    return dataset if dataset.table_bytes <= TABLE_BYTES else None
+    return dataset if dataset.fits else None
 
 
 def _one_batch(data: Any) -> Batch | None:
@@ -407,6 +406,12 @@ FOR_SPEED = {
 }  # fmt: skip
 """What the closed-form predictive needs besides; without it, laplax's own one is used."""
 
+ROUTES = {
+    "laplax.eval.pushforward.lin_setup": _lin_setup,
+    "laplax.api.calibration": _calibration,
+    "laplax.api.evaluation": _evaluation,
+}
+
 
 def register() -> None:
     """Register our curvature types with laplax; importing `laplax_kfac` does it.
@@ -418,7 +423,7 @@ def register() -> None:
     """
     version = str(getattr(laplax, "__version__", "of unknown version"))
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
-    lacking = _lacking(NEEDED)
+    lacking = _lacking(NEEDED) or _not_plain(["laplax.api.laplace"])
     if lacking or (numbers and numbers < (0, 0, 2)):
         msg = (
             f"laplax_kfac cannot register its curvature types with laplax {version}, which lacks "
@@ -439,7 +444,7 @@ def register() -> None:
                 marginal_log_likelihood_fn=marginal_log_likelihood,
             )
     _route("laplax.api.laplace", _laplace)
-    lacking = _lacking(FOR_SPEED)
+    lacking = _lacking(FOR_SPEED) or _not_plain(ROUTES)
     if lacking:
         msg = (
             f"laplax {version} lacks {', '.join(lacking)}: with the curvature types of laplax_kfac "
@@ -451,9 +456,8 @@ def register() -> None:
     laplax.util.mv.diagonal.register(OutputCovariance)(_diagonal)
     laplax.util.mv.to_dense.register(OutputCovariance)(_to_dense)
     laplax.api.calibration_options[LINEARISED] = _grid_search
-    _route("laplax.eval.pushforward.lin_setup", _lin_setup)
-    _route("laplax.api.calibration", _calibration)
-    _route("laplax.api.evaluation", _evaluation)
+    for path, handler in ROUTES.items():
+        _route(path, handler)
 
 
 def _lacking(wanted: Mapping[str, tuple[str, ...]]) -> list[str]:
@@ -469,6 +473,15 @@ def _lacking(wanted: Mapping[str, tuple[str, ...]]) -> list[str]:
         if missing:
             found.append(f"{path}({', '.join(missing)})")
     return found
+
+
+def _not_plain(paths: Iterable[str]) -> list[str]:
+    """Which of these have no code of their own that a route could be put around, in words."""
+    return [
+        f"{path} as a plain function"
+        for path in paths
+        if not isinstance(f := _find(path), types.FunctionType) or f.__closure__
+    ]
 
 
 def _find(path: str) -> Any:

@@ -207,10 +207,10 @@ class Dataset:
     diagonal: bool
 
     @property
-    def table_bytes(self) -> int:
-        """Memory for the predictions at all inputs."""
+    def fits(self) -> bool:
+        """Whether the predictions at all inputs take at most `TABLE_BYTES`."""
         outputs = self.program.output.size
-        return _ITEM * len(self) * outputs * (1 if self.diagonal else outputs)
+        return _ITEM * len(self) * outputs * (1 if self.diagonal else outputs) <= TABLE_BYTES
 
     def __len__(self) -> int:
         return batch_size(self.batch)
