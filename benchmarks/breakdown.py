@@ -2,16 +2,20 @@
 
 import harness
 
+CONTENDERS = (harness.MACHINE, harness.OURS)
 WORKLOADS = ("mlp", "lenet", "conv8", "transformer")
-PARTS = ("forward", "pullbacks", "factors", "eigendecompositions")
-FISHER_TYPES = ("mc", "type2")
+PARTS = (
+    "forward",
+    "pullbacks mc",
+    "factors mc",
+    "pullbacks type2",
+    "factors type2",
+    "eigendecompositions",
+)
 ROUNDS = 3
 
 if __name__ == "__main__":
     session = harness.Session("breakdown")
     for name in session.chosen("workload", WORKLOADS):
-        variants = [f"{kind} {part}" for kind in FISHER_TYPES for part in PARTS]
-        session.compare(
-            session.description(name), (harness.MACHINE, harness.OURS), variants, rounds=ROUNDS
-        )
+        session.compare(session.description(name), CONTENDERS, PARTS, rounds=ROUNDS)
     session.finish()

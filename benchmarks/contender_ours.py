@@ -234,7 +234,7 @@ def rate(_: str, __: dict[str, Any]) -> Task:
 def breakdown(_: str, case: dict[str, Any]) -> Task:
     """Forward passes, pullbacks by plain `jax.vjp`, the factor pass, the eigendecompositions."""
     s = setting(case)
-    fisher_type, part = case["variant"].split()
+    part, _, fisher_type = case["variant"].partition(" ")
     if part == "factors":
         return factors("", case | {"variant": fisher_type})
     if part == "eigendecompositions":

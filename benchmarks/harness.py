@@ -25,8 +25,10 @@ import workloads
 HERE = Path(__file__).parent
 ROUNDS = 5
 """Timed runs of a contender, its first not counted."""
-SHARE = 6.0
+SHARE = 4.0
 """Seconds of timed runs after which a contender sits out further rounds."""
+FRESH_SHARE = 30.0
+"""The same, where rounds have new processes and the first runs count."""
 LIMIT = 120.0
 """Seconds after which a run is given up."""
 PAUSE = 0.1
@@ -121,10 +123,12 @@ class Runs:
         replies = [self.prepared, *self.firsts, *self.timed]
         return next((r["error"] for r in replies if "error" in r), None)
 
-    def wants_more(self, rounds: int) -> bool:
+    def wants_more(self, rounds: int, share: float, *, with_firsts: bool = False) -> bool:
         """Whether it takes part in another round of timed runs."""
-        spent = sum(r["wall"] for r in self.timed if "wall" in r)
-        return not self.error and len(self.timed) < rounds and spent < SHARE
+        if self.error:
+            return False
+        spent = sum(r["wall"] for r in self.timed + self.firsts * with_firsts)
+        return len(self.timed) < rounds and spent < share
 
     def summary(self) -> dict[str, Any]:
         """The record of the results file."""
@@ -230,7 +234,7 @@ class Session:
                 runs.check = workers[runs.contender].ask(do="check").get("check")
         for number in range(rounds):
             for runs in found[:: 1 if number % 2 else -1]:
-                if runs.wants_more(rounds):
+                if runs.wants_more(rounds, SHARE):
                     time.sleep(PAUSE)
                     runs.timed.append(workers[runs.contender].ask(do="run"))
 
@@ -246,7 +250,9 @@ class Session:
         workers: dict[str, Worker] = {}
         for _ in range(1 if self.options.quick else rounds):
             for name in self.chosen("contender", contenders):
-                if name in found and not found[name].wants_more(rounds):
+                if name in found and not found[name].wants_more(
+                    rounds, FRESH_SHARE, with_firsts=True
+                ):
                     continue
                 worker = workers[name] = Worker(name)
                 prepared = self.prepare(worker, name, case)

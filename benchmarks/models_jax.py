@@ -20,13 +20,13 @@ def dense(params: Params, name: str, x: Array) -> Array:
     return x @ params[f"{name}_w"] + params[f"{name}_b"]
 
 
-def conv(params: Params, name: str, x: Array, stride: int = 1, padding: str = "SAME") -> Array:
+def conv(params: Params, name: str, x: Array, stride: int = 1, padding: int = 0) -> Array:
     images = x if x.ndim == 4 else x[None]
     y = lax.conv_general_dilated(
         images,
         params[f"{name}_w"],
         (stride, stride),
-        padding,
+        [(padding, padding)] * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     y = y + params[f"{name}_b"]
@@ -46,8 +46,8 @@ def mlp(params: Params, x: Array) -> Array:
 
 
 def lenet(params: Params, x: Array) -> Array:
-    x = max_pool(jax.nn.relu(conv(params, "conv0", x)))
-    x = max_pool(jax.nn.relu(conv(params, "conv1", x, padding="VALID")))
+    x = max_pool(jax.nn.relu(conv(params, "conv0", x, padding=2)))
+    x = max_pool(jax.nn.relu(conv(params, "conv1", x)))
     x = x.reshape(*x.shape[:-3], -1)
     x = jax.nn.relu(dense(params, "dense0", x))
     x = jax.nn.relu(dense(params, "dense1", x))
@@ -56,7 +56,7 @@ def lenet(params: Params, x: Array) -> Array:
 
 def conv8(params: Params, x: Array) -> Array:
     for i, stride in enumerate(CONV8_STRIDES):
-        x = jax.nn.relu(conv(params, f"conv{i}", x, stride))
+        x = jax.nn.relu(conv(params, f"conv{i}", x, stride, padding=1))
     return dense(params, "dense0", jnp.mean(x, axis=(-3, -2)))
 
 

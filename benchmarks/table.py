@@ -220,38 +220,30 @@ def growth(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+COUNTED = {
+    "forward": ("forward",),
+    "pullbacks": ("forward", "pullbacks"),
+    "factors": ("forward", "pullbacks", "factors"),
+    "eigendecompositions": (),
+}
+"""Parts of a pass, and what the floor of each counts."""
+
+
 def breakdown(results: Results) -> str:
-    """A table a workload: parts of a pass by Fisher type, each with its floor."""
+    """A table a workload: parts of a pass, each with its floor."""
     parts = []
-    counted = {
-        "forward": ("forward",),
-        "pullbacks": ("forward", "pullbacks"),
-        "factors": ("forward", "pullbacks", "factors"),
-    }
-    names = {
-        "forward": "forward passes",
-        "pullbacks": "forward passes and pullbacks (`jax.vjp`)",
-        "factors": "factor pass",
-        "eigendecompositions": "eigendecompositions",
-    }
     for workload in distinct(r["workload"] for r in results.records):
-        records = [r for r in results.records if r["workload"] == workload and "error" not in r]
-        found = {(r["contender"], r["variant"]): r for r in records}
-        types = distinct(r["variant"].split()[0] for r in records)
+        here = [r for r in results.records if r["workload"] == workload and "error" not in r]
+        machines = {r["variant"]: r for r in here if r["contender"] == MACHINE}
         rows = []
-        for part, name in names.items():
-            row = [name]
-            for kind in types:
-                record = found.get((OURS, f"{kind} {part}"))
-                if record is None:
-                    row += ["-", ""]
-                    continue
-                row.append(seconds(record))
-                machine = found[MACHINE, f"{kind} {part}"]
-                row.append(seconds(floor(machine, kind, counted[part])) if part in counted else "")
+        for record in (r for r in here if r["contender"] == OURS):
+            part, _, fisher_type = record["variant"].partition(" ")
+            row = [part + (f", `{fisher_type}`" if fisher_type else ""), seconds(record), "", ""]
+            if COUNTED[part]:
+                least = floor(machines[record["variant"]], fisher_type, COUNTED[part])
+                row[2:] = seconds(least), number(record["cpu"] / least["cpu"])
             rows.append(row)
-        head = ["", *(h for kind in types for h in (f"`{kind}`", "*floor*"))]
-        parts += [f"#### {title(workload)}", table(head, rows)]
+        parts += [f"#### {title(workload)}", table(["", "time", "*floor*", "time / floor"], rows)]
     return "\n\n".join(parts)
 
 

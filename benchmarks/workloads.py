@@ -14,7 +14,7 @@ import numpy as np
 CLASSES = 10
 SEED = 0
 RATE_SIZE = 2048
-RATE_REPEATS = 8
+RATE_REPEATS = 4
 RATE_OPERATIONS = RATE_REPEATS * 2.0 * RATE_SIZE**3
 """One measurement of the machine's rate: products of square float32 matrices."""
 

@@ -96,7 +96,9 @@ def test_runs_keep_the_first_apart_and_stop_at_their_share():
     reply = {"cpu": 1.0, "peak_mb": 2.0}
     runs.firsts = [{**reply, "wall": 50.0}]
     runs.timed = [{**reply, "wall": wall} for wall in (1.0, 9.0, 2.0)]
-    assert not runs.wants_more(5)
+    assert not runs.wants_more(5, 10.0)
+    assert runs.wants_more(5, 20.0)
+    assert not runs.wants_more(5, 20.0, with_firsts=True)
     assert (runs.summary()["wall"], runs.summary()["first_wall"]) == (2.0, 50.0)
     runs.timed.append({"error": "X: no"})
     assert runs.summary() == {"contender": "a", "error": "X: no"}
