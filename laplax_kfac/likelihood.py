@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key, Num, PyTree
 
-FisherType = Literal["type2", "mc", "empirical"]
+FisherType = Literal["type2", "mc", "empirical", "forward_only"]
 LossFunction = Callable[[PyTree, PyTree], Float[Array, ""]]
-FISHER_TYPES = ("type2", "mc", "empirical")
+FISHER_TYPES = ("type2", "mc", "empirical", "forward_only")
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ def num_columns(
     likelihood: Likelihood, fisher_type: FisherType, f: PyTree, y: PyTree, mc_samples: int
 ) -> int:
     """How many vectors `columns` returns, R, for outputs and targets of these shapes."""
+    if fisher_type == "forward_only":
+        return 0
     if fisher_type == "empirical":
         return 1
     if fisher_type == "mc":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Fallback = Literal["dense", "diagonal", "none", "error"]
+CurvatureKind = Literal["kronecker", "diagonal", "block"]
 PathFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 LAST_LAYER = "last_layer"
@@ -23,6 +24,8 @@ class Selection:
         dense_limit: Most parameters of a leaf that get a dense block; more get a diagonal.
         separate_weight_and_bias: Whether biases get blocks of their own.
         last_layer: Whether only the last layer is covered.
+        curvature: Whether layers with a Kronecker form get Kronecker blocks; or every parameter
+            its exact diagonal entry; or every layer its exact dense block.
     """
 
     params_filter: Callable[[str], bool] | None = None
@@ -30,6 +33,7 @@ class Selection:
     dense_limit: int = DENSE_LIMIT
     separate_weight_and_bias: bool = False
     last_layer: bool = False
+    curvature: CurvatureKind = "kronecker"
 
     def covers(self, path: str) -> bool:
         """Whether the parameters at a path are covered."""
@@ -46,6 +50,7 @@ def select(
     dense_limit: int = DENSE_LIMIT,
     *,
     separate_weight_and_bias: bool = False,
+    curvature: str = "kronecker",
 ) -> Selection:
     """A selection from the arguments of `kfac`, checked.
 
@@ -55,6 +60,7 @@ def select(
         fallback: ``"dense"``, ``"diagonal"``, ``"none"`` or ``"error"``; or these by pattern.
         dense_limit: Most parameters of a leaf that get a dense block.
         separate_weight_and_bias: Whether biases get blocks of their own.
+        curvature: ``"kronecker"``, ``"diagonal"`` or ``"block"``.
 
     Raises:
         ValueError: If a value is unknown.
@@ -68,6 +74,9 @@ def select(
     if not isinstance(dense_limit, int) or dense_limit < 0:
         msg = f"`dense_limit` must be an integer of at least 0, found {dense_limit!r}."
         raise ValueError(msg)
+    if curvature not in get_args(CurvatureKind):
+        msg = f"`curvature` must be one of {get_args(CurvatureKind)}, found {curvature!r}."
+        raise ValueError(msg)
     last_layer = isinstance(params_filter, str) and params_filter == LAST_LAYER
     return Selection(
         None if last_layer else _as_function(params_filter),
@@ -75,6 +84,7 @@ def select(
         dense_limit,
         separate_weight_and_bias,
         last_layer,
+        curvature,  # type: ignore[arg-type]
     )
 
 

@@ -127,6 +127,45 @@ def test_deep_linear_networks_give_the_exact_blocks_for_all_data(case, separate)
     np.testing.assert_allclose(curv.to_dense(), expected, **tolerance(jnp.float64))
 
 
+@pytest.mark.parametrize("reduction", [jnp.mean, jnp.sum], ids=["mean", "sum"])
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_a_reduction_inside_a_linear_network(reduction, kfac_approx):
+    params = layers(5, 4, 3)
+
+    def model_fn(input, params):
+        hidden = reduction(input @ params["l0"]["w"] + params["l0"]["b"], axis=0)
+        return hidden @ params["l1"]["w"] + params["l1"]["b"]
+
+    data = normal(7, 3, 5, seed=1), np.zeros((7, 3))
+    curv = laplax_kfac.kfac(model_fn, params, data, loss_fn="mse", kfac_approx=kfac_approx)
+    assert [layer.positions for layer in curv.layers] == [3, 1]
+    found, exact = curv.to_dense(), dense_ggn(model_fn, params, data, "mse")
+    behind = slice(5 * 4 + 4, None)
+    np.testing.assert_allclose(found[behind, behind], exact[behind, behind], **tolerance(float))
+    before = slice(5 * 4 + 4)
+    right = np.allclose(found[before, before], exact[before, before], **tolerance(float))
+    assert right == (kfac_approx == "reduce")
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_reduce_is_exact_for_the_last_convolution_before_a_sum(kfac_approx):
+    params = {"first": normal(4, 2, 3, 3), "second": normal(3, 4, 2, 2, seed=1)}
+
+    def model_fn(input, params):
+        x = input[None]
+        for kernel in params.values():
+            x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID")
+        return x.sum(axis=(0, 2, 3))
+
+    data = normal(5, 2, 6, 5, seed=2), np.zeros((5, 3))
+    curv = laplax_kfac.kfac(model_fn, params, data, loss_fn="mse", kfac_approx=kfac_approx)
+    assert [layer.positions for layer in curv.layers] == [12, 6]
+    last = slice(params["first"].size, None)
+    found = curv.to_dense()[last, last]
+    exact = dense_ggn(model_fn, params, data, "mse")[last, last]
+    assert np.allclose(found, exact, **tolerance(float)) == (kfac_approx == "reduce")
+
+
 @pytest.mark.parametrize("case", [LINEAR[2], LINEAR[4]], ids=str)
 def test_the_other_approximation_is_not_exact(case):
     # Otherwise the cases above would not tell `expand` and `reduce` apart.
