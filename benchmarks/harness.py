@@ -29,7 +29,7 @@ SHARE = 4.0
 """Seconds of timed runs after which a contender sits out further rounds."""
 FRESH_SHARE = 30.0
 """The same, where rounds have new processes and the first runs count."""
-LIMIT = 120.0
+LIMIT = 150.0
 """Seconds after which a run is given up."""
 PAUSE = 0.1
 """Seconds between runs: threads that wait actively go to sleep."""
@@ -45,13 +45,13 @@ MACHINE = "machine"
 Reply = dict[str, Any]
 
 
-def worker_of(contender: str) -> tuple[str, str]:
-    """Environment and module of a contender."""
+def worker_of(contender: str) -> tuple[Path, str]:
+    """Interpreter and module of a contender; the Makefile sets the peers' environments up."""
     if contender == KFAC_JAX:
-        return ".venv-bench-kfac-jax", "contender_kfac_jax"
+        return HERE.parent / ".venv-bench-kfac-jax/bin/python", "contender_kfac_jax"
     if contender == CURVLINOPS or contender in LAPLACE_TORCH:
-        return ".venv-bench-torch", "contender_torch"
-    return "", "contender_ours"
+        return HERE.parent / ".venv-bench-torch/bin/python", "contender_torch"
+    return Path(sys.executable), "contender_ours"
 
 
 class Worker:
@@ -61,8 +61,7 @@ class Worker:
     """
 
     def __init__(self, contender: str):
-        environment, module = worker_of(contender)
-        python = HERE.parent / environment / "bin/python" if environment else Path(sys.executable)
+        python, module = worker_of(contender)
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [python, HERE / "worker.py", module, contender],
@@ -193,6 +192,14 @@ class Session:
         wanted = getattr(self.options, option)
         return [name for name in names if not wanted or name in wanted]
 
+    def installed(self, contenders: Iterable[str]) -> list[str]:
+        """Those of the contenders that are asked for and have their environment."""
+        names = self.chosen("contender", contenders)
+        lacking = [name for name in names if not worker_of(name)[0].exists()]
+        if lacking:
+            print(f"not installed, `make bench` would do it: {', '.join(lacking)}")
+        return [name for name in names if name not in lacking]
+
     def compare(
         self,
         workload: dict[str, Any],
@@ -211,7 +218,7 @@ class Session:
             rounds: Timed runs of each.
             **more: Further entries of the case.
         """
-        names = self.chosen("contender", contenders)
+        names = self.installed(contenders)
         workers = {name: Worker(name) for name in names}
         for variant in self.chosen("variant", variants):
             case = self.case(workload, variant, more)
@@ -249,7 +256,7 @@ class Session:
         found: dict[str, Runs] = {}
         workers: dict[str, Worker] = {}
         for _ in range(1 if self.options.quick else rounds):
-            for name in self.chosen("contender", contenders):
+            for name in self.installed(contenders):
                 if name in found and not found[name].wants_more(
                     rounds, FRESH_SHARE, with_firsts=True
                 ):
