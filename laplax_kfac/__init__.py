@@ -9,16 +9,20 @@ from laplax_kfac.checkpoint import load, save
 from laplax_kfac.curvature import Accumulator, Curvature, accumulator, ekfac, kfac, kfoc
 from laplax_kfac.layers import Layer
 from laplax_kfac.likelihood import Likelihood
-from laplax_kfac.marglik import DataFit, Evidence, Tuned, data_fit, log_marginal_likelihood, tune
+from laplax_kfac.marglik import DataFit, Evidence, data_fit, log_marginal_likelihood
 from laplax_kfac.plugin import register as _register
 from laplax_kfac.posterior import Posterior, make_posterior
 from laplax_kfac.predictive import Predictive, predictive_covariance
 from laplax_kfac.report import LayerReport, find_layers
+from laplax_kfac.sums import merge
+from laplax_kfac.training import Trained, marglik_training
+from laplax_kfac.tuning import BoundaryWarning, Tuned, tune
 
 _register()
 
 __all__ = [
     "Accumulator",
+    "BoundaryWarning",
     "Curvature",
     "DataFit",
     "Evidence",
@@ -29,6 +33,7 @@ __all__ = [
     "Posterior",
     "Predictive",
     "RelativeError",
+    "Trained",
     "Tuned",
     "accumulator",
     "data_fit",
@@ -41,6 +46,8 @@ __all__ = [
     "load",
     "log_marginal_likelihood",
     "make_posterior",
+    "marglik_training",
+    "merge",
     "patterns",
     "predictive_covariance",
     "relative_error",

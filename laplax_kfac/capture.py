@@ -31,6 +31,7 @@ from laplax_kfac.likelihood import (
 from laplax_kfac.parser import ModelFn, Program, parse
 from laplax_kfac.patterns import one_hot
 from laplax_kfac.resolve import Member, Resolved
+from laplax_kfac.rewrites import has_rewrite, rewrite
 from laplax_kfac.walk import Use
 
 Probes = dict[int, Array]
@@ -299,7 +300,17 @@ def _plan(program: Program) -> Plan:
             plan = plans.setdefault(branch, Plan({}, {}, {}))
         plan.uses.setdefault(last, []).append((number, use))
         plan.probes[last] = _probe_of(program, number)
+    _enter_rewrites(program.jaxpr, root)
     return root
+
+
+def _enter_rewrites(jaxpr: Jaxpr, plan: Plan) -> None:
+    """Plan to enter bodies without uses, too, where a better way to evaluate them is inside."""
+    for number, eqn in enumerate(jaxpr.eqns):
+        for branch, body in enumerate(jaxprs.bodies(eqn)):
+            if has_rewrite(body):
+                inside = plan.inside.setdefault(number, {}).setdefault(branch, Plan({}, {}, {}))
+                _enter_rewrites(body, inside)
 
 
 def run(
@@ -318,7 +329,8 @@ def run(
             outputs, found = _run_nested(eqn, values, plan.inside[number], probes)
             inputs |= found
         else:
-            outputs = jaxprs.evaluate(jaxpr, eqn, values)
+            better = rewrite(eqn)
+            outputs = better(values) if better else jaxprs.evaluate(jaxpr, eqn, values)
         for key, use in plan.uses.get(number, []):
             others = tuple(v for k, v in enumerate(values) if k != use.operand)
             active = use.pattern.active or _always

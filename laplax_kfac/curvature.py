@@ -24,6 +24,8 @@ from laplax_kfac.data import (
     even_batches,
     first_example,
     pad,
+    require_several_passes,
+    same_number,
     to_arrays,
     weighted_batch,
 )
@@ -179,6 +181,12 @@ class Accumulator:
     model_fn: ModelFn
     params: PyTree
     options: Options
+
+    def at(self, params: PyTree) -> "Accumulator":
+        """The same at other parameters of the same shapes; nothing is traced or compiled anew."""
+        moved = replace(self, params=params)
+        moved.__dict__["_programs"] = self._programs
+        return moved
 
     def init(self) -> Statistics:
         """The state before any data."""
@@ -537,8 +545,12 @@ def kfac(
         optimal_factors=optimal_factors,
     )  # fmt: skip
 
+    if optimal_factors or eigenvalue_correction:
+        require_several_passes(data, "`ekfac`" if eigenvalue_correction else "`kfoc`")
+    sizes: list[int] = []
+
     def stream(description: str) -> Iterable[WeightedBatch]:
-        parts = even_batches(batches(data, transform), batch_size)
+        parts = even_batches(same_number(batches(data, transform), sizes), batch_size)
         return tqdm(parts, desc=description, unit="batch", disable=not progress)
 
     state = accumulate.init()

@@ -97,7 +97,8 @@ def batches(data: Any, transform: Callable[[Any], Any] | None = None) -> Iterato
     """The batches of ``data``: itself if it is a tuple or a mapping, else what it iterates over.
 
     Args:
-        data: One batch (tuple or mapping), or an iterable of batches, such as a list or a loader.
+        data: One batch (tuple or mapping), or an iterable of batches: a list, a loader of torch or
+            grain, a ``tf.data.Dataset``, an iterator.
         transform: Applied to every batch first, to bring it to one of these forms.
 
     Raises:
@@ -115,7 +116,8 @@ def batches(data: Any, transform: Callable[[Any], Any] | None = None) -> Iterato
         )
         raise TypeError(msg)
     empty = True
-    for batch in data:
+    as_numpy = getattr(data, "as_numpy_iterator", None)  # of a tf.data.Dataset
+    for batch in data if as_numpy is None else as_numpy():
         empty = False
         yield convert(batch)
     if empty:
@@ -126,9 +128,73 @@ def batches(data: Any, transform: Callable[[Any], Any] | None = None) -> Iterato
         raise ValueError(msg)
 
 
+def require_several_passes(data: Any, purpose: str) -> None:
+    """Refuse, before it is touched, data that can be iterated over only once.
+
+    Args:
+        data: One batch, or an iterable of batches.
+        purpose: What needs the passes.
+
+    Raises:
+        TypeError: If ``data`` is an iterator or a generator.
+    """
+    if isinstance(data, Iterator):
+        msg = (
+            f"{purpose} goes through `data` more than once, but a {type(data).__name__} is an "
+            "iterator, which ends after one pass. Pass a list of batches, or a loader of which "
+            "`iter(data)` starts anew and which is no iterator itself (it has no `__next__`)."
+        )
+        raise TypeError(msg)
+
+
+def same_number(stream: Iterable[Batch], earlier: list[int]) -> Iterator[Batch]:
+    """The batches of one pass, if it has as many examples as the passes before it.
+
+    Args:
+        stream: The batches.
+        earlier: Numbers of examples of the passes so far; that of this one is appended.
+
+    Raises:
+        ValueError: At the end, if the number differs from that of the first pass.
+    """
+    count = 0
+    for batch in stream:
+        count += batch_size(batch)
+        yield batch
+    earlier.append(count)
+    if count != earlier[0]:
+        msg = (
+            f"`data` had {earlier[0]} examples in the first pass and {count} in pass "
+            f"{len(earlier)}: pass a loader that goes through the same examples every time."
+        )
+        raise ValueError(msg)
+
+
 def to_arrays(batch: Batch) -> Batch:
-    """Leaves as arrays; foreign ones (torch tensors) through numpy."""
-    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), batch)
+    """Leaves as arrays; foreign ones (tensors of torch or tensorflow) through numpy.
+
+    Raises:
+        TypeError: If numpy cannot read a leaf as numbers.
+    """
+    return jax.tree.map(_as_array, batch)
+
+
+def _as_array(x: Any) -> Any:
+    if isinstance(x, jax.Array):
+        return x
+    reason = "it is not made of numbers"
+    try:
+        array = np.asarray(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error)
+    else:
+        if array.dtype.kind not in "OUSMm":
+            return array
+    msg = (
+        f"A batch holds a {type(x).__name__}, which numpy cannot read ({reason}); convert it by "
+        "`transform`, or in the loader."
+    )
+    raise TypeError(msg)
 
 
 def batch_size(batch: Batch) -> int:

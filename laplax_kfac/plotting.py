@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from laplax_kfac.blocks import BlockDiagonal, apply
-from laplax_kfac.marglik import Tuned
+from laplax_kfac.tuning import Tuned
 
 
 def _axes(axes: Any) -> Any:

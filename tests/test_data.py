@@ -18,6 +18,8 @@ from laplax_kfac.data import (
     even_batches,
     first_example,
     pad,
+    require_several_passes,
+    same_number,
     to_arrays,
 )
 
@@ -33,6 +35,47 @@ class Tensor:
 
     def __array__(self, dtype=None, copy=None):
         return np.array(self.values, dtype=dtype, copy=copy)
+
+
+class TorchTensor:
+    """Like a torch tensor with a gradient, or of a type that numpy has not: it refuses."""
+
+    shape = (6, 2)
+
+    def __init__(self, error):
+        self.error = error
+
+    def __array__(self, dtype=None, copy=None):
+        raise self.error
+
+
+class TensorflowDataset:
+    """Like a ``tf.data.Dataset``: hands out iterators over numpy batches."""
+
+    def __init__(self, *found):
+        self.found = found
+
+    def __iter__(self):
+        raise AssertionError
+
+    def as_numpy_iterator(self):
+        return iter(self.found)
+
+
+class Resetting:
+    """An iterator that starts anew when `iter` is called on it, as loaders of tutorials do."""
+
+    def __init__(self, *found):
+        self.found = found
+
+    def __iter__(self):
+        self.rest = list(self.found)
+        return self
+
+    def __next__(self):
+        if not self.rest:
+            raise StopIteration
+        return self.rest.pop(0)
 
 
 class Loader:
@@ -161,6 +204,130 @@ def test_foreign_tensors_are_read_through_numpy():
     assert isinstance(batch["input"]["b"], jax.Array)
     np.testing.assert_array_equal(batch["input"]["a"], X)
     assert batch["target"].dtype == Y.dtype
+
+
+@pytest.mark.parametrize(
+    ("leaf", "message"),
+    [
+        (
+            TorchTensor(RuntimeError("Can't call numpy()")),
+            r"holds a TorchTensor, which numpy cannot read \(Can't call numpy",
+        ),
+        (TorchTensor(TypeError("Got unsupported ScalarType BFloat16")), "unsupported ScalarType"),
+        (object(), "holds a object, .* not made of numbers"),
+        (np.asarray(["a", "b"]), "holds a ndarray, .* not made of numbers"),
+    ],
+    ids=["with gradient", "bfloat16", "object", "strings"],
+)
+def test_leaves_that_numpy_cannot_read_are_refused(leaf, message):
+    with pytest.raises(TypeError, match=f"{message}.*; convert it by `transform`"):
+        to_arrays({"input": leaf, "target": Y})
+
+
+# -- several passes ----------------------------------------------------------------------------
+
+BATCHES = [(X[:4], Y[:4]), {"input": X[4:], "target": Y[4:]}]
+
+
+@pytest.mark.parametrize(
+    "once",
+    [iter(BATCHES), (b for b in BATCHES), map(tuple, BATCHES), Resetting(*BATCHES),
+     TensorflowDataset(*BATCHES).as_numpy_iterator()],
+    ids=["iterator", "generator", "map", "resetting", "of tensorflow"],
+)  # fmt: skip
+def test_what_ends_after_one_pass_is_refused_before_it_is_touched(once):
+    with pytest.raises(TypeError, match=f"`ekfac` .* but a {type(once).__name__} is an iterator"):
+        require_several_passes(once, "`ekfac`")
+    found = list(batches(once)) if not isinstance(once, map) else []
+    assert len(found) == 2 or isinstance(once, map)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [(X, Y), {"input": X, "target": Y}, BATCHES, Loader(*BATCHES), TensorflowDataset(*BATCHES)],
+    ids=["tuple", "dict", "list", "loader", "dataset of tensorflow"],
+)
+def test_what_starts_anew_may_have_several_passes(data):
+    require_several_passes(data, "`ekfac`")
+    sizes: list[int] = []
+    for _ in range(2):
+        assert sum(map(batch_size, same_number(batches(data), sizes))) == 6
+    assert sizes == [6, 6]
+
+
+def test_a_pass_over_other_examples_is_noticed():
+    sizes: list[int] = []
+    assert len(list(same_number(batches(BATCHES), sizes))) == 2
+    shorter = same_number(batches(BATCHES[:1]), sizes)
+    assert_batch(next(shorter), X[:4], Y[:4])
+    with pytest.raises(ValueError, match="6 examples in the first pass and 4 in pass 2"):
+        next(shorter)
+
+
+@pytest.mark.parametrize("curv_type", [laplax_kfac.ekfac, laplax_kfac.kfoc])
+def test_curvatures_of_several_passes_do_not_touch_an_iterator(curv_type):
+    def generate():
+        raise AssertionError
+        yield
+
+    with pytest.raises(TypeError, match=f"`{curv_type.__name__}` goes through `data` more than"):
+        curv_type(None, {"w": X}, generate(), loss_fn="mse")
+
+
+# -- real loaders, where they are installed ----------------------------------------------------
+
+
+def whole(data):
+    parts = [to_arrays(batch) for batch in batches(data)]
+    assert len(parts) == 2
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+@pytest.mark.parametrize("tensors", [True, False], ids=["tensors", "numpy"])
+def test_loaders_of_torch(tensors):
+    torch = pytest.importorskip("torch")
+    dataset: list = list(zip(X, Y, strict=True))
+    options: dict = {"collate_fn": lambda found: tuple(map(np.stack, zip(*found, strict=True)))}
+    if tensors:
+        dataset = torch.utils.data.TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
+        options = {}
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, **options)
+    require_several_passes(loader, "`ekfac`")
+    for _ in range(2):
+        assert_batch(whole(loader), X, Y)
+    with pytest.raises(TypeError, match="is an iterator"):
+        require_several_passes(iter(loader), "`ekfac`")
+    if tensors:
+        assert_batch(to_arrays(as_batch((torch.from_numpy(X), torch.from_numpy(Y)))), X, Y)
+        with pytest.raises(TypeError, match=r"holds a Tensor, .* requires grad"):
+            to_arrays({"input": torch.ones(2, requires_grad=True), "target": Y})
+        with pytest.raises(TypeError, match=r"holds a Tensor, .* BFloat16"):
+            to_arrays({"input": torch.ones(2, dtype=torch.bfloat16), "target": Y})
+
+
+def test_datasets_of_grain():
+    grain = pytest.importorskip("grain")
+    dataset = grain.MapDataset.source(list(zip(X, Y, strict=True))).batch(4)
+    for data in (dataset, dataset.to_iter_dataset()):
+        require_several_passes(data, "`ekfac`")
+        for _ in range(2):
+            assert_batch(whole(data), X, Y)
+    iterator = iter(dataset.to_iter_dataset())
+    with pytest.raises(TypeError, match="is an iterator"):
+        require_several_passes(iterator, "`ekfac`")
+    assert_batch(whole(iterator), X, Y)
+
+
+def test_datasets_of_tensorflow():
+    tf = pytest.importorskip("tensorflow")
+    dataset = tf.data.Dataset.from_tensor_slices({"input": X, "target": Y}).batch(4)
+    require_several_passes(dataset, "`ekfac`")
+    for _ in range(2):
+        assert_batch(whole(dataset), X, Y)
+    for iterator in (dataset.as_numpy_iterator(), iter(dataset)):
+        with pytest.raises(TypeError, match="is an iterator"):
+            require_several_passes(iterator, "`ekfac`")
+        assert_batch(whole(iterator), X, Y)
 
 
 # -- sizes -------------------------------------------------------------------------------------
