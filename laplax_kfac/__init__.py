@@ -2,10 +2,11 @@
 
 __version__ = "0.1.0"
 
-from laplax_kfac import patterns
+from laplax_kfac import likelihood, patterns
+from laplax_kfac.approximation_error import RelativeError, relative_error
 from laplax_kfac.capture import LayerRecord, intermediates_and_gradients
 from laplax_kfac.checkpoint import load, save
-from laplax_kfac.curvature import Accumulator, Curvature, accumulator, ekfac, kfac
+from laplax_kfac.curvature import Accumulator, Curvature, accumulator, ekfac, kfac, kfoc
 from laplax_kfac.layers import Layer
 from laplax_kfac.likelihood import Likelihood
 from laplax_kfac.marglik import DataFit, Evidence, Tuned, data_fit, log_marginal_likelihood, tune
@@ -27,6 +28,7 @@ __all__ = [
     "Likelihood",
     "Posterior",
     "Predictive",
+    "RelativeError",
     "Tuned",
     "accumulator",
     "data_fit",
@@ -34,11 +36,14 @@ __all__ = [
     "find_layers",
     "intermediates_and_gradients",
     "kfac",
+    "kfoc",
+    "likelihood",
     "load",
     "log_marginal_likelihood",
     "make_posterior",
     "patterns",
     "predictive_covariance",
+    "relative_error",
     "save",
     "tune",
 ]

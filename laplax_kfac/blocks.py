@@ -225,14 +225,14 @@ class BlockDiagonal:
 
 def _read(space: ParameterSpace, layer: Layer, leaves: Sequence[Array]) -> Float[Array, "..."]:
     rows = [space.read(segment, leaves) for segment in layer.segments]
-    if layer.block != "kronecker":
+    if not layer.is_matrix:
         return rows[0]
     matrix = rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
     return matrix.reshape(layer.shape)
 
 
 def _pieces(layer: Layer, part: Float[Array, "..."]) -> list[tuple[Segment, Array]]:
-    if layer.block != "kronecker":
+    if not layer.is_matrix:
         return [(layer.segments[0], part)]
     matrix = part.reshape(layer.stack, layer.rows, layer.out_features)
     cuts = np.cumsum([s.shape[1] for s in layer.segments])[:-1]

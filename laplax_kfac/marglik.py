@@ -34,9 +34,9 @@ class DataFit:
 
     Attributes:
         loss: Sum of the loss over the data.
-        num_outputs: Number of scalar outputs over the data, N C.
+        num_outputs: Number of scalar outputs over the data, N C; weighted as the loss is.
         gaussian: Whether the loss is ``mse``, so that it is a likelihood only with a noise
-            variance.
+            variance. (`likelihood.gaussian` has one, and needs none here.)
     """
 
     loss: Float[Array, ""]
@@ -72,7 +72,8 @@ def data_fit(
         model_fn: ``model_fn(input=, params=)``.
         params: The trained parameters.
         data: One batch or an iterable of batches, as for `kfac`.
-        loss_fn: As for `kfac`. A callable must be a negative log-likelihood, with its constants.
+        loss_fn: As for `kfac`. A callable must be a negative log-likelihood, with its constants;
+            so are the losses of `likelihood`.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
         batch_size: Most examples that are worked on at once.
         transform: Applied to every batch first.
@@ -86,8 +87,7 @@ def data_fit(
             del sequential  # one example has nothing to vmap
             x, y = example
             out = single(params, x)
-            size = sum(o.size for o in jax.tree.leaves(out))
-            return likelihood.loss(out, y), jnp.asarray(float(size))
+            return likelihood.loss(out, y), likelihood.num_outputs(out, y)
 
         losses, sizes = map_examples(one, (batch["input"], batch["target"]))
         return jnp.sum(losses * weights), jnp.sum(sizes * weights)
@@ -96,7 +96,7 @@ def data_fit(
     for batch, weights in even_batches(batches(data, transform), batch_size):
         more_loss, more_count = sums(params, batch, weights)
         loss, count = loss + more_loss, count + more_count
-    return DataFit(loss, count, likelihood.name == "mse")
+    return DataFit(loss, count, likelihood.squared_error)
 
 
 @jax.tree_util.register_dataclass

@@ -34,6 +34,7 @@ class Program:
         resolved: The layers, and how their statistics are read.
         uses: The uses that the layers' members refer to, by number.
         custom_vjp: Whether the model has derivative rules that may not be linear in the cotangent.
+        selection: Which parameters are covered, and how.
         output: The model's output for one example, as a pytree of ``jax.ShapeDtypeStruct``.
     """
 
@@ -43,6 +44,7 @@ class Program:
     resolved: tuple[Resolved, ...]
     uses: dict[int, Use]
     custom_vjp: bool
+    selection: Selection
     output: PyTree
 
     @property
@@ -97,7 +99,7 @@ def parse(
     used = {m.claim.use for r in resolved for m in r.members}
     uses = {number: findings.use(number) for number in used}
     custom_vjp = jaxprs.has_custom_vjp(jaxpr)
-    return Program(jaxpr, consts, space, resolved, uses, custom_vjp, output)
+    return Program(jaxpr, consts, space, resolved, uses, custom_vjp, selection, output)
 
 
 def _find(

@@ -22,11 +22,11 @@ from laplax.curv.cov import set_posterior_fn
 from laplax.enums import CurvApprox
 
 from laplax_kfac.blocks import BlockDiagonal
-from laplax_kfac.curvature import Curvature, ekfac, kfac
+from laplax_kfac.curvature import Curvature, ekfac, kfac, kfoc
 from laplax_kfac.posterior import Posterior, make_posterior
 from laplax_kfac.prior import log_prior
 
-CURVATURE_TYPES = {"kfac": kfac, "ekfac": ekfac}
+CURVATURE_TYPES = {"kfac": kfac, "ekfac": ekfac, "kfoc": kfoc}
 Flat = Float[Array, " P"]
 
 

@@ -9,9 +9,7 @@ with one position ``G'_c = a' g'_c^T``, and the sum over i needs only the square
 """
 
 import functools
-import glob
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +25,11 @@ from laplax_kfac.factors import (
     lookup_gradients,
     rotated_records,
 )
-from laplax_kfac.layers import Layer
-from laplax_kfac.parser import ModelFn, Program, parse
+from laplax_kfac.matching import parse_like
+from laplax_kfac.parser import ModelFn
 from laplax_kfac.posterior import make_posterior
 from laplax_kfac.prior import PriorPrecision, Scalar
 from laplax_kfac.resolve import Resolved
-from laplax_kfac.selection import Fallback, Selection
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -87,7 +84,7 @@ def predictive_covariance(
     precision = make_posterior(curvature, prior_prec, sigma_squared=sigma_squared).precision
     size_of({"input": inputs})
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], jnp.result_type(x)), inputs)
-    program = _same_model(curvature, model_fn, params, example, vmap_over_data)
+    program = parse_like(curvature, model_fn, params, example, vmap_over_data=vmap_over_data)
     leaves = jax.tree.leaves(params)
 
     def one(x: PyTree, *, sequential: bool = False) -> Predictive:
@@ -115,6 +112,10 @@ def _layer_covariance(resolved: Resolved, record: Record, block: Block) -> Float
         return jnp.real(product)
     assert record is not None
     layer = resolved.layer
+    if layer.block == "dense":
+        matrices = gradient_matrices(resolved.members, rotated_records(resolved.members, record))
+        jacobian = jax.vmap(functools.partial(rotate, block))(matrices.reshape(len(matrices), -1))
+        return jnp.matmul(jacobian * covariance, jacobian.T, precision=_HIGHEST)
     covariance = covariance.reshape(layer.stack, layer.rows, layer.out_features)
     if is_lookup(resolved):
         rows, gradients, shares = lookup_gradients(record[0], block)
@@ -127,52 +128,3 @@ def _layer_covariance(resolved: Resolved, record: Record, block: Block) -> Float
         return jnp.einsum("rko,ko,sko->rs", g[:, 0], weights, g[:, 0], precision=_HIGHEST)
     jacobian = gradient_matrices(resolved.members, rotated)
     return jnp.einsum("rkio,kio,skio->rs", jacobian, covariance, jacobian, precision=_HIGHEST)
-
-
-def _same_model(
-    curvature: BlockDiagonal,
-    model_fn: ModelFn,
-    params: PyTree,
-    example: Any,
-    vmap_over_data: bool,
-) -> Program:
-    """Parse the model with the blocks that the curvature has."""
-    wanted = [_grouping(layer) for layer in curvature.layers]
-    for separate in (False, True):
-        selection = _selection_of(curvature, separate=separate)
-        program = parse(
-            model_fn, params, example, vmap_over_data=vmap_over_data, selection=selection
-        )
-        if [_grouping(layer) for layer in program.layers] == wanted:
-            return program
-    msg = (
-        "`curvature` is of another model: it has the layers "
-        f"{[layer.name for layer in curvature.layers]}, `model_fn` has "
-        f"{[layer.name for layer in program.layers]}."
-    )
-    raise ValueError(msg)
-
-
-def _grouping(layer: Layer) -> tuple[Any, ...]:
-    probed = layer.block in ("none", "diagonal")  # a block "none" is a diagonal of zeros
-    return layer.segments, "diagonal" if probed else layer.block, layer.stack, layer.diagonal
-
-
-def _selection_of(curvature: BlockDiagonal, *, separate: bool) -> Selection:
-    """The selection that gives every parameter the kind of block it has in the curvature.
-
-    Parameters without curvature are probed as a diagonal: they have the variance of their prior.
-    """
-    name_of = dict(zip(curvature.space.paths, curvature.space.names, strict=True))
-    frozen = {name_of[p] for layer in curvature.layers if layer.frozen for p in layer.params}
-    kinds: dict[str, Fallback] = {}
-    for layer in curvature.layers:
-        if layer.block != "kronecker":
-            kind: Fallback = "dense" if layer.block == "dense" else "diagonal"
-            kinds.update({glob.escape(name_of[p]): kind for p in layer.params})
-    return Selection(
-        lambda path: path not in frozen,
-        tuple(kinds.items()),
-        dense_limit=curvature.space.size,
-        separate_weight_and_bias=separate,
-    )

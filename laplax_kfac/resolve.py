@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from laplax_kfac import jaxprs
 from laplax_kfac.layers import FROZEN, BlockKind, Layer, unique_names
 from laplax_kfac.layout import ParameterSpace, make_segment
-from laplax_kfac.selection import DENSE_LIMIT, Selection
+from laplax_kfac.selection import DENSE_LIMIT, CurvatureKind, Selection
 from laplax_kfac.structure import FOREIGN
 from laplax_kfac.walk import Findings, Opaque, Shift, Use
 
@@ -77,19 +77,22 @@ def resolve(
     """Group the findings into layers, ordered by their first parameter.
 
     Raises:
-        ValueError: If parameters have no Kronecker form and their fallback is ``"error"``.
+        ValueError: If parameters have no Kronecker form and their fallback is ``"error"``, or if a
+            dense block is larger than `FACTOR_LIMIT`.
     """
     claims, opaque = _claims(findings)
     groups = _group(claims, opaque, space.size)
     groups = _without_partial_sums(groups, opaque, findings, space)
     if not selection.separate_weight_and_bias:
         groups = _join_biases(groups)
-    layers = [_kronecker_layer(group, findings, space) for group in groups]
+    layers = [_matrix_layer(group, findings, space, selection) for group in groups]
     taken = np.zeros(space.size, bool)
     for group in groups:
         for ids in group.all_ids:
             taken[ids] = True
     layers += _fallback_layers(opaque, taken, space, selection)
+    for resolved in layers:
+        _require_affordable(resolved.layer)
     layers.sort(key=lambda r: (space.paths.index(r.layer.params[0]), r.layer.first))
     names = unique_names([r.layer for r in layers], space)
     return tuple(
@@ -386,7 +389,16 @@ def _joinable(weight: Group, bias: Group) -> bool:
 # -- layers ------------------------------------------------------------------------------------
 
 
-def _kronecker_layer(group: Group, findings: Findings, space: ParameterSpace) -> Resolved:
+_BLOCKS: dict[CurvatureKind, BlockKind] = {
+    "kronecker": "kronecker",
+    "diagonal": "diagonal",
+    "block": "dense",
+}
+
+
+def _matrix_layer(
+    group: Group, findings: Findings, space: ParameterSpace, selection: Selection
+) -> Resolved:
     first = group.claims[0]
     biases = {c.use: c.bias for c in group.bias}
     stack, rows, columns = group.ids.shape
@@ -402,15 +414,17 @@ def _kronecker_layer(group: Group, findings: Findings, space: ParameterSpace) ->
         rows > FACTOR_LIMIT or any(c.indexed and not c.transposed for c in group.claims),
         columns > FACTOR_LIMIT or any(c.indexed and c.transposed for c in group.claims),
     )
-    if columns > FACTOR_LIMIT or (rows > FACTOR_LIMIT and not first.indexed):
+    if selection.curvature != "kronecker":
+        diagonal, reason = (False, False), f"{reason}; `curvature` is {selection.curvature!r}"
+    elif columns > FACTOR_LIMIT or (rows > FACTOR_LIMIT and not first.indexed):
         reason += f"; a factor is diagonal, for it is larger than {FACTOR_LIMIT}"
-    if len(group.claims) > 1:
+    if len(group.claims) > 1 and selection.curvature == "kronecker":
         reason += f"; nearest Kronecker product of the sum of {len(group.claims)} uses"
     layer = Layer(
         name="",
         pattern="+".join(names),
         params=_paths(ids, space),
-        block="kronecker",
+        block=_BLOCKS[selection.curvature],
         in_features=rows,
         out_features=columns,
         positions=sum(c.positions for c in group.claims),
@@ -438,13 +452,24 @@ def _fallback_layers(
         idle = ids[(number[here] < 0) & ~taken[here]]
         if probed.size:
             cause = opaque[number[probed[0]]]
-            size = probed.size if not space.is_complex(leaf) else math.inf
-            kind = selection.block_of(name, size, cause.reason)
+            real = not space.is_complex(leaf)
+            kind = selection.block_of(name, probed.size, cause.reason, real=real)
             layers.append(_plain_layer(path, cause.pattern, kind, probed, cause.reason))
         if idle.size or not ids.size:
             pattern, reason = _why_idle(leaf, space, selection)
             layers.append(_plain_layer(path, pattern, "none", idle, reason))
     return layers
+
+
+def _require_affordable(layer: Layer) -> None:
+    if layer.block == "dense" and layer.size > FACTOR_LIMIT:
+        msg = (
+            f"the dense block of {', '.join(layer.params)} would have {layer.size:,} parameters; "
+            f"at most {FACTOR_LIMIT:,} are allowed. Lower `dense_limit`, leave parameters out by "
+            "`params_filter` ('last_layer' for the last layer alone), or choose "
+            "`curvature='kronecker'`."
+        )
+        raise ValueError(msg)
 
 
 def _why_idle(leaf: int, space: ParameterSpace, selection: Selection) -> tuple[str, str]:

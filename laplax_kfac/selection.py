@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from laplax_kfac.layers import BlockKind
 
 Fallback = Literal["dense", "diagonal", "none", "error"]
+CurvatureKind = Literal["kronecker", "diagonal", "block"]
 PathFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 LAST_LAYER = "last_layer"
@@ -25,6 +26,8 @@ class Selection:
         dense_limit: Most parameters of a leaf that get a dense block; more get a diagonal.
         separate_weight_and_bias: Whether biases get blocks of their own.
         last_layer: Whether only the last layer is covered.
+        curvature: Whether layers with a Kronecker form get Kronecker blocks; or every parameter
+            its exact diagonal entry; or every layer its exact dense block.
     """
 
     params_filter: Callable[[str], bool] | None = None
@@ -32,6 +35,7 @@ class Selection:
     dense_limit: int = DENSE_LIMIT
     separate_weight_and_bias: bool = False
     last_layer: bool = False
+    curvature: CurvatureKind = "kronecker"
 
     def covers(self, path: str) -> bool:
         """Whether the parameters at a path are covered."""
@@ -41,7 +45,7 @@ class Selection:
         """The block of parameters at a path that have no Kronecker form."""
         return next((f for pattern, f in self.fallback if matches(path, [pattern])), "dense")
 
-    def block_of(self, path: str, size: float, reason: str) -> BlockKind:
+    def block_of(self, path: str, size: int, reason: str, *, real: bool) -> BlockKind:
         """The block of that many parameters of a leaf that have no Kronecker form.
 
         Raises:
@@ -55,7 +59,9 @@ class Selection:
                 "`params_filter`."
             )
             raise ValueError(msg)
-        return "diagonal" if wanted == "dense" and size > self.dense_limit else wanted
+        small = size <= self.dense_limit or self.curvature == "block"
+        dense = real and small and self.curvature != "diagonal"
+        return "diagonal" if wanted == "dense" and not dense else wanted
 
 
 def select(
@@ -64,6 +70,7 @@ def select(
     dense_limit: int = DENSE_LIMIT,
     *,
     separate_weight_and_bias: bool = False,
+    curvature: str = "kronecker",
 ) -> Selection:
     """A selection from the arguments of `kfac`, checked.
 
@@ -73,6 +80,7 @@ def select(
         fallback: ``"dense"``, ``"diagonal"``, ``"none"`` or ``"error"``; or these by pattern.
         dense_limit: Most parameters of a leaf that get a dense block.
         separate_weight_and_bias: Whether biases get blocks of their own.
+        curvature: ``"kronecker"``, ``"diagonal"`` or ``"block"``.
 
     Raises:
         ValueError: If a value is unknown.
@@ -86,6 +94,9 @@ def select(
     if not isinstance(dense_limit, int) or dense_limit < 0:
         msg = f"`dense_limit` must be an integer of at least 0, found {dense_limit!r}."
         raise ValueError(msg)
+    if curvature not in get_args(CurvatureKind):
+        msg = f"`curvature` must be one of {get_args(CurvatureKind)}, found {curvature!r}."
+        raise ValueError(msg)
     last_layer = isinstance(params_filter, str) and params_filter == LAST_LAYER
     return Selection(
         None if last_layer else _as_function(params_filter),
@@ -93,6 +104,7 @@ def select(
         dense_limit,
         separate_weight_and_bias,
         last_layer,
+        curvature,  # type: ignore[arg-type]
     )
 
 

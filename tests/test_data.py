@@ -1,13 +1,16 @@
 """Batches of data: accepted forms, splitting to one size, padding, errors."""
 
+import functools
 import itertools
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import laplax_kfac
 from laplax_kfac.data import (
     as_batch,
     batch_size,
@@ -71,8 +74,14 @@ def test_as_batch_accepts(batch):
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
-        ((X,), ValueError, r"must be \(input, target\), found a tuple of 1"),
-        ([X, Y, Y], ValueError, r"must be \(input, target\), found a list of 3"),
+        ((X,), ValueError, r"must be \(input, target\) or \(.*weight\), found a tuple of 1"),
+        ([X, Y, Y, Y], ValueError, "found a list of 4"),
+        ((X, Y, X), ValueError, r"weight of a batch must be .* \(N,\).*ndarray of \(6, 2\)"),
+        ((X, Y, 2.0), ValueError, r"found float of \(\)"),
+        (((X, Y), (X, Y), (X, Y)), ValueError, "found tuple. A tuple of three is"),
+        ({"input": X, "target": Y, "weight": {"w": Y}}, ValueError, "found dict"),
+        ((X, Y, Y - 1), ValueError, "weight of an example must be finite and not negative"),
+        ((X, Y, np.full(6, np.inf)), ValueError, "finite and not negative"),
         ({"input": X}, ValueError, r"needs the keys 'input' and 'target', found \['input'\]"),
         ({"x": X, 0: Y}, ValueError, r"found \['0', 'x'\]"),
         (X, TypeError, "found ndarray.*`data` is one such batch, or an iterable of them"),
@@ -241,3 +250,124 @@ def test_first_example_has_no_batch_axis_and_dtypes_of_jax():
     assert example["b"] == jax.ShapeDtypeStruct((2, 3), jnp.int8)
     with jax.enable_x64(True):
         assert first_example({"input": X, "target": Y}).dtype == jnp.float64
+
+
+# -- weights of examples -----------------------------------------------------------------------
+
+WEIGHTS = np.asarray([1, 0, 3, 2, 1, 2])
+
+
+def test_batches_with_weights():
+    for batch in ((X, Y, WEIGHTS), {"weight": WEIGHTS, "target": Y, "input": X, "id": Y}):
+        found = as_batch(batch)
+        assert list(found) == ["input", "target", "weight"]
+        np.testing.assert_array_equal(found["weight"], WEIGHTS)
+    assert_batch(as_batch({"input": X, "target": Y, "weight": None}), X, Y)
+
+
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray, Tensor], ids=["np", "jax", "torch"])
+def test_weights_are_kept_where_batches_are_cut_and_padded(convert):
+    stream = [to_arrays(as_batch((X, Y, convert(WEIGHTS)))), {"input": X[:2], "target": Y[:2]}]
+    parts = list(even_batches(stream, 4))
+    assert [sorted(batch) for batch, _ in parts] == [["input", "target"]] * 3
+    found = np.concatenate([weights for _, weights in parts])
+    np.testing.assert_array_equal(found, [*WEIGHTS, 1.0, 1.0, 0.0])
+    assert found.dtype == jnp.result_type(float)
+
+
+def test_weights_of_another_length_are_refused():
+    with pytest.raises(ValueError, match=r"same leading axis.*'weight': \{\(5,\)\}"):
+        list(even_batches([as_batch((X, Y, WEIGHTS[:5]))], 4))
+
+
+def tokens(input, params):
+    """Two layers over positions, gains without a Kronecker form, and a mean."""
+    hidden = jnp.tanh(input @ params["first"]["w"] + params["first"]["b"]) * params["gain"]
+    return (hidden @ params["second"]).mean(axis=0)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+TOKENS = {
+    "first": {"b": normal(4), "w": normal(3, 4, seed=1)},
+    "gain": normal(4, seed=2),
+    "second": normal(4, 3, seed=3),
+}
+EXAMPLES = normal(6, 5, 3, seed=4), np.arange(6) % 3
+REPEATED = tuple(np.repeat(part, WEIGHTS, axis=0) for part in EXAMPLES)
+LOSS = "cross_entropy"
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def plain(acc, state, _):
+    return acc.finalize(state)
+
+
+def corrected(acc, state, parts):
+    return acc.correct(acc.finalize(state), parts)
+
+
+def nearest(acc, state, parts):
+    return acc.optimise(state, lambda: parts)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("options", "finish"),
+    [
+        ({}, plain),
+        ({"kfac_approx": "reduce"}, plain),
+        ({}, corrected),
+        ({}, nearest),
+        ({"fisher_type": "empirical", "curvature": "block"}, plain),
+        ({"fisher_type": "forward_only"}, plain),
+    ],
+    ids=["expand", "reduce", "ekfac", "kfoc", "block", "forward only"],
+)
+def test_an_example_of_weight_w_counts_as_w_examples(options, finish):
+    acc = laplax_kfac.accumulator(tokens, TOKENS, loss_fn=LOSS, **options)
+
+    def fit(data):
+        parts = list(even_batches([as_batch(data)], 3))
+        state = functools.reduce(lambda state, part: acc.update(state, *part), parts, acc.init())
+        return finish(acc, state, parts).to_dense()
+
+    weighted, expected = fit((*EXAMPLES, WEIGHTS)), fit(REPEATED)
+    np.testing.assert_allclose(weighted, expected, **CLOSE)
+    assert np.linalg.norm(fit(EXAMPLES) - expected) > 0.1
+    # Whatever they sum to: more than one, or less.
+    few = fit((*EXAMPLES, 1e-3 * WEIGHTS))
+    np.testing.assert_allclose(few, 1e-3 * expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.usefixtures("x64")
+def test_weights_come_with_the_batch_and_apart():
+    acc = laplax_kfac.accumulator(tokens, TOKENS, loss_fn=LOSS)
+    batch, twice = {"input": EXAMPLES[0], "target": EXAMPLES[1]}, jnp.asarray(2.0 * WEIGHTS)
+    ways: list[Any] = [
+        (batch, twice),
+        ((*EXAMPLES, twice), None),
+        (batch | {"weight": WEIGHTS}, jnp.full(6, 2.0)),
+    ]
+    states = [acc.update(acc.init(), *way) for way in ways]
+    assert [state.num_examples for state in states] == [2 * WEIGHTS.sum()] * 3
+    found = [acc.finalize(state) for state in states]
+    # The second pass, too, takes weights in either place.
+    parts = [[(as_batch(batch), weights)] for batch, weights in ways[::2]]
+    exact = [acc.correct(found[0], part) for part in parts]
+    for curvatures in (found, exact):
+        first, *others = (c.to_dense() for c in curvatures)
+        for other in others:
+            np.testing.assert_allclose(other, first, **CLOSE)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_fit_counts_weights():
+    found, expected = (
+        laplax_kfac.data_fit(tokens, TOKENS, data, loss_fn=LOSS, batch_size=3)
+        for data in ((*EXAMPLES, WEIGHTS), REPEATED)
+    )
+    np.testing.assert_allclose(found.loss, expected.loss, **CLOSE)
+    assert found.num_outputs == expected.num_outputs == WEIGHTS.sum() * 3
