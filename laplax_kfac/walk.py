@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 
 from laplax_kfac import jaxprs, patterns
 from laplax_kfac.structure import (
+    COTANGENT,
     FOREIGN,
     INDEX_RULES,
     PARAMETERS,
@@ -254,7 +255,7 @@ def _rearranged(step: Step) -> Trace | None:
         rule, consts, _ = jaxprs.trace(pullback, *specs)
     except (TypeError, ValueError, NotImplementedError):
         return None  # no derivative: whoever differentiates the model will be told
-    cotangent = Trace(0, jaxprs.numbered(out))
+    cotangent = Trace(COTANGENT, jaxprs.numbered(out))
     (found,) = walk(rule, [*map(constant, consts), None, cotangent], Scope(Findings()))
     if not isinstance(found, Trace):
         return None
@@ -335,7 +336,7 @@ def _add(step: Step, terms: list[Value]) -> list[Value]:
     # An output that is broadcast by the sum has another cotangent than the sum.
     outputs = [
         t for t, a in zip(terms, eqn.invars, strict=False)
-        if isinstance(t, Trace) and t.source != PARAMETERS
+        if isinstance(t, Trace) and t.source >= 0
         and jaxprs.shape(a) == jaxprs.shape(eqn.outvars[0])
     ]  # fmt: skip
     if len(weights) == 2:
