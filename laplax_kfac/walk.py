@@ -275,20 +275,20 @@ def _pattern(step: Step) -> list[Value]:
             reason = f"operand {operand} of `{eqn.primitive.name}` is no weight of {pattern.name}"
             scope.findings.mark(value, "other", reason)
             continue
-        entries = jaxprs.numbered(eqn.invars[operand])
-        place = pattern.weight(eqn, operand, entries)
-
-        def canonical(x: Any, entries: Any = entries, place: Any = place) -> Any:
-            """(axes, lanes) -> (lanes, stack, in, out)."""
-            flat = x.reshape(entries.size, *x.shape[entries.ndim :])
-            return np.moveaxis(flat[place], range(3), range(-3, 0))
-
-        view = value.map(canonical)
+        read = functools.partial(pattern.weight, eqn, operand)
+        view = value.map(functools.partial(_by_lane, read, jaxprs.ndim(eqn.invars[operand])))
         use = Use(pattern, eqn, operand, step.site, scope.lanes, view.index, view.scale)
         index = jaxprs.numbered(eqn.outvars[0])
         output[0] = Trace(len(scope.findings.uses), index[(..., *[None] * len(scope.lanes))])
         scope.findings.uses.append(use)
     return output
+
+
+def _by_lane(rearrange: Callable[[Any], Any], ndim: int, x: Any) -> Any:
+    """Rearrange an array with lanes behind its own axes; the lanes come first."""
+    parts = [rearrange(x[(..., *lane)]) for lane in np.ndindex(x.shape[ndim:])]
+    whole = np.stack(parts) if len(parts) > 1 else parts[0]
+    return whole.reshape(*x.shape[ndim:], *parts[0].shape)
 
 
 # -- arithmetic --------------------------------------------------------------------------------
