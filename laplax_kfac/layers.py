@@ -1,6 +1,7 @@
 """The public record of a layer: which parameters it holds and which curvature block it gets."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -89,11 +90,11 @@ def unique_names(layers: Sequence[Layer], space: ParameterSpace) -> list[str]:
     """Name a layer by the module its parameters share, if no other layer does; else by its leaf."""
     name_of = dict(zip(space.paths, space.names, strict=True))
     modules = [{name_of[p].rpartition("/")[0] for p in layer.params} for layer in layers]
-    owners = [module for own in modules for module in own]
+    owners = Counter(module for own in modules for module in own)
     names = []
     for layer, own in zip(layers, modules, strict=True):
         module = min(own)
-        alone = bool(module) and len(own) == 1 and owners.count(module) == 1
+        alone = bool(module) and len(own) == 1 and owners[module] == 1
         path = space.paths[space.leaf_at(layer.first)] if layer.size else layer.params[0]
         names.append(module if alone else name_of[path])
     ranged = [_with_range(n, layer, space) if names.count(n) > 1 else n

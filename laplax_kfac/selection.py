@@ -45,7 +45,7 @@ class Selection:
         """The block of parameters at a path that have no Kronecker form."""
         return next((f for pattern, f in self.fallback if matches(path, [pattern])), "dense")
 
-    def block_of(self, path: str, size: float, reason: str) -> BlockKind:
+    def block_of(self, path: str, size: int, reason: str, *, real: bool) -> BlockKind:
         """The block of that many parameters of a leaf that have no Kronecker form.
 
         Raises:
@@ -59,7 +59,9 @@ class Selection:
                 "`params_filter`."
             )
             raise ValueError(msg)
-        return "diagonal" if wanted == "dense" and size > self.dense_limit else wanted
+        small = size <= self.dense_limit or self.curvature == "block"
+        dense = real and small and self.curvature != "diagonal"
+        return "diagonal" if wanted == "dense" and not dense else wanted
 
 
 def select(

@@ -22,7 +22,8 @@ from laplax_kfac import jaxprs
 Index = Any  # integer numpy array: axes of the variable, then lanes
 Rule = Callable[[JaxprEqn, Sequence[Index]], list[Index]]
 
-PARAMETERS = -1  # the source of traces of parameters; other sources are numbers of uses
+PARAMETERS = -1  # the source of traces of parameters; other sources are numbers of uses, ...
+COTANGENT = -2  # ... or the cotangent of a function whose pullback is walked
 FOREIGN = -1  # index of an entry that comes from elsewhere (a constant or data)
 
 
@@ -31,10 +32,10 @@ FOREIGN = -1  # index of an entry that comes from elsewhere (a constant or data)
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """An array whose entries are entries of the parameters, or of one use's output.
+    """An array whose entries are entries of the parameters, or of one other array.
 
     Attributes:
-        source: `PARAMETERS`, or the number of the use.
+        source: `PARAMETERS`, the number of the use, or `COTANGENT`.
         index: Id of every entry, or `FOREIGN`; axes of the array, then one lane a scan.
         scale: Factor of every entry, of the same shape; None stands for 1.
     """

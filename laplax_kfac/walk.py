@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 
 from laplax_kfac import jaxprs, patterns
 from laplax_kfac.structure import (
+    COTANGENT,
     FOREIGN,
     INDEX_RULES,
     PARAMETERS,
@@ -254,7 +255,7 @@ def _rearranged(step: Step) -> Trace | None:
         rule, consts, _ = jaxprs.trace(pullback, *specs)
     except (TypeError, ValueError, NotImplementedError):
         return None  # no derivative: whoever differentiates the model will be told
-    cotangent = Trace(0, jaxprs.numbered(out))
+    cotangent = Trace(COTANGENT, jaxprs.numbered(out))
     (found,) = walk(rule, [*map(constant, consts), None, cotangent], Scope(Findings()))
     if not isinstance(found, Trace):
         return None
@@ -274,20 +275,20 @@ def _pattern(step: Step) -> list[Value]:
             reason = f"operand {operand} of `{eqn.primitive.name}` is no weight of {pattern.name}"
             scope.findings.mark(value, "other", reason)
             continue
-        entries = jaxprs.numbered(eqn.invars[operand])
-        place = pattern.weight(eqn, operand, entries)
-
-        def canonical(x: Any, entries: Any = entries, place: Any = place) -> Any:
-            """(axes, lanes) -> (lanes, stack, in, out)."""
-            flat = x.reshape(entries.size, *x.shape[entries.ndim :])
-            return np.moveaxis(flat[place], range(3), range(-3, 0))
-
-        view = value.map(canonical)
+        read = functools.partial(pattern.weight, eqn, operand)
+        view = value.map(functools.partial(_by_lane, read, jaxprs.ndim(eqn.invars[operand])))
         use = Use(pattern, eqn, operand, step.site, scope.lanes, view.index, view.scale)
         index = jaxprs.numbered(eqn.outvars[0])
         output[0] = Trace(len(scope.findings.uses), index[(..., *[None] * len(scope.lanes))])
         scope.findings.uses.append(use)
     return output
+
+
+def _by_lane(rearrange: Callable[[Any], Any], ndim: int, x: Any) -> Any:
+    """Rearrange an array with lanes behind its own axes; the lanes come first."""
+    parts = [rearrange(x[(..., *lane)]) for lane in np.ndindex(x.shape[ndim:])]
+    whole = np.stack(parts) if len(parts) > 1 else parts[0]
+    return whole.reshape(*x.shape[ndim:], *parts[0].shape)
 
 
 # -- arithmetic --------------------------------------------------------------------------------
@@ -335,7 +336,7 @@ def _add(step: Step, terms: list[Value]) -> list[Value]:
     # An output that is broadcast by the sum has another cotangent than the sum.
     outputs = [
         t for t, a in zip(terms, eqn.invars, strict=False)
-        if isinstance(t, Trace) and t.source != PARAMETERS
+        if isinstance(t, Trace) and t.source >= 0
         and jaxprs.shape(a) == jaxprs.shape(eqn.outvars[0])
     ]  # fmt: skip
     if len(weights) == 2:

@@ -95,6 +95,26 @@ def test_selections_by_data_end_a_trace():
     assert reasons == ["scattered to places that data decide, or several times to one"]
 
 
+@pytest.mark.parametrize(
+    "backward",
+    [
+        lambda w, g: g + 0.1 * w,
+        lambda _, g: g + 1.0,
+        lambda _, g: jnp.pad(jnp.add(*jnp.split(g, 2)), ((0, 1), (0, 0))),
+    ],
+    ids=["decay", "constant", "sum"],
+)
+def test_a_rule_that_does_more_than_rearrange_is_no_view(backward):
+    @jax.custom_vjp
+    def function(w):
+        return 2.0 * w
+
+    function.defvjp(lambda w: (2.0 * w, w), lambda w, g: (backward(w, g),))
+    found, findings = traced(function, jnp.ones((2, 3)))
+    assert found is None
+    assert [entry.ids.size for entry in findings.opaque] == [6]
+
+
 def test_every_selection_is_in_the_functions():
     def names(function):
         jaxpr, _, _ = jaxprs.trace(function, jnp.zeros((2, 3)))
