@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from laplax_kfac import patterns
+from laplax_kfac import likelihood, patterns
 from laplax_kfac.approximation_error import RelativeError, relative_error
 from laplax_kfac.capture import LayerRecord, intermediates_and_gradients
 from laplax_kfac.checkpoint import load, save
@@ -42,6 +42,7 @@ __all__ = [
     "intermediates_and_gradients",
     "kfac",
     "kfoc",
+    "likelihood",
     "load",
     "log_marginal_likelihood",
     "make_posterior",

@@ -21,10 +21,17 @@ from jaxtyping import Array, Float, Key, PyTree
 from laplax_kfac import jaxprs
 from laplax_kfac.data import Batch, as_batch, batch_size, first_example, to_arrays
 from laplax_kfac.layers import Layer
-from laplax_kfac.likelihood import FisherType, Likelihood, columns, resolve_likelihood
+from laplax_kfac.likelihood import (
+    FisherType,
+    Likelihood,
+    columns,
+    num_columns,
+    resolve_likelihood,
+)
 from laplax_kfac.parser import ModelFn, Program, parse
 from laplax_kfac.patterns import one_hot
 from laplax_kfac.resolve import Member, Resolved
+from laplax_kfac.rewrites import has_rewrite, rewrite
 from laplax_kfac.walk import Use
 
 Probes = dict[int, Array]
@@ -293,7 +300,17 @@ def _plan(program: Program) -> Plan:
             plan = plans.setdefault(branch, Plan({}, {}, {}))
         plan.uses.setdefault(last, []).append((number, use))
         plan.probes[last] = _probe_of(program, number)
+    _enter_rewrites(program.jaxpr, root)
     return root
+
+
+def _enter_rewrites(jaxpr: Jaxpr, plan: Plan) -> None:
+    """Plan to enter bodies without uses, too, where a better way to evaluate them is inside."""
+    for number, eqn in enumerate(jaxpr.eqns):
+        for branch, body in enumerate(jaxprs.bodies(eqn)):
+            if has_rewrite(body):
+                inside = plan.inside.setdefault(number, {}).setdefault(branch, Plan({}, {}, {}))
+                _enter_rewrites(body, inside)
 
 
 def run(
@@ -312,7 +329,8 @@ def run(
             outputs, found = _run_nested(eqn, values, plan.inside[number], probes)
             inputs |= found
         else:
-            outputs = jaxprs.evaluate(jaxpr, eqn, values)
+            better = rewrite(eqn)
+            outputs = better(values) if better else jaxprs.evaluate(jaxpr, eqn, values)
         for key, use in plan.uses.get(number, []):
             others = tuple(v for k, v in enumerate(values) if k != use.operand)
             active = use.pattern.active or _always
@@ -419,6 +437,7 @@ def capture_batch(
     *,
     key: Key[Array, ""],
     mc_samples: int = 1,
+    sketches: int | None = None,
 ) -> list[Record]:
     """`capture` every example of a batch; the records' leaves get a leading axis N."""
 
@@ -428,9 +447,15 @@ def capture_batch(
         x, y, key = example
 
         def vectors(f: PyTree) -> PyTree:
-            return columns(likelihood, fisher_type, f, y, key=key, mc_samples=mc_samples)
+            return columns(
+                likelihood, fisher_type, f, y, key=key, mc_samples=mc_samples, sketches=sketches
+            )
 
-        by_units = program.custom_vjp and fisher_type == "type2"
+        # Sketches are there to avoid as many pullbacks as there are unit vectors.
+        sketched = sketches is not None and sketches < num_columns(
+            likelihood, fisher_type, program.output, y, mc_samples
+        )
+        by_units = program.custom_vjp and fisher_type == "type2" and not sketched
         pulled = None if fisher_type == "forward_only" else vectors
         return capture(
             program, leaves, consts, x, pulled, by_units=by_units, sequential=sequential
@@ -492,7 +517,8 @@ def intermediates_and_gradients(
     Args:
         model_fn: ``model_fn(input=, params=)``.
         params: Its parameters.
-        data: One batch: ``(input, target)`` or ``{"input": ..., "target": ...}``.
+        data: One batch: ``(input, target)`` or ``{"input": ..., "target": ...}``; weights of
+            examples play no part.
         loss_fn: A laplax ``LossFn``, its string, or a callable ``loss(output, target)`` of one
             example; the gradients are those of its value at the observed target.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.

@@ -48,9 +48,9 @@ class DataFit:
 
     Attributes:
         loss: Sum of the loss over the data.
-        num_outputs: Number of scalar outputs over the data, N C.
+        num_outputs: Number of scalar outputs over the data, N C; weighted as the loss is.
         gaussian: Whether the loss is ``mse``, so that it is a likelihood only with a noise
-            variance.
+            variance. (`likelihood.gaussian` has one, and needs none here.)
     """
 
     loss: Float[Array, ""]
@@ -86,7 +86,8 @@ def data_fit(
         model_fn: ``model_fn(input=, params=)``.
         params: The trained parameters.
         data: One batch or an iterable of batches, as for `kfac`.
-        loss_fn: As for `kfac`. A callable must be a negative log-likelihood, with its constants.
+        loss_fn: As for `kfac`. A callable must be a negative log-likelihood, with its constants;
+            so are the losses of `likelihood`.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
         batch_size: Most examples that are worked on at once.
         transform: Applied to every batch first.
@@ -113,12 +114,11 @@ def fit_of_batch(
             del sequential  # one example has nothing to vmap
             x, y = example
             out = single(params, x)
-            size = sum(o.size for o in jax.tree.leaves(out))
-            return likelihood.loss(out, y), jnp.asarray(float(size))
+            return likelihood.loss(out, y), likelihood.num_outputs(out, y)
 
         losses, sizes = map_examples(one, (batch["input"], batch["target"]))
-        gaussian = likelihood.name == "mse"
-        return DataFit(jnp.sum(losses * weights), jnp.sum(sizes * weights), gaussian)
+        squared = likelihood.squared_error
+        return DataFit(jnp.sum(losses * weights), jnp.sum(sizes * weights), squared)
 
     return fit
 

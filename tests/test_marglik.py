@@ -218,6 +218,44 @@ def test_the_evidence_is_that_of_the_dense_laplace_approximation(case, correctio
         np.testing.assert_allclose(found.value, found.log_likelihood - found.complexity, rtol=1e-12)
 
 
+@pytest.mark.parametrize("noise_variance", [0.05, 4.0])
+def test_a_gaussian_of_known_variance_needs_none_in_the_evidence(noise_variance):
+    params = most_probable(TALL, 0.3, noise_variance)
+    x, _, y = regression(TALL)
+    options: Any = {"loss_fn": laplax_kfac.likelihood.gaussian(noise_variance)}
+    curvature = laplax_kfac.kfac(linear, params, (x, y), **options)
+    fit = laplax_kfac.data_fit(linear, params, (x, y), **options)
+    found = laplax_kfac.log_marginal_likelihood(
+        curvature, params, log_likelihood=fit, prior_prec=0.3
+    ).value
+    expected = density_of_targets(TALL, 0.3, noise_variance)
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
+
+
+def test_masked_outputs_do_not_enter_the_evidence():
+    # The second output of every example is missing; so may be the parameters that only it has.
+    x, _, y = regression(TALL)
+    params = most_probable(TALL, 0.3, 0.2)
+    mask = np.tile([1.0, 0.0], (len(x), 1))
+    kept = jax.tree.map(lambda p: p[..., :1], params)
+    cases = [
+        (kept, (x, y[:, :1]), "mse"),
+        (params, (x, (y, mask)), laplax_kfac.likelihood.weighted("mse")),
+    ]
+    values = []
+    for p, data, loss_fn in cases:
+        curvature = laplax_kfac.kfac(linear, p, data, loss_fn=loss_fn)
+        fit = laplax_kfac.data_fit(linear, p, data, loss_fn=loss_fn)
+        evidence = laplax_kfac.log_marginal_likelihood(
+            curvature, p, log_likelihood=fit, prior_prec=0.3, noise_variance=0.2
+        )
+        values.append(evidence.value)
+        assert fit.num_outputs == len(x)
+    # Parameters that nothing is known of keep their prior: its density at them is what is more.
+    theta = np.asarray(ravel_pytree(jax.tree.map(lambda p: p[..., 1:], params))[0])
+    np.testing.assert_allclose(values[1], values[0] - 0.15 * theta @ theta, rtol=1e-8)
+
+
 def test_integer_leaves_are_no_parameters():
     # The prior's density of a leaf without curvature cancels its part of the determinant.
     def counted(input, params):
