@@ -49,25 +49,29 @@ def model_fn(input, params):
 optimizer = optax.adam(1e-3)
 
 
+def penalty(params, posterior, mean):
+    """Minus the log-density of the prior: of the first task, or the posterior of those before."""
+    if posterior is None:
+        return 0.5 * PRIOR_PREC * optax.tree.norm(params, squared=True)
+    return posterior.penalty(params, mean)
+
+
 @jax.jit
 def train_step(params, state, x, y, posterior, mean):
-    """One step on the negative log-likelihood of all data plus the penalty, a datum."""
-
-    def objective(params):
+    def objective(params):  # minus the log joint density, a datum
         logits = jax.vmap(lambda x: model_fn(x, params))(x)
-        return cross_entropy(logits, y).mean() + posterior.penalty(params, mean) / len(x_train)
+        return cross_entropy(logits, y).mean() + penalty(params, posterior, mean) / len(x_train)
 
     updates, state = optimizer.update(jax.grad(objective)(params), state)
     return optax.apply_updates(params, updates), state
 
 
-def train(params, order, posterior, mean):
-    state = optimizer.init(params)
+def train(params, order, posterior):
+    state, mean = optimizer.init(params), params
     for _ in range(STEPS):
         batch = random.integers(len(x_train), size=BATCH)
-        params, state = train_step(
-            params, state, x_train[batch][:, order], y_train[batch], posterior, mean
-        )
+        x, y = x_train[batch][:, order], y_train[batch]
+        params, state = train_step(params, state, x, y, posterior, mean)
     return params
 
 
@@ -78,23 +82,16 @@ def accuracy(params, x):
 
 print(f"accuracy on held-out digits of the first task, the second, ... after {STEPS} steps each")
 for name in ("plain training", "KFAC penalty"):
-    params = mean = start
-    nothing = jax.tree.map(jnp.zeros_like, start)
-    total = None
+    params, total, posterior = start, None, None
     for task, order in enumerate(orders):
-        if total is None or name == "plain training":  # the prior of the first task
-            first = laplax_kfac.kfac(
-                model_fn, start, (x_train[:1], y_train[:1]), loss_fn="cross_entropy"
-            )
-            posterior = laplax_kfac.make_posterior(first.map(jnp.zeros_like), PRIOR_PREC)
-            mean = nothing
-        params = train(params, order, posterior, mean)
-        new = laplax_kfac.kfac(
-            model_fn, params, (x_train[:, order], y_train), loss_fn="cross_entropy",
-            fisher_type="mc", key=jax.random.key(task),
-        )  # fmt: skip
-        total = new if total is None else laplax_kfac.merge(total, new)
-        posterior, mean = laplax_kfac.make_posterior(total, PRIOR_PREC), params
+        params = train(params, order, posterior)
+        if name == "KFAC penalty":
+            new = laplax_kfac.kfac(
+                model_fn, params, (x_train[:, order], y_train), loss_fn="cross_entropy",
+                fisher_type="mc", key=jax.random.key(task),
+            )  # fmt: skip
+            total = new if total is None else laplax_kfac.merge(total, new)
+            posterior = laplax_kfac.make_posterior(total, PRIOR_PREC)
         scores = [float(accuracy(params, x_test[:, o])) for o in orders[: task + 1]]
         row = "".join(f"{score:8.1%}" for score in scores)
         print(f"{name:15} task {task + 1}:{row}   mean {np.mean(scores):.1%}")

