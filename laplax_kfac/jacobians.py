@@ -128,9 +128,7 @@ def covariance(
     """
     if isinstance(first, Matrices) and isinstance(second, Matrices):
         weighted = first.entries * variances.reshape(-1)
-        product = jnp.matmul(
-            weighted, second.entries.conj().T, precision=jax.lax.Precision.HIGHEST
-        )
+        product = jnp.matmul(weighted, second.entries.conj().T, precision=jax.lax.Precision.HIGHEST)
         return jnp.real(product)
     assert not isinstance(first, Matrices)
     assert not isinstance(second, Matrices)

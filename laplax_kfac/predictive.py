@@ -345,9 +345,7 @@ def _push_by_vjp(
     split, merge = _inexact(params)
     output, pullback = jax.vjp(lambda values: function(merge(values), x), split(params))
     _, transpose = jax.vjp(pullback, jnp.zeros_like(output))
-    return output + _map_samples(
-        lambda sample: transpose((split(sample),))[0], samples, sequential
-    )
+    return output + _map_samples(lambda sample: transpose((split(sample),))[0], samples, sequential)
 
 
 def _inexact(
@@ -397,9 +395,7 @@ def _linearised(
     size_of(batch)
     program = _same_model(curvature, model_fn, params, first_example(batch), vmap_over_data)
     variances = [1.0 / block.eigenvalues for block in precision.blocks]
-    return program, _Arrays(
-        jax.tree.leaves(params), program.consts, variances, precision.blocks
-    )
+    return program, _Arrays(jax.tree.leaves(params), program.consts, variances, precision.blocks)
 
 
 def _jacobians(
@@ -467,9 +463,7 @@ def _joint_covariances(
     return _in_parts(of_rows, inputs, size).swapaxes(1, 2)
 
 
-def _in_parts(
-    function: Callable[[PyTree], Any], batch: PyTree, most: int
-) -> Any:
+def _in_parts(function: Callable[[PyTree], Any], batch: PyTree, most: int) -> Any:
     """Apply a function of a batch to equal parts of at most ``most`` examples, in turn."""
     count = size_of({"input": batch})
     parts = math.ceil(count / most)

