@@ -94,6 +94,14 @@ def _image(matrix: Float[Array, "p p"], top: float, axes: Any) -> Any:
     return image
 
 
+def _colorbar(image: Any, axes: Any) -> None:
+    """A colour bar with few ticks: around zero they would overlap."""
+    first = axes[0] if isinstance(axes, list) else axes
+    power = 10.0 ** np.floor(np.log10(image.norm.vmax))
+    ticks = [-power, -power / 100, 0.0, power / 100, power]
+    first.figure.colorbar(image, ax=axes, ticks=ticks)
+
+
 def _top(*matrices: Float[Array, "..."]) -> float:
     return max(float(np.abs(m).max(initial=0.0)) for m in map(np.asarray, matrices)) or 1.0
 
@@ -111,7 +119,7 @@ def plot_block(curvature: BlockDiagonal, layer: str, *, axes: Any = None) -> Any
     """
     axes = _axes(axes)
     matrix = block_matrix(curvature, layer)
-    axes.figure.colorbar(_image(matrix, _top(matrix), axes), ax=axes)
+    _colorbar(_image(matrix, _top(matrix), axes), axes)
     axes.set_title(f"{layer}: {curvature.layers[_layer_number(curvature, layer)].block}")
     return axes
 
@@ -130,7 +138,7 @@ def plot_factors(curvature: BlockDiagonal, layer: str, *, axes: Any = None) -> A
     axes = _axes(axes, 2)
     matrices = factor_matrices(curvature, layer)
     for one, matrix, title in zip(axes, matrices, ("inputs", "output gradients"), strict=True):
-        one.figure.colorbar(_image(matrix, _top(matrix), one), ax=one)
+        _colorbar(_image(matrix, _top(matrix), one), one)
         one.set_title(f"{layer}: {title}")
     return axes
 
@@ -166,7 +174,7 @@ def plot_against_exact(
     for one, matrix, title in zip(axes, (ours, theirs, ours - theirs), titles, strict=True):
         image = _image(matrix, _top(ours, theirs), one)
         one.set_title(title)
-    axes[0].figure.colorbar(image, ax=list(axes))
+    _colorbar(image, list(axes))
     return axes
 
 
