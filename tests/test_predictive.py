@@ -12,10 +12,9 @@ from conftest import tolerance
 from jax.flatten_util import ravel_pytree
 
 import laplax_kfac
-from laplax_kfac import jacobians, predictive
+from laplax_kfac import predictive
 from laplax_kfac.blocks import Block
 from laplax_kfac.curvature import Curvature
-from laplax_kfac.jacobians import Matrices, Outer, Picked
 from laplax_kfac.parser import parse
 from laplax_kfac.predictive import (
     Marginals,
@@ -153,23 +152,6 @@ def test_covariances_of_fitted_curvature_are_those_of_the_dense_matrices(fit, kf
 @pytest.mark.parametrize("name", ["mixer", "embedding", "nnx_layer_norm"])
 def test_covariances_of_single_inputs_need_no_pairs(name):
     assert_exact(drawn(name), predictive_covariance)
-
-
-@pytest.mark.parametrize(
-    ("name", "forms"),
-    [
-        ("mlp", [Outer, Outer]),
-        ("nnx_cnn", [Matrices, Outer]),
-        ("mixer", [Matrices, Outer]),
-        ("embedding", [Outer, Picked]),
-        ("tied_autoencoder", [Matrices, Matrices, Matrices]),
-        ("nnx_layer_norm", [Outer, Matrices, Matrices]),
-    ],
-)
-def test_the_cheaper_order_of_summation_is_taken(name, forms):
-    model_fn, params, inputs, outputs = models.by_name(name).make()
-    program = parse(model_fn, params, jax.tree.map(lambda x: x[0], inputs))
-    assert [jacobians.form_of(r, outputs) for r in program.resolved] == forms
 
 
 @pytest.mark.parametrize("room", [2**30, 6000, 1])
