@@ -100,7 +100,7 @@ for link in ("probit", "mean_field_2"):
     unknown[link] = laplax_kfac.class_probabilities(strange, link)
 
 print(f"\n{'':14}accuracy    NLL  Brier  AUROC (noise)    prior precision {prior_prec:.3g}")
-axes = None
+_, axes = plt.subplots(layout="constrained")
 for name, probabilities in known.items():
     p = np.asarray(probabilities)
     accuracy = (p.argmax(axis=1) == y_test).mean()
@@ -108,7 +108,7 @@ for name, probabilities in known.items():
     scores = np.concatenate([p.max(axis=1), unknown[name].max(axis=1)])
     auroc = roc_auc_score(np.repeat([1, 0], len(p)), scores)
     print(f"{name:14}{accuracy:8.1%}{log_loss(y_test, p):7.3f}{brier:7.3f}{auroc:7.3f}")
-    axes = plotting.plot_reliability(p, y_test, name=name, axes=axes)
+    plotting.plot_reliability(p, y_test, name=name, axes=axes)
 save(axes.figure, "reliability")
 
 # -- regression ----------------------------------------------------------------------------------
@@ -129,15 +129,16 @@ params = train(targets_given_inputs, params, 3000, prior_prec=1.0)
 curv = laplax_kfac.ekfac(model_fn, params, (x, y), loss_fn="mse")
 fit = laplax_kfac.data_fit(model_fn, params, (x, y), loss_fn="mse")
 tuned = laplax_kfac.tune(curv, params, log_likelihood=fit, noise_variance=0.04)
+assert tuned.noise_variance is not None
 
 grid = jnp.linspace(-4.5, 4.5, 200)[:, None]
 hyper = {"prior_prec": tuned.prior_prec, "sigma_squared": 1 / (2 * tuned.noise_variance)}
-predictive = laplax_kfac.predictive_variance(curv, model_fn, params, grid, **hyper)
+marginals = laplax_kfac.predictive_variance(curv, model_fn, params, grid, **hyper)
 functions = laplax_kfac.predictive_samples(
     curv, model_fn, params, grid, jax.random.key(2), 6, **hyper
 )
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
-plotting.plot_band(grid, predictive, noise_variance=tuned.noise_variance, axes=axes[0])
+plotting.plot_band(grid, marginals, noise_variance=tuned.noise_variance, axes=axes[0])
 axes[1].plot(grid[:, 0], functions[:, :, 0].T, linewidth=1)
 for ax, title in zip(axes, ("predictive", "functions drawn from it"), strict=True):
     ax.plot(x[:, 0], y[:, 0], ".", color="black", markersize=3)

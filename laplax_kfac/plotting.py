@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.blocks import BlockDiagonal, apply
@@ -102,7 +103,7 @@ def _colorbar(image: Any, axes: Any) -> None:
     first.figure.colorbar(image, ax=axes, ticks=ticks)
 
 
-def _top(*matrices: Float[Array, "..."]) -> float:
+def _top(*matrices: ArrayLike) -> float:
     return max(float(np.abs(m).max(initial=0.0)) for m in map(np.asarray, matrices)) or 1.0
 
 
@@ -225,7 +226,7 @@ def plot_evidence_over_prior(
     params: PyTree,
     *,
     log_likelihood: DataFit,
-    prior_precs: Sequence[float] | Float[Array, " G"],
+    prior_precs: Sequence[float] | ArrayLike,
     noise_variance: Scalar | None = None,
     axes: Any = None,
 ) -> Any:
@@ -244,7 +245,7 @@ def plot_evidence_over_prior(
     """
     axes = _axes(axes)
     grid = np.asarray(prior_precs, float)
-    require_positive("prior_precs", grid)
+    require_positive("prior_precs", jnp.asarray(grid))
 
     def evidence(prior_prec: Array) -> Evidence:
         return log_marginal_likelihood(
@@ -269,8 +270,8 @@ def plot_evidence_over_prior(
 
 
 def plot_reliability(
-    probabilities: Float[Array, "N K"],
-    labels: Any,
+    probabilities: ArrayLike,
+    labels: ArrayLike,
     *,
     num_bins: int = 10,
     name: str | None = None,
@@ -282,7 +283,7 @@ def plot_reliability(
     calibration error (Naeini et al. 2015). Bins and error are laplax's.
 
     Args:
-        probabilities: Class probabilities, such as `class_probabilities` returns.
+        probabilities: Class probabilities, shape (N, K), such as `class_probabilities` returns.
         labels: The true classes, integers of shape (N,).
         num_bins: Bins of equal width.
         name: What the legend calls the predictions.
@@ -321,7 +322,7 @@ def plot_reliability(
 
 
 def plot_band(
-    x: Float[Array, " N"],
+    x: ArrayLike,
     predictive: Predictive | Marginals,
     *,
     output: int = 0,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from laplax_kfac import jaxprs
@@ -51,7 +52,7 @@ class Predictive:
         """Diagonal of the covariances."""
         return jnp.diagonal(self.covariance, axis1=-2, axis2=-1)
 
-    def with_noise(self, noise_variance: Scalar | Float[Array, " C"]) -> "Predictive":
+    def with_noise(self, noise_variance: ArrayLike) -> "Predictive":
         """The predictive of noisy observations: adds Gaussian noise to every output.
 
         For ``loss_fn="mse"`` and noise of variance s the curvature belongs to the likelihood with
@@ -63,8 +64,9 @@ class Predictive:
         Raises:
             ValueError: If it is not positive.
         """
-        require_positive("noise_variance", noise_variance)
-        noise = jnp.broadcast_to(jnp.asarray(noise_variance), self.mean.shape[-1:])
+        noise = jnp.asarray(noise_variance)
+        require_positive("noise_variance", noise)
+        noise = jnp.broadcast_to(noise, self.mean.shape[-1:])
         return Predictive(self.mean, self.covariance + jnp.diag(noise))
 
 
@@ -81,7 +83,7 @@ class Marginals:
     mean: Float[Array, "N C"]
     variance: Float[Array, "N C"]
 
-    def with_noise(self, noise_variance: Scalar | Float[Array, " C"]) -> "Marginals":
+    def with_noise(self, noise_variance: ArrayLike) -> "Marginals":
         """The predictive of noisy observations; see `Predictive.with_noise`.
 
         Args:
@@ -90,8 +92,9 @@ class Marginals:
         Raises:
             ValueError: If it is not positive.
         """
-        require_positive("noise_variance", noise_variance)
-        return Marginals(self.mean, self.variance + noise_variance)
+        noise = jnp.asarray(noise_variance)
+        require_positive("noise_variance", noise)
+        return Marginals(self.mean, self.variance + noise)
 
 
 def predictive_covariance(

@@ -42,7 +42,7 @@ def test_a_layer_with_uses_may_have_a_block_without_kronecker_form(kind):
     layer, p = program.layers[0], program.layers[0].size
     leaves = jax.tree.leaves(params)
     record = capture(program, leaves, program.consts, inputs[0], unit_vectors)[1][0]
-    basis = np.linalg.qr(models.normal((p, p)))[0] if kind == "dense" else None
+    basis = jnp.linalg.qr(models.normal((p, p)))[0] if kind == "dense" else None
     resolved = replace(program.resolved[0], layer=replace(layer, block=kind))
     found = jacobians.layer_jacobian(resolved, record, Block((basis,), jnp.ones(p)))
     assert isinstance(found, Matrices)

@@ -246,7 +246,9 @@ def test_sampled_functions_are_those_of_the_weights_of_the_same_key(name, linear
     curvature, model_fn, params, inputs = model
     key = jax.random.key(3)
     weights = curvature.sample(key, 4, params, prior_prec=PRIOR)
-    found = predictive_samples(*model, key, 4, prior_prec=PRIOR, linearised=linearised)
+    found = predictive_samples(
+        curvature, model_fn, params, inputs, key, 4, prior_prec=PRIOR, linearised=linearised
+    )
     if linearised:
         outputs, jacobian, _ = dense(model)
         moved = [
@@ -304,8 +306,10 @@ def test_other_inputs_must_be_like_the_inputs():
 
 @pytest.mark.parametrize("value", [0, 2.5, None])
 def test_numbers_of_inputs_and_samples_must_be_positive(value):
+    curvature, model_fn, params, inputs = mlp()
+    key = jax.random.key(0)
     message = f"must be a positive integer, found {value}"
     with pytest.raises(ValueError, match=f"`batch_size` {message}"):
         predictive_covariance(*mlp(), prior_prec=1.0, batch_size=value)
     with pytest.raises(ValueError, match=f"`num_samples` {message}"):
-        predictive_samples(*mlp(), jax.random.key(0), value, prior_prec=1.0)
+        predictive_samples(curvature, model_fn, params, inputs, key, value, prior_prec=1.0)
