@@ -2,14 +2,15 @@
 
 __version__ = "0.1.0"
 
-from laplax_kfac import patterns
+from laplax_kfac import likelihood, patterns
+from laplax_kfac.approximation_error import RelativeError, relative_error
 from laplax_kfac.capture import LayerRecord, intermediates_and_gradients
 from laplax_kfac.checkpoint import load, save
-from laplax_kfac.curvature import Accumulator, Curvature, accumulator, ekfac, kfac
+from laplax_kfac.curvature import Accumulator, Curvature, accumulator, ekfac, kfac, kfoc
 from laplax_kfac.layers import Layer
 from laplax_kfac.likelihood import Likelihood
 from laplax_kfac.links import class_probabilities
-from laplax_kfac.marglik import DataFit, Evidence, Tuned, data_fit, log_marginal_likelihood, tune
+from laplax_kfac.marglik import DataFit, Evidence, data_fit, log_marginal_likelihood
 from laplax_kfac.plugin import register as _register
 from laplax_kfac.posterior import Posterior, make_posterior
 from laplax_kfac.predictive import (
@@ -21,11 +22,15 @@ from laplax_kfac.predictive import (
     predictive_variance,
 )
 from laplax_kfac.report import LayerReport, find_layers
+from laplax_kfac.sums import merge
+from laplax_kfac.training import Trained, marglik_training
+from laplax_kfac.tuning import BoundaryWarning, Tuned, tune
 
 _register()
 
 __all__ = [
     "Accumulator",
+    "BoundaryWarning",
     "Curvature",
     "DataFit",
     "Evidence",
@@ -36,6 +41,8 @@ __all__ = [
     "Marginals",
     "Posterior",
     "Predictive",
+    "RelativeError",
+    "Trained",
     "Tuned",
     "accumulator",
     "class_probabilities",
@@ -45,13 +52,18 @@ __all__ = [
     "intermediates_and_gradients",
     "joint_covariance",
     "kfac",
+    "kfoc",
+    "likelihood",
     "load",
     "log_marginal_likelihood",
     "make_posterior",
+    "marglik_training",
+    "merge",
     "patterns",
     "predictive_covariance",
     "predictive_samples",
     "predictive_variance",
+    "relative_error",
     "save",
     "tune",
 ]

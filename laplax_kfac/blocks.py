@@ -216,6 +216,24 @@ class BlockDiagonal:
         """Trace of the matrix."""
         return sum((jnp.sum(b.eigenvalues) for b in self.blocks), jnp.zeros(()))
 
+    def quadratic_form(self, v: PyTree) -> Float[Array, ""]:
+        """``v^T M v``, with M the matrix, on all but frozen parameters.
+
+        It is exact, and costs half a product with the matrix. A sum of several Kronecker blocks,
+        which has no eigendecomposition of its own, is a sum of these.
+
+        Args:
+            v: Pytree like the parameters.
+
+        Raises:
+            ValueError: If ``v`` has another structure or other shapes than the parameters.
+        """
+        total = jnp.zeros(())
+        for block, layer, part in zip(self.blocks, self.layers, self.read(v), strict=True):
+            if not layer.frozen:
+                total = total + jnp.sum(block.eigenvalues * jnp.abs(rotate(block, part)) ** 2)
+        return total
+
     def log_determinant(self) -> Float[Array, ""]:
         """Logarithm of the determinant on all but frozen parameters; -inf if singular."""
         pairs = zip(self.blocks, self.layers, strict=True)
@@ -225,14 +243,14 @@ class BlockDiagonal:
 
 def _read(space: ParameterSpace, layer: Layer, leaves: Sequence[Array]) -> Float[Array, "..."]:
     rows = [space.read(segment, leaves) for segment in layer.segments]
-    if layer.block != "kronecker":
+    if not layer.is_matrix:
         return rows[0]
     matrix = rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
     return matrix.reshape(layer.shape)
 
 
 def _pieces(layer: Layer, part: Float[Array, "..."]) -> list[tuple[Segment, Array]]:
-    if layer.block != "kronecker":
+    if not layer.is_matrix:
         return [(layer.segments[0], part)]
     matrix = part.reshape(layer.stack, layer.rows, layer.out_features)
     cuts = np.cumsum([s.shape[1] for s in layer.segments])[:-1]

@@ -21,10 +21,17 @@ from jaxtyping import Array, Float, Key, PyTree
 from laplax_kfac import jaxprs
 from laplax_kfac.data import Batch, as_batch, batch_size, first_example, to_arrays
 from laplax_kfac.layers import Layer
-from laplax_kfac.likelihood import FisherType, Likelihood, columns, resolve_likelihood
+from laplax_kfac.likelihood import (
+    FisherType,
+    Likelihood,
+    columns,
+    num_columns,
+    resolve_likelihood,
+)
 from laplax_kfac.parser import ModelFn, Program, parse
 from laplax_kfac.patterns import one_hot
 from laplax_kfac.resolve import Member, Resolved
+from laplax_kfac.rewrites import has_rewrite, rewrite
 from laplax_kfac.walk import Use
 
 Probes = dict[int, Array]
@@ -68,7 +75,7 @@ def capture(
     leaves: Sequence[Array],
     consts: Sequence[Array],
     example: PyTree,
-    vectors: Callable[[PyTree], PyTree],
+    vectors: Callable[[PyTree], PyTree] | None,
     *,
     by_units: bool = False,
     sequential: bool = False,
@@ -80,7 +87,8 @@ def capture(
         leaves: Leaves of the parameters.
         consts: Values of ``program.consts``.
         example: One input without a batch axis.
-        vectors: Output -> R vectors like the output, stacked in front.
+        vectors: Output -> R vectors like the output, stacked in front; None pulls nothing back:
+            the records then have R = 0.
         by_units: Whether to pull the unit vectors back and to combine the results. That makes a
             difference only for rules that are not linear: then it defines the Jacobian.
         sequential: Whether to pull them back one after another, not vmapped.
@@ -99,6 +107,10 @@ def capture(
         return run(program.jaxpr, arguments, plan, at_uses)
 
     zeros = (_use_probes(program), _parameter_probes(program))
+    if vectors is None:
+        outputs, inputs = forward(zeros)
+        none = jax.tree.map(lambda zero: jnp.zeros((0, *zero.shape), zero.dtype), zeros)
+        return jax.tree.unflatten(treedef, outputs), _records(program, inputs, *none)
     outputs, pullback, inputs = jax.vjp(forward, zeros, has_aux=True)
     output = jax.tree.unflatten(treedef, outputs)
     wanted = jax.tree.leaves(vectors(output))
@@ -114,17 +126,7 @@ def capture(
             lambda g: jnp.tensordot(mix.astype(g.dtype), g, 1, precision=lax.Precision.HIGHEST),
             (at_uses, at_parameters),
         )
-    records: list[Record] = []
-    for number, resolved in enumerate(program.resolved):
-        if resolved.members:
-            records.append(
-                tuple(_use_record(program, m, inputs, at_uses) for m in resolved.members)
-            )
-        elif number in at_parameters:
-            records.append(ParameterRecord(at_parameters[number]))
-        else:
-            records.append(None)
-    return output, records
+    return output, _records(program, inputs, at_uses, at_parameters)
 
 
 def unit_vectors(output: PyTree) -> PyTree:
@@ -138,10 +140,12 @@ def unit_vectors(output: PyTree) -> PyTree:
 
 def record_size(layer: Layer, pulled: int) -> int:
     """Numbers that the record of one layer holds for one example, with R = ``pulled`` columns."""
-    if layer.block == "kronecker":
-        rows = 1 if layer.pattern == "embedding" else layer.rows
-        return layer.positions * layer.stack * (rows + pulled * layer.out_features)
-    return 0 if layer.block == "none" else pulled * layer.size
+    gradients = 0 if layer.block == "none" else pulled * layer.size
+    if not layer.is_matrix:
+        return gradients
+    rows = 1 if layer.pattern == "embedding" else layer.rows
+    uses = layer.positions * layer.stack * (rows + pulled * layer.out_features)
+    return uses + (gradients if layer.block == "dense" else 0)
 
 
 def _cotangent(vector: Array, output: Array) -> Array:
@@ -200,6 +204,22 @@ def _add_probes(program: Program, leaves: Sequence[Array], probes: Probes) -> li
 
 
 # -- records -----------------------------------------------------------------------------------
+
+
+def _records(
+    program: Program, inputs: Inputs, at_uses: Probes, at_parameters: Probes
+) -> list[Record]:
+    records: list[Record] = []
+    for number, resolved in enumerate(program.resolved):
+        if resolved.members:
+            records.append(
+                tuple(_use_record(program, m, inputs, at_uses) for m in resolved.members)
+            )
+        elif number in at_parameters:
+            records.append(ParameterRecord(at_parameters[number]))
+        else:
+            records.append(None)
+    return records
 
 
 def _use_record(program: Program, member: Member, inputs: Inputs, at_uses: Probes) -> UseRecord:
@@ -280,7 +300,17 @@ def _plan(program: Program) -> Plan:
             plan = plans.setdefault(branch, Plan({}, {}, {}))
         plan.uses.setdefault(last, []).append((number, use))
         plan.probes[last] = _probe_of(program, number)
+    _enter_rewrites(program.jaxpr, root)
     return root
+
+
+def _enter_rewrites(jaxpr: Jaxpr, plan: Plan) -> None:
+    """Plan to enter bodies without uses, too, where a better way to evaluate them is inside."""
+    for number, eqn in enumerate(jaxpr.eqns):
+        for branch, body in enumerate(jaxprs.bodies(eqn)):
+            if has_rewrite(body):
+                inside = plan.inside.setdefault(number, {}).setdefault(branch, Plan({}, {}, {}))
+                _enter_rewrites(body, inside)
 
 
 def run(
@@ -299,7 +329,8 @@ def run(
             outputs, found = _run_nested(eqn, values, plan.inside[number], probes)
             inputs |= found
         else:
-            outputs = jaxprs.evaluate(jaxpr, eqn, values)
+            better = rewrite(eqn)
+            outputs = better(values) if better else jaxprs.evaluate(jaxpr, eqn, values)
         for key, use in plan.uses.get(number, []):
             others = tuple(v for k, v in enumerate(values) if k != use.operand)
             active = use.pattern.active or _always
@@ -406,6 +437,7 @@ def capture_batch(
     *,
     key: Key[Array, ""],
     mc_samples: int = 1,
+    sketches: int | None = None,
 ) -> list[Record]:
     """`capture` every example of a batch; the records' leaves get a leading axis N."""
 
@@ -415,11 +447,18 @@ def capture_batch(
         x, y, key = example
 
         def vectors(f: PyTree) -> PyTree:
-            return columns(likelihood, fisher_type, f, y, key=key, mc_samples=mc_samples)
+            return columns(
+                likelihood, fisher_type, f, y, key=key, mc_samples=mc_samples, sketches=sketches
+            )
 
-        by_units = program.custom_vjp and fisher_type == "type2"
+        # Sketches are there to avoid as many pullbacks as there are unit vectors.
+        sketched = sketches is not None and sketches < num_columns(
+            likelihood, fisher_type, program.output, y, mc_samples
+        )
+        by_units = program.custom_vjp and fisher_type == "type2" and not sketched
+        pulled = None if fisher_type == "forward_only" else vectors
         return capture(
-            program, leaves, consts, x, vectors, by_units=by_units, sequential=sequential
+            program, leaves, consts, x, pulled, by_units=by_units, sequential=sequential
         )[1]
 
     keys = jax.random.split(key, batch_size(batch))
@@ -478,7 +517,8 @@ def intermediates_and_gradients(
     Args:
         model_fn: ``model_fn(input=, params=)``.
         params: Its parameters.
-        data: One batch: ``(input, target)`` or ``{"input": ..., "target": ...}``.
+        data: One batch: ``(input, target)`` or ``{"input": ..., "target": ...}``; weights of
+            examples play no part.
         loss_fn: A laplax ``LossFn``, its string, or a callable ``loss(output, target)`` of one
             example; the gradients are those of its value at the observed target.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.

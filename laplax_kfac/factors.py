@@ -7,11 +7,14 @@ curvature is ``A kron B / M`` (Eschenhagen et al. 2023, arXiv 2311.00636), where
 * ``reduce`` (their Eq. 22): A = sum_n a_n a_n^T with a_n = mean_t a, B likewise with
   g_nr = sum_t g, M = N.
 
+With no cotangents at all (``forward_only``; Benzing 2022, arXiv 2201.12250; Petersen et al. 2023,
+arXiv 2305.00604) the identity stands for ``sum_r g g^T`` at every position, so that B = M I.
+
 Sums are taken in float32, or float64 where x64 is on, at full matrix-product precision. Statistics
 are sums, so they may be accumulated in any order, over any split of the data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -29,6 +32,8 @@ from laplax_kfac.resolve import Member, Resolved
 KfacApprox = Literal["expand", "reduce"]
 KFAC_APPROXIMATIONS = ("expand", "reduce")
 _HIGHEST = jax.lax.Precision.HIGHEST
+
+_UNROTATED = Block((None, None), jnp.ones(()))
 
 RotatedUses = tuple[tuple[Array, Array], ...]
 """(inputs, cotangents) of every use of a layer, in the eigenbases of its block."""
@@ -67,7 +72,7 @@ class Statistics:
     """The state of an accumulation; without layers before the first update.
 
     Attributes:
-        num_examples: Examples seen, a float scalar.
+        num_examples: Examples seen, each counted with its weight, a float scalar.
         num_updates: Updates made, an integer scalar: it tells the random keys of updates apart.
         sums: Sums of every layer.
         layers: The layers.
@@ -118,11 +123,11 @@ def batch_sums(
     resolved: Sequence[Resolved],
     records: Sequence[Record],
     weights: Float[Array, " N"],
-    kfac_approx: KfacApprox = "expand",
+    kfac_approx: Callable[[Layer], KfacApprox] = lambda _: "expand",
 ) -> tuple[Sums, ...]:
     """Sums of every layer over one batch of records, whose leaves have a leading axis N."""
     return tuple(
-        _layer_sums(r, record, weights, kfac_approx)
+        _layer_sums(r, record, weights, kfac_approx(r.layer))
         for r, record in zip(resolved, records, strict=True)
     )
 
@@ -133,16 +138,46 @@ def _layer_sums(
     if record is None:
         return None
     if isinstance(record, ParameterRecord):
-        g = _accumulate(record.gradients)
-        weighted = g * weights.astype(g.dtype)[:, None, None]
-        if resolved.layer.block == "dense":
-            return ParameterSums(_gram(weighted, g))
-        return ParameterSums(jnp.sum(jnp.real(weighted * jnp.conj(g)), axis=(0, 1)))
+        return _probed_sums(resolved.layer, _accumulate(record.gradients), weights)
+    if resolved.layer.block == "dense":
+        return _probed_sums(resolved.layer, _gradients(resolved.members, record), weights)
+    if resolved.layer.block == "diagonal":
+        return ParameterSums(_second_moments(resolved, record, weights, _UNROTATED))
     sums = [
         _use_sums(resolved.layer, m, r, weights, kfac_approx)
         for m, r in zip(resolved.members, record, strict=True)
     ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *sums)
+
+
+def _probed_sums(
+    layer: Layer, gradients: Float[Array, "N R p"], weights: Float[Array, " N"]
+) -> ParameterSums:
+    """Exact sums of a dense or diagonal block from its per-example gradients."""
+    weights = weights.astype(gradients.dtype)
+    dense = layer.block == "dense"
+    if gradients.shape[1] == 0:
+        return ParameterSums(_identity(jnp.sum(weights)[None], layer.size, diagonal=not dense)[0])
+    weighted = gradients * weights[:, None, None]
+    if dense:
+        return ParameterSums(_gram(weighted, gradients))
+    return ParameterSums(jnp.sum(jnp.real(weighted * jnp.conj(gradients)), axis=(0, 1)))
+
+
+def _gradients(members: Sequence[Member], record: tuple[UseRecord, ...]) -> Float[Array, "N R p"]:
+    """Per-example gradients of all parameters of a layer."""
+    pairs = rotated_records(members, record)
+    matrices = jax.vmap(lambda pairs: gradient_matrices(members, pairs))(pairs)
+    return matrices.reshape(*matrices.shape[:2], -1)
+
+
+def _identity(
+    counts: Float[Array, " stack"], size: int, *, diagonal: bool
+) -> Float[Array, "stack size *size"]:
+    """A multiple of the identity for every stack index."""
+    if diagonal:
+        return counts[:, None] * jnp.ones(size, counts.dtype)
+    return counts[:, None, None] * jnp.eye(size, dtype=counts.dtype)
 
 
 def _use_sums(
@@ -167,11 +202,14 @@ def _use_sums(
             a = jnp.sum(a, axis=1, keepdims=True) / positions[..., None]
         counts = jnp.max(active, axis=1, keepdims=True)
     if claim.indexed:
-        inputs = _sum_into_rows(claim.ids.shape[1], a[..., 0], weights[:, None, None] * shares)
+        inputs = sum_into_rows(claim.ids.shape[1], a[..., 0], weights[:, None, None] * shares)
     else:
         inputs = _second_moment(a, weights[:, None, None, None], diagonal=diagonal[0])
-    outputs = _second_moment(g, weights[:, None, None, None, None], diagonal=diagonal[1])
     count = jnp.einsum("n,nsk->k", weights, counts.astype(weights.dtype))
+    if g.shape[1] == 0:
+        outputs = _identity(count, g.shape[-1], diagonal=diagonal[1])
+    else:
+        outputs = _second_moment(g, weights[:, None, None, None, None], diagonal=diagonal[1])
     if claim.transposed:
         inputs, outputs = outputs, inputs
     return KroneckerSums(inputs, outputs, count)
@@ -191,7 +229,7 @@ def _same_row(rows: Int[Array, "N S stack"]) -> Float[Array, "N S S stack"]:
     return (rows[:, :, None] == rows[:, None]).astype(jnp.result_type(float))
 
 
-def _sum_into_rows(
+def sum_into_rows(
     size: int, rows: Int[Array, "N S stack"], values: Float[Array, "N S stack *out"]
 ) -> Float[Array, "stack size *out"]:
     """Add the values of all positions to the rows that these pick; -1 picks none."""
@@ -237,7 +275,7 @@ def corrected_eigenvalues(
     """
     return tuple(
         _second_moments(r, record, weights, block)
-        if isinstance(record, tuple)
+        if isinstance(record, tuple) and r.layer.block == "kronecker"
         else jnp.zeros_like(block.eigenvalues)
         for r, record, block in zip(resolved, records, blocks, strict=True)
     )
@@ -249,15 +287,15 @@ def _second_moments(
     if is_lookup(resolved):
         rows, gradients, shares = jax.vmap(lambda r: lookup_gradients(r, block))(record[0])
         squares = jnp.sum(gradients**2, axis=1) * (shares * weights[:, None, None])[..., None]
-        moments = _sum_into_rows(resolved.layer.rows, rows, squares)
-        return moments.reshape(block.eigenvalues.shape)
+        moments = sum_into_rows(resolved.layer.rows, rows, squares)
+        return moments.reshape(resolved.layer.shape)
     rotated = rotated_records(resolved.members, record, block)
     a, g = rotated[0]
     weights = weights.astype(g.dtype)
     if has_one_position(record):  # G = a g^T: its squares are a product of squares
         squares = jnp.sum(g[:, :, 0] ** 2, axis=1) * weights[:, None, None]
         moments = jnp.einsum("nki,nko->kio", a[:, 0] ** 2, squares, precision=_HIGHEST)
-        return moments.reshape(block.eigenvalues.shape)
+        return moments.reshape(resolved.layer.shape)
 
     def add(total: Array, example: tuple[RotatedUses, Array]) -> tuple[Array, None]:
         pairs, weight = example
@@ -266,7 +304,7 @@ def _second_moments(
     # One example at a time: R gradient matrices of it are all that is ever formed.
     zero = jnp.zeros((resolved.layer.stack, resolved.layer.rows, resolved.layer.out_features))
     moments, _ = jax.lax.scan(add, zero.astype(g.dtype), (rotated, weights))
-    return moments.reshape(block.eigenvalues.shape)
+    return moments.reshape(resolved.layer.shape)
 
 
 def is_lookup(resolved: Resolved) -> bool:
@@ -294,9 +332,9 @@ def has_one_position(record: tuple[UseRecord, ...]) -> bool:
 
 
 def rotated_records(
-    members: Sequence[Member], record: tuple[UseRecord, ...], block: Block
+    members: Sequence[Member], record: tuple[UseRecord, ...], block: Block = _UNROTATED
 ) -> RotatedUses:
-    """Inputs and cotangents of every use in the eigenbases of the layer's block.
+    """Inputs and cotangents of every use in the eigenbases of the layer's block, if given.
 
     A transposed use has its inputs in the layer's output space, and the cotangents in its inputs'.
     """
@@ -330,6 +368,138 @@ def _in_basis(x: Float[Array, "..."], basis: Float[Array, "..."] | None) -> Floa
     return jnp.einsum("...ki,kij->...kj", x, stacked, precision=_HIGHEST)
 
 
+# -- optimal factors ---------------------------------------------------------------------------
+
+
+def over_outputs(
+    resolved: Sequence[Resolved],
+    records: Sequence[Record],
+    weights: Float[Array, " N"],
+    outputs: Sequence[Array | None],
+) -> tuple[Array | None, ...]:
+    """Contract every Kronecker layer's exact block with its output factor, over one batch.
+
+    The exact block is ``sum_nr vec(G_nr) vec(G_nr)^T`` with per-example gradients G (rows, out);
+    its contraction with B is ``sum_nr G B G^T``. This and `over_inputs` are the half steps of the
+    power iteration for the nearest Kronecker product (Van Loan & Pitsianis 1993; Koroko et al.
+    2022, arXiv 2201.10285); factors stay positive semi-definite. Other layers' entries are None.
+    """
+    pairs = zip(resolved, records, outputs, strict=True)
+    return tuple(
+        b if b is None else _contracted(r, record, weights, b, 0) for r, record, b in pairs
+    )
+
+
+def over_inputs(
+    resolved: Sequence[Resolved],
+    records: Sequence[Record],
+    weights: Float[Array, " N"],
+    inputs: Sequence[Array | None],
+) -> tuple[Array | None, ...]:
+    """As `over_outputs`, with the input factor: ``sum_nr G^T A G``."""
+    pairs = zip(resolved, records, inputs, strict=True)
+    return tuple(
+        a if a is None else _contracted(r, record, weights, a, 1) for r, record, a in pairs
+    )
+
+
+def _contracted(
+    resolved: Resolved,
+    record: Record,
+    weights: Float[Array, " N"],
+    factor: Float[Array, "stack p *p"],
+    side: int,
+) -> Float[Array, "stack q *q"]:
+    assert isinstance(record, tuple)
+    layer = resolved.layer
+    kept, contracted = layer.diagonal[side], layer.diagonal[1 - side]
+    if is_lookup(resolved):
+        rows, gradients, shares = jax.vmap(lambda r: lookup_gradients(r, _UNROTATED))(record[0])
+        shares = (rows >= 0) * shares * weights[:, None, None]
+        if side == 0:
+            sizes = jnp.sum(_form(gradients, factor, diagonal=contracted), axis=1)
+            return sum_into_rows(layer.rows, rows, sizes * shares)
+        shares = shares * factor[jnp.arange(layer.stack), rows]
+        return _second_moment(gradients, shares[:, None, ..., None], diagonal=kept)
+    if has_one_position(record):  # G = a g^T
+        a, g = _accumulate(record[0].inputs), _accumulate(record[0].gradients)
+        if side == 0:
+            sizes = jnp.sum(_form(g, factor, diagonal=contracted), axis=1)
+            return _second_moment(a, (weights[:, None, None] * sizes)[..., None], diagonal=kept)
+        sizes = weights[:, None, None] * _form(a, factor, diagonal=contracted)
+        return _second_moment(g, sizes[:, None, ..., None], diagonal=kept)
+
+    def add(total: Array, example: tuple[RotatedUses, Array]) -> tuple[Array, None]:
+        pairs, weight = example
+        matrices = gradient_matrices(resolved.members, pairs)  # (R, stack, rows, out)
+        matrices = matrices if side == 0 else matrices.swapaxes(-1, -2)
+        if contracted:
+            products = matrices * factor[:, None]
+        else:
+            products = jnp.matmul(matrices, factor, precision=_HIGHEST)
+        equation = "rkip,rkip->ki" if kept else "rkip,rkjp->kij"
+        new = jnp.einsum(equation, products, matrices, precision=_HIGHEST)
+        return total + weight * new, None
+
+    pairs = rotated_records(resolved.members, record)
+    size = (layer.rows, layer.out_features)[side]
+    zero = jnp.zeros((layer.stack, size) if kept else (layer.stack, size, size), factor.dtype)
+    return jax.lax.scan(add, zero, (pairs, weights.astype(factor.dtype)))[0]
+
+
+def _form(
+    x: Float[Array, "*n stack p"], factor: Float[Array, "stack p *p"], *, diagonal: bool
+) -> Float[Array, "*n stack"]:
+    """Quadratic forms ``x^T factor x``."""
+    if diagonal:
+        return jnp.sum(factor * x * x, axis=-1)
+    return jnp.sum(jnp.einsum("...kp,kpq->...kq", x, factor, precision=_HIGHEST) * x, axis=-1)
+
+
+def kronecker_factors(statistics: Statistics) -> tuple[list[Array | None], list[Array | None]]:
+    """Input factors and output factors of all layers; None for those without."""
+    pairs = [
+        _factors(sums) if isinstance(sums, KroneckerSums) else (None, None)
+        for sums in statistics.sums
+    ]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def with_kronecker_factors(
+    statistics: Statistics, inputs: Sequence[Array | None], outputs: Sequence[Array | None]
+) -> Statistics:
+    """Statistics whose Kronecker layers have these factors."""
+    sums = tuple(
+        KroneckerSums(a[None], b[None], jnp.ones((1, a.shape[0]), a.dtype))
+        if a is not None and b is not None
+        else old
+        for old, a, b in zip(statistics.sums, inputs, outputs, strict=True)
+    )
+    return replace(statistics, sums=sums)
+
+
+def over_squared_norm(
+    contracted: Float[Array, "stack p *p"], factor: Float[Array, "stack q *q"]
+) -> Float[Array, "stack p *p"]:
+    """A contraction over the squared norm of the factor that it was made with."""
+    norms = jnp.sum(factor.reshape(factor.shape[0], -1) ** 2, axis=1)
+    norms = jnp.where(norms > 0, norms, 1.0)
+    return contracted / norms.reshape(-1, *[1] * (contracted.ndim - 1))
+
+
+def same_directions(before: Sequence[Array | None], after: Sequence[Array | None]) -> bool:
+    """Whether factors are the same up to scale, to half of the digits (cosines: to all)."""
+    for a, b in zip(before, after, strict=True):
+        if a is None or b is None:
+            continue
+        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+        norms = jnp.linalg.norm(a, axis=1) * jnp.linalg.norm(b, axis=1)
+        cosines = jnp.sum(a * b, axis=1) / jnp.where(norms > 0, norms, 1.0)
+        if jnp.any((norms > 0) & (1.0 - cosines > 100 * jnp.finfo(a.dtype).eps)):
+            return False
+    return True
+
+
 # -- finalize ----------------------------------------------------------------------------------
 
 
@@ -339,10 +509,19 @@ def finalize(statistics: Statistics) -> tuple[Block, ...]:
     Raises:
         ValueError: If the statistics have seen no data.
     """
+    require_data(statistics)
+    return _blocks(statistics)
+
+
+def require_data(statistics: Statistics) -> None:
+    """Refuse statistics that have seen no data.
+
+    Raises:
+        ValueError: If they have not.
+    """
     if not statistics.layers:
         msg = "`finalize` needs statistics of some data; call `update` first."
         raise ValueError(msg)
-    return _blocks(statistics)
 
 
 @jax.jit
@@ -355,12 +534,18 @@ def _block(layer: Layer, sums: Sums) -> Block:
     if sums is None:
         return diagonal_block(jnp.zeros(layer.size))
     if isinstance(sums, ParameterSums):
-        make = dense_block if layer.block == "dense" else diagonal_block
-        return make(sums.gradients)
-    count = jnp.maximum(sums.count, 1.0)  # a branch never taken has zero sums
-    count = count.reshape(*count.shape, *[1] * (sums.inputs.ndim - 2))
-    block = kronecker_block(*nearest_kronecker(sums.inputs / count, sums.outputs), layer.diagonal)
+        if layer.block == "dense":
+            return dense_block(sums.gradients)
+        return Block((None, None) if layer.is_matrix else (None,), sums.gradients)
+    block = kronecker_block(*_factors(sums), layer.diagonal)
     return block if layer.stack > 1 else jax.tree.map(lambda x: x[0], block)
+
+
+def _factors(sums: KroneckerSums) -> tuple[Array, Array]:
+    """The two factors of a layer's block; their product is that of the curvature."""
+    count = jnp.where(sums.count > 0, sums.count, 1.0)  # a branch never taken has zero sums
+    count = count.reshape(*count.shape, *[1] * (sums.inputs.ndim - 2))
+    return nearest_kronecker(sums.inputs / count, sums.outputs)
 
 
 def nearest_kronecker(

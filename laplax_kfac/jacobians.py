@@ -73,9 +73,8 @@ def layer_jacobian(resolved: Resolved, record: Record, block: Block) -> Jacobian
     assert record is not None
     outputs = record[0].gradients.shape[0]
     members, form = resolved.members, form_of(resolved, outputs)
-    if form is Matrices and _is_rotated_last(resolved.layer, block, outputs):
-        identity = Block((None, None), block.eigenvalues)
-        entries = gradient_matrices(members, rotated_records(members, record, identity))
+    if form is Matrices and _is_rotated_last(resolved.layer, outputs):
+        entries = gradient_matrices(members, rotated_records(members, record))
         entries = entries.reshape(outputs, *block.eigenvalues.shape)
         rotated_entries = jax.vmap(functools.partial(rotate, block))(entries)
         return Matrices(rotated_entries.reshape(outputs, -1))
@@ -88,9 +87,9 @@ def layer_jacobian(resolved: Resolved, record: Record, block: Block) -> Jacobian
     return Outer(jnp.concatenate([a for a, _ in rotated]), gradients)
 
 
-def _is_rotated_last(layer: Layer, block: Block, outputs: int) -> bool:
+def _is_rotated_last(layer: Layer, outputs: int) -> bool:
     """Whether to rotate the matrices, not the inputs and cotangents at more positions than they."""
-    if len(block.basis) == 1:  # a layer with uses whose block is dense or diagonal
+    if layer.block == "dense":
         return True
     rows, out = layer.rows, layer.out_features
     matrices = outputs * rows * out * (rows + out)
@@ -100,7 +99,7 @@ def _is_rotated_last(layer: Layer, block: Block, outputs: int) -> bool:
 def form_of(resolved: Resolved, outputs: int) -> type[Jacobian]:
     """The form that takes the fewest operations for a model with C = ``outputs`` outputs."""
     layer = resolved.layer
-    if not resolved.members or layer.block != "kronecker":
+    if not resolved.members or layer.block == "dense":
         return Matrices
     if all(m.claim.indexed and not m.claim.transposed for m in resolved.members):
         return Picked

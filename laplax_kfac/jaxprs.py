@@ -191,5 +191,15 @@ def called_jaxpr(eqn: JaxprEqn) -> tuple[Jaxpr, list[Any]] | None:
     return (jaxpr, consts) if same else None
 
 
+def bodies(eqn: JaxprEqn) -> list[Jaxpr]:
+    """The sub-jaxprs that a walk enters, in the order of their numbers in a site."""
+    if eqn.primitive.name == "scan":
+        return [scan_parts(eqn).body]
+    if eqn.primitive.name == "cond":
+        return [body for body, _ in cond_branches(eqn)]
+    called = called_jaxpr(eqn)
+    return [] if called is None else [called[0]]
+
+
 def _avals(atoms: Sequence[Any]) -> list[Any]:
     return [(getattr(a.aval, "shape", None), getattr(a.aval, "dtype", None)) for a in atoms]

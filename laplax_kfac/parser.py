@@ -14,7 +14,8 @@ from laplax_kfac.layers import Layer
 from laplax_kfac.layout import ParameterSpace
 from laplax_kfac.resolve import Resolved, resolve
 from laplax_kfac.selection import Selection
-from laplax_kfac.walk import PARAMETERS, Findings, Opaque, Scope, Trace, Use, Value, constant, walk
+from laplax_kfac.structure import PARAMETERS, Trace, constant
+from laplax_kfac.walk import Findings, Opaque, Scope, Use, Value, walk
 
 ModelFn = Callable[..., PyTree]
 
@@ -33,6 +34,7 @@ class Program:
         resolved: The layers, and how their statistics are read.
         uses: The uses that the layers' members refer to, by number.
         custom_vjp: Whether the model has derivative rules that may not be linear in the cotangent.
+        selection: Which parameters are covered, and how.
         output: The model's output for one example, as a pytree of ``jax.ShapeDtypeStruct``.
     """
 
@@ -42,6 +44,7 @@ class Program:
     resolved: tuple[Resolved, ...]
     uses: dict[int, Use]
     custom_vjp: bool
+    selection: Selection
     output: PyTree
 
     @property
@@ -96,7 +99,7 @@ def parse(
     used = {m.claim.use for r in resolved for m in r.members}
     uses = {number: findings.use(number) for number in used}
     custom_vjp = jaxprs.has_custom_vjp(jaxpr)
-    return Program(jaxpr, consts, space, resolved, uses, custom_vjp, output)
+    return Program(jaxpr, consts, space, resolved, uses, custom_vjp, selection, output)
 
 
 def _find(

@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.blocks import BlockDiagonal, apply
 from laplax_kfac.layers import Layer
-from laplax_kfac.marglik import DataFit, Evidence, Tuned, log_marginal_likelihood
+from laplax_kfac.marglik import DataFit, Evidence, log_marginal_likelihood
 from laplax_kfac.predictive import Marginals, Predictive
 from laplax_kfac.prior import Scalar, require_positive
+from laplax_kfac.tuning import Tuned
 
 
 def _axes(axes: Any, count: int = 1) -> Any:

@@ -16,7 +16,14 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from laplax_kfac.blocks import BlockDiagonal, rotate_back
 from laplax_kfac.data import positive_integer
-from laplax_kfac.prior import PriorPrecision, Scalar, per_block
+from laplax_kfac.prior import (
+    PriorPrecision,
+    Scalar,
+    per_block,
+    precision_matrix,
+    prior_distance,
+)
+from laplax_kfac.sums import add
 
 NUMBERS_TOGETHER = 2**20
 """Samples are drawn together up to this many numbers, for small models; more is no faster."""
@@ -62,6 +69,22 @@ class Posterior:
     def standard_deviation(self) -> PyTree:
         """Marginal standard deviations, as a pytree like the parameters; 0 where frozen."""
         return jax.tree.map(jnp.sqrt, self.covariance_diagonal())
+
+    def penalty(self, params: PyTree, mean: PyTree) -> Float[Array, ""]:
+        """``0.5 (params - mean)^T precision (params - mean)``: this posterior as the next prior.
+
+        Added to the negative log-likelihood of the next task, it is the quadratic penalty of
+        continual learning (Ritter et al. 2018, arXiv 1805.07810, Eq. 7); its gradient is a product
+        with the precision. Frozen parameters have no part in it.
+
+        Args:
+            params: The parameters.
+            mean: The posterior's mean: the parameters that were trained before.
+
+        Raises:
+            ValueError: If one has another structure or other shapes than the parameters.
+        """
+        return 0.5 * prior_distance(self.precision, self.precision, params, mean)
 
     def sample(
         self, key: Key[Array, ""], num_samples: int, mean: PyTree, *, start: int | Array = 0
@@ -139,9 +162,14 @@ def _noise(key: Key[Array, ""], precision: BlockDiagonal) -> list[Array]:
     ]
 
 
+def as_prior(prior_prec: PriorPrecision | Posterior) -> PriorPrecision:
+    """The precision of a posterior that is passed as the prior; any other prior as it is."""
+    return prior_prec.precision if isinstance(prior_prec, Posterior) else prior_prec
+
+
 def make_posterior(
     curvature: BlockDiagonal,
-    prior_prec: PriorPrecision,
+    prior_prec: PriorPrecision | Posterior,
     *,
     sigma_squared: Scalar = 1.0,
     loss_scaling_factor: Scalar = 1.0,
@@ -151,17 +179,25 @@ def make_posterior(
     Args:
         curvature: Curvature of the loss, a sum over the data.
         prior_prec: Prior precision: a positive scalar, an array with one value a layer, or a
-            pytree prefix of the parameters.
+            pytree prefix of the parameters. Or a matrix, which is added by the rules of `merge`: a
+            pytree with one value for every parameter, or the posterior of an earlier task.
         sigma_squared: Factor of the curvature.
         loss_scaling_factor: Factor by which the loss was scaled.
 
     Raises:
-        ValueError: If ``prior_prec`` is of another form, or not positive.
+        ValueError: If ``prior_prec`` is of another form, not positive, or on other layers.
     """
-    values = per_block(prior_prec, curvature)
+    prior = as_prior(prior_prec)
+    scaled = curvature.map(lambda values: sigma_squared * values)
+    matrix = precision_matrix(prior, curvature)
+    if matrix is not None:
+        total = add(scaled, matrix).blocks
+    else:
+        pairs = zip(scaled.blocks, per_block(prior, curvature), strict=True)
+        total = tuple(replace(b, eigenvalues=b.eigenvalues + value) for b, value in pairs)
     blocks = []
-    for block, layer, value in zip(curvature.blocks, curvature.layers, values, strict=True):
-        eigenvalues = (sigma_squared * block.eigenvalues + value) / loss_scaling_factor
+    for block, layer in zip(total, curvature.layers, strict=True):
+        eigenvalues = block.eigenvalues / loss_scaling_factor
         if layer.frozen:
             eigenvalues = jnp.full_like(eigenvalues, jnp.inf)
         blocks.append(replace(block, eigenvalues=eigenvalues))

@@ -5,7 +5,6 @@ the blocks (`jacobians`). Functional samples need no Jacobian: one product with 
 """
 
 import functools
-import glob
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,11 +23,10 @@ from laplax_kfac.curvature import DEFAULT_BATCH_SIZE, RECORD_BYTES
 from laplax_kfac.data import batch_size as size_of
 from laplax_kfac.data import first_example, pad, positive_integer, to_arrays
 from laplax_kfac.jacobians import Jacobian, covariance, layer_jacobian, numbers, variance
-from laplax_kfac.layers import Layer
-from laplax_kfac.parser import ModelFn, Program, parse, per_example
+from laplax_kfac.matching import parse_like
+from laplax_kfac.parser import ModelFn, Program, per_example
 from laplax_kfac.posterior import make_posterior
 from laplax_kfac.prior import PriorPrecision, Scalar, require_positive
-from laplax_kfac.selection import Fallback, Selection
 
 EVALUATIONS = 2048
 """Most pairs of an input and a weight sample that the network is evaluated at together."""
@@ -396,7 +394,9 @@ def _linearised(
     precision = make_posterior(curvature, prior_prec, sigma_squared=sigma_squared).precision
     batch = to_arrays({"input": inputs})
     size_of(batch)
-    program = _same_model(curvature, model_fn, params, first_example(batch), vmap_over_data)
+    program = parse_like(
+        curvature, model_fn, params, first_example(batch), vmap_over_data=vmap_over_data
+    )
     variances = [1.0 / block.eigenvalues for block in precision.blocks]
     return program, _Arrays(jax.tree.leaves(params), program.consts, variances, precision.blocks)
 
@@ -503,55 +503,3 @@ def _numbers_that_fit() -> int:
 def _shapes(example: PyTree) -> Any:
     leaves, treedef = jax.tree.flatten(example)
     return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
-
-
-# -- the model of a curvature --------------------------------------------------------------------
-
-
-def _same_model(
-    curvature: BlockDiagonal,
-    model_fn: ModelFn,
-    params: PyTree,
-    example: Any,
-    vmap_over_data: bool,
-) -> Program:
-    """Parse the model with the blocks that the curvature has."""
-    wanted = [_grouping(layer) for layer in curvature.layers]
-    for separate in (False, True):
-        selection = _selection_of(curvature, separate=separate)
-        program = parse(
-            model_fn, params, example, vmap_over_data=vmap_over_data, selection=selection
-        )
-        if [_grouping(layer) for layer in program.layers] == wanted:
-            return program
-    msg = (
-        "`curvature` is of another model: it has the layers "
-        f"{[layer.name for layer in curvature.layers]}, `model_fn` has "
-        f"{[layer.name for layer in program.layers]}."
-    )
-    raise ValueError(msg)
-
-
-def _grouping(layer: Layer) -> tuple[Any, ...]:
-    probed = layer.block in ("none", "diagonal")  # a block "none" is a diagonal of zeros
-    return layer.segments, "diagonal" if probed else layer.block, layer.stack, layer.diagonal
-
-
-def _selection_of(curvature: BlockDiagonal, *, separate: bool) -> Selection:
-    """The selection that gives every parameter the kind of block it has in the curvature.
-
-    Parameters without curvature are probed as a diagonal: they have the variance of their prior.
-    """
-    name_of = dict(zip(curvature.space.paths, curvature.space.names, strict=True))
-    frozen = {name_of[p] for layer in curvature.layers if layer.frozen for p in layer.params}
-    kinds: dict[str, Fallback] = {}
-    for layer in curvature.layers:
-        if layer.block != "kronecker":
-            kind: Fallback = "dense" if layer.block == "dense" else "diagonal"
-            kinds.update({glob.escape(name_of[p]): kind for p in layer.params})
-    return Selection(
-        lambda path: path not in frozen,
-        tuple(kinds.items()),
-        dense_limit=curvature.space.size,
-        separate_weight_and_bias=separate,
-    )

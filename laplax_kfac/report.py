@@ -109,6 +109,7 @@ def find_layers(
     fallback: str | Mapping[str, str] = "dense",
     dense_limit: int = DENSE_LIMIT,
     separate_weight_and_bias: bool = False,
+    curvature: str = "kronecker",
 ) -> LayerReport:
     """The layers that curvature is computed for, without running anything.
 
@@ -122,6 +123,7 @@ def find_layers(
         fallback: As for `kfac`.
         dense_limit: As for `kfac`.
         separate_weight_and_bias: As for `kfac`.
+        curvature: As for `kfac`.
 
     Returns:
         The layers, ordered by their first parameter. Printing them shows a table.
@@ -145,6 +147,7 @@ def find_layers(
             fallback,
             dense_limit,
             separate_weight_and_bias=separate_weight_and_bias,
+            curvature=curvature,
         ),
     )
     outputs = sum(math.prod(o.shape) for o in jax.tree.leaves(program.output))
@@ -158,7 +161,7 @@ def _row(layer: Layer) -> tuple[str, ...]:
         layer.name,
         layer.pattern,
         layer.block,
-        shape if kronecker else str(layer.size),
+        shape if layer.is_matrix else str(layer.size),
         str(layer.positions),
         str(layer.stack),
         f"{layer.size:,}",

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from laplax_kfac import jaxprs
-from laplax_kfac.layers import FROZEN, BlockKind, Layer
+from laplax_kfac.layers import FROZEN, BlockKind, Layer, unique_names
 from laplax_kfac.layout import ParameterSpace, make_segment
-from laplax_kfac.selection import DENSE_LIMIT, Selection
+from laplax_kfac.selection import DENSE_LIMIT, CurvatureKind, Selection
 from laplax_kfac.structure import FOREIGN
 from laplax_kfac.walk import Findings, Opaque, Shift, Use
 
@@ -77,21 +77,27 @@ def resolve(
     """Group the findings into layers, ordered by their first parameter.
 
     Raises:
-        ValueError: If parameters have no Kronecker form and their fallback is ``"error"``.
+        ValueError: If parameters have no Kronecker form and their fallback is ``"error"``, or if a
+            dense block is larger than `FACTOR_LIMIT`.
     """
     claims, opaque = _claims(findings)
     groups = _group(claims, opaque, space.size)
     groups = _without_partial_sums(groups, opaque, findings, space)
     if not selection.separate_weight_and_bias:
         groups = _join_biases(groups)
-    layers = [_kronecker_layer(group, findings, space) for group in groups]
+    layers = [_matrix_layer(group, findings, space, selection) for group in groups]
     taken = np.zeros(space.size, bool)
     for group in groups:
         for ids in group.all_ids:
             taken[ids] = True
     layers += _fallback_layers(opaque, taken, space, selection)
-    layers.sort(key=lambda r: (space.paths.index(r.layer.params[0]), _first(r.layer)))
-    return tuple(_named(layers, space))
+    for resolved in layers:
+        _require_affordable(resolved.layer)
+    layers.sort(key=lambda r: (space.paths.index(r.layer.params[0]), r.layer.first))
+    names = unique_names([r.layer for r in layers], space)
+    return tuple(
+        replace(r, layer=replace(r.layer, name=name)) for r, name in zip(layers, names, strict=True)
+    )
 
 
 # -- claims ------------------------------------------------------------------------------------
@@ -383,7 +389,16 @@ def _joinable(weight: Group, bias: Group) -> bool:
 # -- layers ------------------------------------------------------------------------------------
 
 
-def _kronecker_layer(group: Group, findings: Findings, space: ParameterSpace) -> Resolved:
+_BLOCKS: dict[CurvatureKind, BlockKind] = {
+    "kronecker": "kronecker",
+    "diagonal": "diagonal",
+    "block": "dense",
+}
+
+
+def _matrix_layer(
+    group: Group, findings: Findings, space: ParameterSpace, selection: Selection
+) -> Resolved:
     first = group.claims[0]
     biases = {c.use: c.bias for c in group.bias}
     stack, rows, columns = group.ids.shape
@@ -399,15 +414,17 @@ def _kronecker_layer(group: Group, findings: Findings, space: ParameterSpace) ->
         rows > FACTOR_LIMIT or any(c.indexed and not c.transposed for c in group.claims),
         columns > FACTOR_LIMIT or any(c.indexed and c.transposed for c in group.claims),
     )
-    if columns > FACTOR_LIMIT or (rows > FACTOR_LIMIT and not first.indexed):
+    if selection.curvature != "kronecker":
+        diagonal, reason = (False, False), f"{reason}; `curvature` is {selection.curvature!r}"
+    elif columns > FACTOR_LIMIT or (rows > FACTOR_LIMIT and not first.indexed):
         reason += f"; a factor is diagonal, for it is larger than {FACTOR_LIMIT}"
-    if len(group.claims) > 1:
+    if len(group.claims) > 1 and selection.curvature == "kronecker":
         reason += f"; nearest Kronecker product of the sum of {len(group.claims)} uses"
     layer = Layer(
         name="",
         pattern="+".join(names),
         params=_paths(ids, space),
-        block="kronecker",
+        block=_BLOCKS[selection.curvature],
         in_features=rows,
         out_features=columns,
         positions=sum(c.positions for c in group.claims),
@@ -428,19 +445,31 @@ def _fallback_layers(
     number = _causes(opaque, space.size)
     number[taken] = -1
     layers = []
-    for leaf, path in enumerate(space.paths):
+    for leaf, (path, name) in enumerate(zip(space.paths, space.names, strict=True)):
         ids = space.leaf_ids(leaf).ravel()
         here = slice(space.offsets[leaf], space.offsets[leaf + 1])
         probed = ids[number[here] >= 0]
         idle = ids[(number[here] < 0) & ~taken[here]]
         if probed.size:
             cause = opaque[number[probed[0]]]
-            kind = _fallback_kind(leaf, probed.size, cause.reason, space, selection)
+            size = probed.size if not space.is_complex(leaf) else math.inf
+            kind = selection.block_of(name, size, cause.reason)
             layers.append(_plain_layer(path, cause.pattern, kind, probed, cause.reason))
         if idle.size or not ids.size:
             pattern, reason = _why_idle(leaf, space, selection)
             layers.append(_plain_layer(path, pattern, "none", idle, reason))
     return layers
+
+
+def _require_affordable(layer: Layer) -> None:
+    if layer.block == "dense" and layer.size > FACTOR_LIMIT:
+        msg = (
+            f"the dense block of {', '.join(layer.params)} would have {layer.size:,} parameters; "
+            f"at most {FACTOR_LIMIT:,} are allowed. Lower `dense_limit`, leave parameters out by "
+            "`params_filter` ('last_layer' for the last layer alone), or choose "
+            "`curvature='kronecker'`."
+        )
+        raise ValueError(msg)
 
 
 def _why_idle(leaf: int, space: ParameterSpace, selection: Selection) -> tuple[str, str]:
@@ -452,22 +481,6 @@ def _why_idle(leaf: int, space: ParameterSpace, selection: Selection) -> tuple[s
     if not jnp.issubdtype(space.dtypes[leaf], jnp.inexact):
         return "unused", "an integer leaf"
     return "unused", "does not influence the output"
-
-
-def _fallback_kind(
-    leaf: int, size: int, reason: str, space: ParameterSpace, selection: Selection
-) -> BlockKind:
-    name = space.names[leaf]
-    wanted = selection.fallback_for(name)
-    if wanted == "error":
-        msg = (
-            f"the parameters at {name!r} have no Kronecker form ({reason}), and `fallback` is "
-            "'error' for them. Choose 'dense', 'diagonal' or 'none', or leave them out by "
-            "`params_filter`."
-        )
-        raise ValueError(msg)
-    small = size <= selection.dense_limit and not space.is_complex(leaf)
-    return "diagonal" if wanted == "dense" and not small else wanted
 
 
 def _plain_layer(
@@ -482,45 +495,3 @@ def _plain_layer(
 def _paths(ids: list[Ids], space: ParameterSpace) -> tuple[str, ...]:
     leaves = sorted({leaf for i in ids for leaf in space.leaves_of(i)})
     return tuple(space.paths[leaf] for leaf in leaves)
-
-
-def _first(layer: Layer) -> int:
-    return layer.segments[0].first if layer.size else 0
-
-
-def _named(layers: list[Resolved], space: ParameterSpace) -> list[Resolved]:
-    """Name a layer by the module its parameters share, if no other layer does; else by its leaf."""
-    name_of = dict(zip(space.paths, space.names, strict=True))
-
-    def modules(layer: Layer) -> set[str]:
-        return {name_of[p].rpartition("/")[0] for p in layer.params}
-
-    owners: dict[str, int] = {}
-    for resolved in layers:
-        for module in modules(resolved.layer):
-            owners[module] = owners.get(module, 0) + 1
-    names: list[str] = []
-    for resolved in layers:
-        layer = resolved.layer
-        module = min(modules(layer))
-        alone = bool(module) and len(modules(layer)) == 1 and owners[module] == 1
-        path = space.paths[space.leaf_at(_first(layer))] if layer.size else layer.params[0]
-        names.append(module if alone else name_of[path])
-    ranged = [_with_range(n, r.layer, space) if names.count(n) > 1 else n
-              for n, r in zip(names, layers, strict=True)]  # fmt: skip
-    unique = [
-        n if n not in ranged[:k] else f"{n}#{ranged[:k].count(n) + 1}" for k, n in enumerate(ranged)
-    ]
-    return [
-        replace(r, layer=replace(r.layer, name=name))
-        for r, name in zip(layers, unique, strict=True)
-    ]
-
-
-def _with_range(name: str, layer: Layer, space: ParameterSpace) -> str:
-    """The name of one of several layers in a leaf: with where its weight begins and ends."""
-    if not layer.size:
-        return name
-    first = _first(layer)
-    begin = first - space.offsets[space.leaf_at(first)]
-    return f"{name}[{begin}:{begin + math.prod(layer.segments[0].shape)}]"

@@ -5,7 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from laplax_kfac.layers import BlockKind
+
 Fallback = Literal["dense", "diagonal", "none", "error"]
+CurvatureKind = Literal["kronecker", "diagonal", "block"]
 PathFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 LAST_LAYER = "last_layer"
@@ -23,6 +26,8 @@ class Selection:
         dense_limit: Most parameters of a leaf that get a dense block; more get a diagonal.
         separate_weight_and_bias: Whether biases get blocks of their own.
         last_layer: Whether only the last layer is covered.
+        curvature: Whether layers with a Kronecker form get Kronecker blocks; or every parameter
+            its exact diagonal entry; or every layer its exact dense block.
     """
 
     params_filter: Callable[[str], bool] | None = None
@@ -30,6 +35,7 @@ class Selection:
     dense_limit: int = DENSE_LIMIT
     separate_weight_and_bias: bool = False
     last_layer: bool = False
+    curvature: CurvatureKind = "kronecker"
 
     def covers(self, path: str) -> bool:
         """Whether the parameters at a path are covered."""
@@ -39,6 +45,22 @@ class Selection:
         """The block of parameters at a path that have no Kronecker form."""
         return next((f for pattern, f in self.fallback if matches(path, [pattern])), "dense")
 
+    def block_of(self, path: str, size: float, reason: str) -> BlockKind:
+        """The block of that many parameters of a leaf that have no Kronecker form.
+
+        Raises:
+            ValueError: If there shall be none such.
+        """
+        wanted = self.fallback_for(path)
+        if wanted == "error":
+            msg = (
+                f"the parameters at {path!r} have no Kronecker form ({reason}), and `fallback` is "
+                "'error' for them. Choose 'dense', 'diagonal' or 'none', or leave them out by "
+                "`params_filter`."
+            )
+            raise ValueError(msg)
+        return "diagonal" if wanted == "dense" and size > self.dense_limit else wanted
+
 
 def select(
     params_filter: PathFilter = None,
@@ -46,6 +68,7 @@ def select(
     dense_limit: int = DENSE_LIMIT,
     *,
     separate_weight_and_bias: bool = False,
+    curvature: str = "kronecker",
 ) -> Selection:
     """A selection from the arguments of `kfac`, checked.
 
@@ -55,6 +78,7 @@ def select(
         fallback: ``"dense"``, ``"diagonal"``, ``"none"`` or ``"error"``; or these by pattern.
         dense_limit: Most parameters of a leaf that get a dense block.
         separate_weight_and_bias: Whether biases get blocks of their own.
+        curvature: ``"kronecker"``, ``"diagonal"`` or ``"block"``.
 
     Raises:
         ValueError: If a value is unknown.
@@ -68,6 +92,9 @@ def select(
     if not isinstance(dense_limit, int) or dense_limit < 0:
         msg = f"`dense_limit` must be an integer of at least 0, found {dense_limit!r}."
         raise ValueError(msg)
+    if curvature not in get_args(CurvatureKind):
+        msg = f"`curvature` must be one of {get_args(CurvatureKind)}, found {curvature!r}."
+        raise ValueError(msg)
     last_layer = isinstance(params_filter, str) and params_filter == LAST_LAYER
     return Selection(
         None if last_layer else _as_function(params_filter),
@@ -75,6 +102,7 @@ def select(
         dense_limit,
         separate_weight_and_bias,
         last_layer,
+        curvature,  # type: ignore[arg-type]
     )
 
 

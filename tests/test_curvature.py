@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import tolerance
 from jax.flatten_util import ravel_pytree
-from oracles import LOSSES, block_mask, dense_empirical_fisher, dense_ggn
+from oracles import LOSSES, block_mask, dense_empirical_fisher, dense_ggn, sizes
 
 import laplax_kfac
 
@@ -125,6 +125,45 @@ def test_deep_linear_networks_give_the_exact_blocks_for_all_data(case, separate)
     exact = dense_ggn(model_fn, params, data, "mse")
     expected = np.where(block_mask(params, groups(params, separate)), exact, 0.0)
     np.testing.assert_allclose(curv.to_dense(), expected, **tolerance(jnp.float64))
+
+
+@pytest.mark.parametrize("reduction", [jnp.mean, jnp.sum], ids=["mean", "sum"])
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_a_reduction_inside_a_linear_network(reduction, kfac_approx):
+    params = layers(5, 4, 3)
+
+    def model_fn(input, params):
+        hidden = reduction(input @ params["l0"]["w"] + params["l0"]["b"], axis=0)
+        return hidden @ params["l1"]["w"] + params["l1"]["b"]
+
+    data = normal(7, 3, 5, seed=1), np.zeros((7, 3))
+    curv = laplax_kfac.kfac(model_fn, params, data, loss_fn="mse", kfac_approx=kfac_approx)
+    assert [layer.positions for layer in curv.layers] == [3, 1]
+    found, exact = curv.to_dense(), dense_ggn(model_fn, params, data, "mse")
+    behind = slice(5 * 4 + 4, None)
+    np.testing.assert_allclose(found[behind, behind], exact[behind, behind], **tolerance(float))
+    before = slice(5 * 4 + 4)
+    right = np.allclose(found[before, before], exact[before, before], **tolerance(float))
+    assert right == (kfac_approx == "reduce")
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_reduce_is_exact_for_the_last_convolution_before_a_sum(kfac_approx):
+    params = {"first": normal(4, 2, 3, 3), "second": normal(3, 4, 2, 2, seed=1)}
+
+    def model_fn(input, params):
+        x = input[None]
+        for kernel in params.values():
+            x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID")
+        return x.sum(axis=(0, 2, 3))
+
+    data = normal(5, 2, 6, 5, seed=2), np.zeros((5, 3))
+    curv = laplax_kfac.kfac(model_fn, params, data, loss_fn="mse", kfac_approx=kfac_approx)
+    assert [layer.positions for layer in curv.layers] == [12, 6]
+    last = slice(params["first"].size, None)
+    found = curv.to_dense()[last, last]
+    exact = dense_ggn(model_fn, params, data, "mse")[last, last]
+    assert np.allclose(found, exact, **tolerance(float)) == (kfac_approx == "reduce")
 
 
 @pytest.mark.parametrize("case", [LINEAR[2], LINEAR[4]], ids=str)
@@ -666,19 +705,6 @@ def test_every_part_draws_anew_and_both_passes_the_same(monkeypatch):
     corrected = acc.correct(curv, [(batch, weights)])
     assert curv.trace() > 0
     np.testing.assert_allclose(to_dense(corrected), to_dense(curv), **tolerance(jnp.float64))
-
-
-def sizes(jaxpr):
-    """Numbers of entries of all intermediates, those of loops and calls included."""
-    for eqn in jaxpr.eqns:
-        yield from (int(np.prod(variable.aval.shape)) for variable in eqn.outvars)
-        parameters = jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr") or hasattr(p, "eqns")
-        )
-        for inner in parameters:
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from sizes(inner)
 
 
 @pytest.mark.parametrize("correction", [False, True], ids=["kfac", "ekfac"])

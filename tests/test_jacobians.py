@@ -42,11 +42,14 @@ def test_a_layer_with_uses_may_have_a_block_without_kronecker_form(kind):
     layer, p = program.layers[0], program.layers[0].size
     leaves = jax.tree.leaves(params)
     record = capture(program, leaves, program.consts, inputs[0], unit_vectors)[1][0]
-    basis = jnp.linalg.qr(models.normal((p, p)))[0] if kind == "dense" else None
+    basis = jnp.linalg.qr(models.normal((p, p)))[0]
+    bases = (basis,) if kind == "dense" else (None, None)
     resolved = replace(program.resolved[0], layer=replace(layer, block=kind))
-    found = jacobians.layer_jacobian(resolved, record, Block((basis,), jnp.ones(p)))
+    found = jacobians.layer_jacobian(
+        resolved, record, Block(bases, jnp.ones(p if kind == "dense" else layer.shape))
+    )
     assert isinstance(found, Matrices)
     exact = jax.jacrev(lambda w: model_fn(inputs[0], params | {"lin1": w}))(params["lin1"])
     rows = [exact["w"].reshape(-1, 20), exact["b"].reshape(-1, 5)]  # the bias is the last row
-    expected = np.concatenate(rows, axis=1) @ (np.eye(p) if basis is None else basis)
+    expected = np.concatenate(rows, axis=1) @ (basis if kind == "dense" else np.eye(p))
     np.testing.assert_allclose(found.entries, expected, **tolerance(jnp.float64))

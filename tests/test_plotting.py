@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 
 import laplax_kfac
 from laplax_kfac import plotting
-from laplax_kfac.marglik import Tuned
 from laplax_kfac.predictive import Marginals, Predictive
+from laplax_kfac.tuning import Tuned
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -36,6 +36,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mixer", {}),
     ("two_inputs_and_two_outputs", {}),  # a pytree of outputs
     ("nnx_cnn", SEPARATE),
+    ("mixer", {"curvature": "block"}),
+    ("embedding", {"curvature": "diagonal"}),
     ("depthwise_conv", {}),  # a stack
     ("nnx_attention", {}),
     ("scan_over_layers", SEPARATE),
@@ -69,7 +71,7 @@ def drawn(name, **options):
 
     def basis(layer):
         axes = len(layer.shape) - (layer.stack > 1)
-        diagonal = layer.diagonal if axes == 2 else [layer.block != "dense"]
+        diagonal = layer.diagonal if layer.block == "kronecker" else [layer.block != "dense"] * axes
         stack = layer.shape[:-axes]
         return tuple(
             None if d else jnp.asarray(np.linalg.qr(rng.normal(size=(*stack, n, n)))[0])

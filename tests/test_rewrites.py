@@ -1,0 +1,125 @@
+"""Rewritten equations have the value and the derivative that JAX gives them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from laplax_kfac import jaxprs
+from laplax_kfac.capture import _plan, run
+from laplax_kfac.parser import parse
+from laplax_kfac.rewrites import has_rewrite, rewrite
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def pool(x, size, strides, padding="VALID", **dilation):
+    return lax.reduce_window(x, -jnp.inf, lax.max, size, strides, padding, **dilation)
+
+
+def rewritten(function, x):
+    """The function of one equation, evaluated the better way."""
+    (eqn,) = jax.make_jaxpr(function)(x).eqns
+    better = rewrite(eqn)
+    assert better is not None
+    return lambda x: better([x])[0]
+
+
+POOLINGS = {
+    "tiles": lambda x: pool(x, (2, 2, 1), (2, 2, 1)),
+    "tiles that leave a rest": lambda x: pool(x, (3, 2, 1), (3, 2, 1)),
+    "overlapping, with gaps": lambda x: pool(x, (3, 2, 1), (2, 3, 1)),
+    "padded": lambda x: pool(x, (2, 3, 1), (2, 2, 1), "SAME"),
+    "padded more than a window": lambda x: pool(x, (2, 2, 2), (2, 2, 1), [(3, 0), (0, 2), (1, 1)]),
+}
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_max_pooling_is_jaxs(name):
+    """Also where several entries of a window are the maximum, or are minus infinity."""
+    function = POOLINGS[name]
+    x = jax.random.randint(jax.random.key(0), (8, 7, 2), -2, 2).astype(float)
+    x = jnp.where(x == -2, -jnp.inf, x)
+
+    @jax.jit
+    def both(x):
+        expected, pullback = jax.vjp(function, x)
+        found, cheaper = jax.vjp(rewritten(function, x), x)
+        cotangents = jax.random.normal(jax.random.key(1), (3, *expected.shape))
+        moved = lax.map(pullback, cotangents)  # one by one: nothing of it is shared
+        return expected, found, moved, jax.vmap(cheaper)(cotangents)
+
+    expected, found, moved, cheaply_moved = both(x)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(cheaply_moved, moved, atol=1e-14)
+
+
+def test_dilated_max_pooling_which_jax_cannot_pull_back():
+    x = jax.random.normal(jax.random.key(0), (8,))
+    function = lambda x: pool(x, (3,), (1,), window_dilation=(2,))  # noqa: E731
+    indexed = lambda x: jnp.max(x[jnp.arange(4)[:, None] + 2 * jnp.arange(3)], axis=1)  # noqa: E731
+    found, expected = (jax.jacrev(f)(x) for f in (rewritten(function, x), indexed))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: pool(x, (9, 9, 1), (1, 1, 1), "SAME"),
+        lambda x: pool(x, (2, 2, 1), (1, 1, 1), base_dilation=(2, 1, 1)),
+        lambda x: pool(x, (2, 2, 1), (1, 1, 1), [(-1, 0), (0, 0), (0, 0)]),
+        lambda x: lax.reduce_window(x, jnp.inf, lax.min, (2, 2, 1), (2, 2, 1), "VALID"),
+    ],
+)
+def test_what_has_no_better_way_is_left_alone(function):
+    (eqn,) = jax.make_jaxpr(function)(jnp.zeros((8, 7, 2))).eqns
+    assert rewrite(eqn) is None
+
+
+def test_integers_are_left_alone():
+    function = lambda x: lax.reduce_window(x, -9, lax.max, (2,), (2,), "VALID")  # noqa: E731
+    assert not has_rewrite(jax.make_jaxpr(function)(jnp.arange(4)).jaxpr)
+
+
+def halve(x):
+    return pool(x, (2, 1), (2, 1))
+
+
+def in_a_scan(x):
+    return lax.scan(lambda c, row: (c, halve(row)), 0.0, x[None])[1][0]
+
+
+def in_a_cond(x):
+    return lax.cond(x[0, 0] > 0, halve, lambda x: x[:4], x)
+
+
+@pytest.mark.parametrize(
+    "inner", [jax.jit(halve), jax.checkpoint(halve), jax.jit(jax.jit(halve)), in_a_scan, in_a_cond]
+)
+def test_bodies_without_a_layer_are_entered(inner):
+    """No search for maxima is left, and the pullback is JAX's."""
+
+    def model_fn(input, params):
+        return inner(jnp.tanh(input @ params)).sum(0)
+
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    w = jax.random.normal(jax.random.key(1), (3, 2))
+    program = parse(model_fn, w, x)
+
+    def evaluate(w):
+        return run(program.jaxpr, [w, x], _plan(program), {0: jnp.zeros((8, 2))})[0][0]
+
+    gradient = lambda f: jax.jit(jax.grad(lambda w: jnp.sum(f(w) ** 2)))  # noqa: E731
+    own = gradient(lambda w: model_fn(x, w))
+    assert "select_and_scatter" in own.lower(w).as_text()
+    assert "select_and_scatter" not in gradient(evaluate).lower(w).as_text()
+    np.testing.assert_allclose(gradient(evaluate)(w), own(w), rtol=1e-12)
+
+
+def test_bodies_are_those_that_a_walk_enters():
+    jaxpr = jax.make_jaxpr(lambda x: (in_a_scan(x), in_a_cond(x), jnp.sin(x)))(jnp.zeros((8, 2)))
+    counts = {eqn.primitive.name: len(jaxprs.bodies(eqn)) for eqn in jaxpr.eqns}
+    assert counts["scan"] == 1
+    assert counts["cond"] == 2
+    assert counts["sin"] == 0
