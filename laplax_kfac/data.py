@@ -215,6 +215,22 @@ def batch_size(batch: Batch) -> int:
     return int(size)
 
 
+def positive_integer(name: str, value: Any) -> int:
+    """The value, if it is a positive integer.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        msg = f"`{name}` must be a positive integer, found {value!r}."
+        raise ValueError(msg)
+    return number
+
+
 def pad(batch: Batch, size: int) -> WeightedBatch:
     """Repeat the last example up to ``size``; repeats have weight 0, others their own or 1.
 

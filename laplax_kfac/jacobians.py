@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from laplax_kfac.blocks import Block, rotate
 from laplax_kfac.capture import ParameterRecord, Record
 from laplax_kfac.factors import gradient_matrices, rotated_records
+from laplax_kfac.layers import Layer
 from laplax_kfac.resolve import Resolved
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -71,24 +72,34 @@ def layer_jacobian(resolved: Resolved, record: Record, block: Block) -> Jacobian
         return Matrices(jax.vmap(functools.partial(rotate, block))(record.gradients))
     assert record is not None
     outputs = record[0].gradients.shape[0]
-    if len(block.basis) == 1:  # a layer with uses whose block is dense or diagonal
-        plain = rotated_records(resolved.members, record, Block((None, None), block.eigenvalues))
-        entries = gradient_matrices(resolved.members, plain).reshape(outputs, -1)
-        return Matrices(jax.vmap(functools.partial(rotate, block))(entries))
-    rotated = rotated_records(resolved.members, record, block)
-    form = form_of(resolved, outputs)
+    members, form = resolved.members, form_of(resolved, outputs)
+    if form is Matrices and _is_rotated_last(resolved.layer, outputs):
+        entries = gradient_matrices(members, rotated_records(members, record))
+        entries = entries.reshape(outputs, *block.eigenvalues.shape)
+        rotated_entries = jax.vmap(functools.partial(rotate, block))(entries)
+        return Matrices(rotated_entries.reshape(outputs, -1))
+    rotated = rotated_records(members, record, block)
     if form is Matrices:
-        return Matrices(gradient_matrices(resolved.members, rotated).reshape(outputs, -1))
+        return Matrices(gradient_matrices(members, rotated).reshape(outputs, -1))
     gradients = jnp.concatenate([g for _, g in rotated], axis=1)
     if form is Picked:
         return Picked(jnp.concatenate([use.inputs[..., 0] for use in record]), gradients)
     return Outer(jnp.concatenate([a for a, _ in rotated]), gradients)
 
 
+def _is_rotated_last(layer: Layer, outputs: int) -> bool:
+    """Whether to rotate the matrices, not the inputs and cotangents at more positions than they."""
+    if layer.block == "dense":
+        return True
+    rows, out = layer.rows, layer.out_features
+    matrices = outputs * rows * out * (rows + out)
+    return matrices < layer.positions * (rows**2 + outputs * out**2)
+
+
 def form_of(resolved: Resolved, outputs: int) -> type[Jacobian]:
     """The form that takes the fewest operations for a model with C = ``outputs`` outputs."""
     layer = resolved.layer
-    if not resolved.members or layer.block != "kronecker":
+    if not resolved.members or layer.block == "dense":
         return Matrices
     if all(m.claim.indexed and not m.claim.transposed for m in resolved.members):
         return Picked
