@@ -1,5 +1,7 @@
 """Rewritten equations have the value and the derivative that JAX gives them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,7 +127,7 @@ def test_bodies_are_those_that_a_walk_enters():
     assert counts["sin"] == 0
 
 
-CONVOLUTIONS = {
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "padded": dict(window_strides=(1, 1), padding=((2, 1), (1, 2))),
     "strided": dict(window_strides=(2, 3), padding="VALID"),
     "dilated": dict(window_strides=(1, 2), padding="SAME", rhs_dilation=(2, 2)),
@@ -141,7 +143,10 @@ on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA does t
 @on_a_cpu
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_of_few_channels_are_jaxs(name):
-    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), **CONVOLUTIONS[name]}
+    options: dict[str, Any] = {
+        "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
+        **CONVOLUTIONS[name],
+    }
     first = "first" in name
     x = jax.random.normal(jax.random.key(0), (2, 1, 9, 8) if first else (2, 9, 8, 1))
     kernel = jax.random.normal(jax.random.key(1), (6, 1, 4, 3) if first else (4, 3, 1, 6))
