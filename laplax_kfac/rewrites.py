@@ -165,42 +165,40 @@ def _rows_are_cheaper(eqn: JaxprEqn) -> bool:
     """Compare estimates of the pullback's time, in nanoseconds an example.
 
     XLA copies the patches of the cotangent; that takes longer than the product with few channels
-    to pull back to. The product along rows has more terms, most of them zeros, but is all product.
+    to pull back to. With whole rows as channels the product is larger, and takes most of the time.
     """
     spec = eqn.params["dimension_numbers"]
     _, inputs, height, width = (jaxprs.shape(eqn.invars[0])[d] for d in spec.lhs_spec)
-    _, outputs, rows, columns = (jaxprs.shape(eqn.outvars[0])[d] for d in spec.out_spec)
+    _, outputs, _, columns = (jaxprs.shape(eqn.outvars[0])[d] for d in spec.out_spec)
     *_, kernel_rows, kernel_columns = (jaxprs.shape(eqn.invars[1])[d] for d in spec.rhs_spec)
-    patches = height * width * kernel_rows * kernel_columns * outputs
-    terms = rows * kernel_rows * width * inputs
-    return terms * (columns * outputs / 70 + 2.7) < 0.7 * 0.6 * patches
+    copied = 0.6 * height * width * kernel_rows * kernel_columns * outputs
+    products = height * kernel_rows * columns * outputs * (0.6 + width * inputs / 70)
+    return products < 0.7 * copied
 
 
 def _row_convolution(eqn: JaxprEqn, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Array:
+    """A convolution over the rows, with all channels of all columns of a row as its channels."""
     params, spec = eqn.params, eqn.params["dimension_numbers"]
     x = x.transpose([spec.lhs_spec[k] for k in (0, 2, 3, 1)])  # (batch, height, width, in)
     kernel = kernel.transpose([spec.rhs_spec[k] for k in (2, 3, 1, 0)])
     *_, rows, columns = (jaxprs.shape(eqn.outvars[0])[d] for d in spec.out_spec)
-    batch, _, width, inputs = x.shape
-    kernel_rows, _, _, outputs = kernel.shape
-    stride, dilation = (params[name][0] for name in ("window_strides", "rhs_dilation"))
-    padded = jnp.pad(x, [(0, 0), params["padding"][0], (0, 0), (0, 0)])
-    padded = padded.reshape(batch, -1, width * inputs)
-    span = (rows - 1) * stride + 1
-    starts = [k * dilation for k in range(kernel_rows)]
-    windows = [padded[:, start : start + span : stride] for start in starts]
-    matrix = _row_matrix(params, kernel, width, columns)
-    y = jnp.matmul(
-        jnp.concatenate(windows, axis=2), matrix, precision=params["precision"],
+    y = lax.conv_general_dilated(
+        x.reshape(*x.shape[:2], -1),
+        _row_kernel(params, kernel, x.shape[2], columns),
+        params["window_strides"][:1],
+        params["padding"][:1],
+        rhs_dilation=params["rhs_dilation"][:1],
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        precision=params["precision"],
         preferred_element_type=params["preferred_element_type"],
-    ).reshape(batch, rows, columns, outputs)  # fmt: skip
+    ).reshape(x.shape[0], rows, columns, -1)
     return y.transpose(np.argsort([spec.out_spec[k] for k in (0, 2, 3, 1)]))
 
 
-def _row_matrix(
+def _row_kernel(
     params: dict[str, Any], kernel: Float[Array, "h w in out"], width: int, columns: int
-) -> Float[Array, "rows columns"]:
-    """(kernel row, column, channel) of an input to (column, channel) of a row of outputs."""
+) -> Float[Array, "h wide_in wide_out"]:
+    """(kernel row; column, channel of an input row; column, channel of an output row)."""
     kernel_rows, kernel_columns, inputs, outputs = kernel.shape
     units = jnp.eye(width * inputs, dtype=kernel.dtype).reshape(-1, width, inputs)
     responses = lax.conv_general_dilated(
@@ -212,4 +210,4 @@ def _row_matrix(
         dimension_numbers=("NWC", "WIO", "NWC"),
         precision=lax.Precision.HIGHEST,
     ).reshape(-1, columns, kernel_rows, outputs)
-    return responses.transpose(2, 0, 1, 3).reshape(kernel_rows * width * inputs, -1)
+    return responses.transpose(2, 0, 1, 3).reshape(kernel_rows, width * inputs, -1)
