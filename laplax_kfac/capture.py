@@ -329,7 +329,7 @@ def run(
             outputs, found = _run_nested(eqn, values, plan.inside[number], probes)
             inputs |= found
         else:
-            better = rewrite(eqn)
+            better = rewrite(eqn, layer=number in plan.uses)
             outputs = better(values) if better else jaxprs.evaluate(jaxpr, eqn, values)
         for key, use in plan.uses.get(number, []):
             others = tuple(v for k, v in enumerate(values) if k != use.operand)

@@ -209,9 +209,31 @@ class Accumulator:
             ValueError: If its arrays disagree about the number of examples.
         """
         batch, weights = weighted_batch(to_arrays(as_batch(batch)), weights)
+        return self._added(state, batch, weights, in_place=False)
+
+    def collect(self, data: Iterable[WeightedBatch]) -> Statistics:
+        """Statistics of all data: updates from the first, but in place.
+
+        Args:
+            data: Batches with their weights.
+        """
+        state = self.init()
+        for part in data:
+            state = self._added(state, *weighted_batch(*part), in_place=True)
+        return state
+
+    def _added(
+        self, state: Statistics, batch: Batch, weights: Float[Array, " N"], *, in_place: bool
+    ) -> Statistics:
         compiled = self._compiled(first_example(batch))
         arrays = self._arrays(compiled.program, batch, weights, state.num_updates)
-        return factors.merge(state, compiled.statistics(arrays))
+        new = jax.eval_shape(compiled.statistics, arrays)
+        if not state.layers:
+            state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), new)
+        factors.require_same_blocks(state, new)
+        add = compiled.add_in_place if in_place and not _traced(arrays) else compiled.add
+        leaves, treedef = jax.tree.flatten(state)
+        return jax.tree.unflatten(treedef, add(leaves, arrays))
 
     def merge(self, first: Statistics, second: Statistics) -> Statistics:
         """Statistics of the data of both."""
@@ -299,8 +321,14 @@ class Accumulator:
         for number, (batch, weights) in enumerate(weighted_batch(*part) for part in data):
             compiled = self._compiled(first_example(batch))
             arrays = self._arrays(compiled.program, batch, weights, number)
-            new = compiled.total(of_records, arrays, *operands)
-            total = new if total is None else jax.tree.map(jnp.add, total, new)
+            if total is None:
+                shapes = jax.eval_shape(compiled.total, of_records, arrays, *operands)
+                total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            if _traced((arrays, operands)):
+                new = compiled.total(of_records, arrays, *operands)
+                total = jax.tree.map(jnp.add, total, new)
+            else:
+                total = compiled.add_total(of_records, total, arrays, *operands)
         return total
 
     def _arrays(
@@ -326,21 +354,47 @@ class Accumulator:
                 selection=self.options.selection,
             )
             self.options.check_layers(program.layers)
-            self._programs[shapes] = _Compiled(
-                program,
-                jax.jit(functools.partial(_statistics, program, self.options)),
-                jax.jit(functools.partial(_total, program, self.options), static_argnums=0),
-            )
+            self._programs[shapes] = _Compiled.of(program, self.options)
         return self._programs[shapes]
 
 
 @dataclass(frozen=True)
 class _Compiled:
-    """A parsed model, and its passes over a batch, compiled when first called."""
+    """A parsed model, and its passes over a batch, compiled when first called.
+
+    Attributes:
+        program: The parsed model.
+        statistics: Arrays -> the statistics of one batch.
+        add: (leaves of statistics, arrays) -> leaves with one batch more.
+        add_in_place: The same; the leaves must not be used again.
+        total: (function, arrays, *operands) -> sum of a function of the records of one batch.
+        add_total: (function, total, arrays, *operands) -> the total, in place, with a batch more.
+    """
 
     program: Program
     statistics: Callable[..., Statistics]
+    add: Callable[..., list[Array]]
+    add_in_place: Callable[..., list[Array]]
     total: Callable[..., Any]
+    add_total: Callable[..., Any]
+
+    @classmethod
+    def of(cls, program: Program, options: Options) -> "_Compiled":
+        """The passes of a model; `add` and its like have their traces from what they add."""
+        statistics = jax.jit(functools.partial(_statistics, program, options))
+        total = jax.jit(functools.partial(_total, program, options), static_argnums=0)
+
+        def add(leaves: list[Array], arrays: "_Arrays") -> list[Array]:
+            new = jax.tree.leaves(statistics(arrays))
+            return [old + more for old, more in zip(leaves, new, strict=True)]
+
+        def add_total(of_records: OfRecords, old: Any, arrays: "_Arrays", *operands: Any) -> Any:
+            return jax.tree.map(jnp.add, old, total(of_records, arrays, *operands))
+
+        return cls(
+            program, statistics, jax.jit(add), jax.jit(add, donate_argnums=0),
+            total, jax.jit(add_total, static_argnums=0, donate_argnums=1),
+        )  # fmt: skip
 
 
 class _Arrays(NamedTuple):
@@ -351,6 +405,11 @@ class _Arrays(NamedTuple):
     batch: Batch
     weights: Float[Array, " N"]
     key: Key[Array, ""]
+
+
+def _traced(arrays: Any) -> bool:
+    """Whether a transformation is at work: nothing can then be changed in place."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
 
 
 def _total(
@@ -553,9 +612,7 @@ def kfac(
         parts = even_batches(same_number(batches(data, transform), sizes), batch_size)
         return tqdm(parts, desc=description, unit="batch", disable=not progress)
 
-    state = accumulate.init()
-    for batch, weights in stream("factors"):
-        state = accumulate.update(state, batch, weights)
+    state = accumulate.collect(stream("factors"))
     if optimal_factors:
         passes = functools.partial(stream, "optimal factors")
         found = accumulate.optimise(state, passes, iterations=iterations)

@@ -14,6 +14,8 @@ Sums are taken in float32, or float64 where x64 is on, at full matrix-product pr
 are sums, so they may be accumulated in any order, over any split of the data.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -32,6 +34,11 @@ from laplax_kfac.resolve import Member, Resolved
 KfacApprox = Literal["expand", "reduce"]
 KFAC_APPROXIMATIONS = ("expand", "reduce")
 _HIGHEST = jax.lax.Precision.HIGHEST
+_WIDE = 512
+"""Width from which products x^T x are formed by `_BLOCK_ROWS` rows of blocks."""
+_BLOCK_ROWS = 3
+_ALIGNED = 16
+"""Blocks start at multiples of this: slices are then as fast as the whole."""
 
 _UNROTATED = Block((None, None), jnp.ones(()))
 
@@ -98,9 +105,7 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
         ValueError: If they are of different models.
     """
     if first.layers and second.layers:
-        if not _same_blocks(first, second):
-            msg = "`merge` needs statistics of one model; the layers of these two differ."
-            raise ValueError(msg)
+        require_same_blocks(first, second)
         sums = jax.tree.map(jnp.add, first.sums, second.sums)
     else:
         sums = first.sums or second.sums
@@ -113,10 +118,16 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
     )
 
 
-def _same_blocks(first: Statistics, second: Statistics) -> bool:
-    """Whether the sums are of the same blocks; numbers of positions may differ between batches."""
+def require_same_blocks(first: Statistics, second: Statistics) -> None:
+    """Refuse statistics of two models; numbers of positions may differ between batches.
+
+    Raises:
+        ValueError: If the sums are of different blocks.
+    """
     ours, theirs = ([replace(ly, positions=0) for ly in s.layers] for s in (first, second))
-    return ours == theirs and first.space == second.space
+    if ours != theirs or first.space != second.space:
+        msg = "`merge` needs statistics of one model; the layers of these two differ."
+        raise ValueError(msg)
 
 
 def batch_sums(
@@ -158,10 +169,11 @@ def _probed_sums(
     dense = layer.block == "dense"
     if gradients.shape[1] == 0:
         return ParameterSums(_identity(jnp.sum(weights)[None], layer.size, diagonal=not dense)[0])
-    weighted = gradients * weights[:, None, None]
+    weights = weights[:, None, None]
     if dense:
-        return ParameterSums(_gram(weighted, gradients))
-    return ParameterSums(jnp.sum(jnp.real(weighted * jnp.conj(gradients)), axis=(0, 1)))
+        return ParameterSums(_gram(gradients, weights))
+    squares = jnp.real(weights * gradients * jnp.conj(gradients))
+    return ParameterSums(jnp.sum(squares, axis=(0, 1)))
 
 
 def _gradients(members: Sequence[Member], record: tuple[UseRecord, ...]) -> Float[Array, "N R p"]:
@@ -221,7 +233,7 @@ def _second_moment(
     """Weighted sum of x x^T for every stack index, or its diagonal."""
     if diagonal:
         return jnp.sum(weights * x * x, axis=tuple(range(x.ndim - 2)))
-    return _stacked_gram(weights * x, x)
+    return _stacked_gram(x, weights)
 
 
 def _same_row(rows: Int[Array, "N S stack"]) -> Float[Array, "N S S stack"]:
@@ -243,19 +255,53 @@ def _accumulate(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
 
 
-def _gram(x: Float[Array, "*n p"], y: Float[Array, "*n p"]) -> Float[Array, "p p"]:
-    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    return jnp.matmul(x.T, y, precision=_HIGHEST)
+@jax.custom_jvp
+def _gram(x: Float[Array, "*n p"], weights: Float[Array, "..."]) -> Float[Array, "p p"]:
+    """Weighted sum of x x^T; the weights are not negative.
+
+    Both operands of the product are one array, with the square roots of the weights multiplied in:
+    of a tall x a second copy would take longer than the product.
+    """
+    return _self_product((jnp.sqrt(weights) * x).reshape(-1, x.shape[-1]))
+
+
+@_gram.defjvp
+def _gram_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The derivative is that of the plain formula, for a root has none at a weight of zero."""
+
+    def plain(x: Array, weights: Array) -> Array:
+        n = math.prod(x.shape[:-1])
+        return jnp.matmul((weights * x).reshape(n, -1).T, x.reshape(n, -1), precision=_HIGHEST)
+
+    return _gram(*primals), jax.jvp(plain, primals, tangents)[1]
+
+
+def _self_product(x: Float[Array, "n p"]) -> Float[Array, "p p"]:
+    """x^T x, of a wide x by rows of blocks: what is left of the diagonal is mirrored."""
+    width = x.shape[1]
+    count = 1 if width < _WIDE else _BLOCK_ROWS
+    edges = [width * k // count for k in range(count + 1)]
+    edges = [-(-e // _ALIGNED) * _ALIGNED for e in edges[:-1]] + [width]
+    spans = list(itertools.pairwise(edges))
+    rows = [jnp.matmul(x[:, low:high].T, x[:, low:], precision=_HIGHEST) for low, high in spans]
+    full = []
+    for k, (low, high) in enumerate(spans):
+        mirrored = [
+            row[:, low - first : high - first].T
+            for row, (first, _) in zip(rows[:k], spans, strict=False)
+        ]
+        full.append(jnp.concatenate([*mirrored, rows[k]], axis=1))
+    return jnp.concatenate(full)
 
 
 def _stacked_gram(
-    x: Float[Array, "*n stack p"], y: Float[Array, "*n stack p"]
+    x: Float[Array, "*n stack p"], weights: Float[Array, "..."]
 ) -> Float[Array, "stack p p"]:
-    """sum_n x[n, k] y[n, k]^T for every stack index k."""
+    """Weighted sum of x[n, k] x[n, k]^T for every stack index k."""
     if x.shape[-2] == 1:  # a plain matrix product is faster than a batch of one
-        return _gram(x, y)[None]
-    x, y = x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:])
-    return jnp.einsum("nkp,nkq->kpq", x, y, precision=_HIGHEST)
+        return _gram(x[..., 0, :], weights[..., 0, :])[None]
+    y = (weights * x).reshape(-1, *x.shape[-2:])
+    return jnp.einsum("nkp,nkq->kpq", y, x.reshape(y.shape), precision=_HIGHEST)
 
 
 # -- eigenvalue correction ---------------------------------------------------------------------

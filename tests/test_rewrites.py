@@ -1,5 +1,7 @@
 """Rewritten equations have the value and the derivative that JAX gives them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,3 +125,57 @@ def test_bodies_are_those_that_a_walk_enters():
     assert counts["scan"] == 1
     assert counts["cond"] == 2
     assert counts["sin"] == 0
+
+
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "padded": dict(window_strides=(1, 1), padding=((2, 1), (1, 2))),
+    "strided": dict(window_strides=(2, 3), padding="VALID"),
+    "dilated": dict(window_strides=(1, 2), padding="SAME", rhs_dilation=(2, 2)),
+    "channels first": dict(
+        window_strides=(1, 1), padding="SAME", dimension_numbers=("NCHW", "OIHW", "NHWC")
+    ),
+}
+
+
+on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA does these well")
+
+
+@on_a_cpu
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_of_few_channels_are_jaxs(name):
+    options: dict[str, Any] = {
+        "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
+        **CONVOLUTIONS[name],
+    }
+    first = "first" in name
+    x = jax.random.normal(jax.random.key(0), (2, 1, 9, 8) if first else (2, 9, 8, 1))
+    kernel = jax.random.normal(jax.random.key(1), (6, 1, 4, 3) if first else (4, 3, 1, 6))
+    function = lambda x, kernel: lax.conv_general_dilated(x, kernel, **options)  # noqa: E731
+    (eqn,) = jax.make_jaxpr(function)(x, kernel).eqns
+    better = rewrite(eqn, layer=True)
+
+    @jax.jit
+    def both(x, kernel):
+        expected, pullback = jax.vjp(function, x, kernel)
+        assert better is not None
+        found, cheaper = jax.vjp(lambda *operands: better(operands)[0], x, kernel)
+        return (expected, *pullback(expected)), (found, *cheaper(expected))
+
+    for found, expected in zip(*both(x, kernel), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+@on_a_cpu
+def test_convolutions_that_xla_does_well_are_left_alone():
+    """And those without a layer, whose weight may differ between examples."""
+
+    def equation(inputs, outputs):
+        x, kernel = jnp.zeros((1, 8, 8, inputs)), jnp.zeros((5, 5, inputs, outputs))
+        function = lambda x, kernel: lax.conv_general_dilated(  # noqa: E731
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jax.make_jaxpr(function)(x, kernel).eqns[0]
+
+    assert rewrite(equation(32, 32), layer=True) is None
+    assert rewrite(equation(1, 6), layer=True) is not None
+    assert rewrite(equation(1, 6)) is None
