@@ -178,7 +178,7 @@ def test_the_setup_is_what_laplax_uses_and_can_be_given_by_hand():
         (plugin.setup_linearised, closed.OutputCovariance),
         (GENERIC_SETUP, type(lambda: None)),
     ):
-        seen = []
+        seen: list[Any] = []
 
         def keep(results, aux, seen=seen, **_):
             seen.append(aux["cov_mv"])
