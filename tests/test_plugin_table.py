@@ -139,7 +139,7 @@ def source(task: Task, curv_type: str) -> dict[str, Any]:
 
 def by_registered_method(task: Task, curv_type: str) -> Any:
     name = f"mine_{curv_type}"
-    laplax.register.register_curvature_method(name, default=curv_type)  # type: ignore[arg-type]
+    laplax.register.register_curvature_method(name, default=curv_type)
     options = source(task, curv_type)
     curvature = estimate_curvature(name, layout=task.params, **options)
     posterior_fn = set_posterior_fn(name, curvature, layout=task.params)
