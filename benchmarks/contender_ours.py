@@ -197,6 +197,8 @@ def cold(contender: str, case: dict[str, Any]) -> Task:
     options: dict[str, Any] = {"curv_type": own_type or "kfac"}
     if not own_type:
         options["batch_size"] = s.workload.batch_size
+    if own_type == "lanczos":
+        options["key"] = jax.random.key(0)
 
     def run() -> Any:
         _, curv = laplax.laplace(s.model_fn, s.params, data, loss_fn=LOSS, **options)

@@ -152,7 +152,8 @@ def weights(workload: Workload) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(SEED)
     params = {}
     for layer in workload.layers:
-        scale = math.sqrt(2.0 / layer.inputs)
+        gain = 1.0 if workload.name == "transformer" else 2.0  # attention must not saturate
+        scale = math.sqrt(gain / layer.inputs)
         params[f"{layer.name}_w"] = (scale * rng.standard_normal(layer.weight)).astype(np.float32)
         params[f"{layer.name}_b"] = (0.1 * rng.standard_normal(layer.outputs)).astype(np.float32)
     return params
