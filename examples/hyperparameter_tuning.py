@@ -86,10 +86,8 @@ starts = {
 def report(name, prior_prec, evidence, seconds=None):
     network = train(everywhere(prior_prec))
     logits = jax.vmap(lambda x: model_fn(x, network))(x_test)
-    nll, accuracy = (
-        log_loss(y_test, jax.nn.softmax(logits)),
-        (logits.argmax(axis=1) == y_test).mean(),
-    )
+    nll = log_loss(y_test, jax.nn.softmax(logits))
+    accuracy = (logits.argmax(axis=1) == y_test).mean()
     took = f"{1e3 * seconds:9.0f} ms" if seconds else " " * 12
     print(f"{name:20}{float(evidence.value):10.1f}{took}{nll:14.3f}{accuracy:10.1%}")
 
