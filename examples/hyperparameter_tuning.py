@@ -1,9 +1,9 @@
 """How strong should a prior be? The evidence says so, without any validation data.
 
-Trains a network on handwritten digits, fits its curvature once, and tunes the prior precision: one
-for all parameters, one a layer, and one for the weights and one for the biases of every layer. What
-is tuned costs no further pass over the data. Prints evidence and precisions, and how well the
-Laplace approximations with them predict held-out digits.
+Trains a network on handwritten digits with a weak prior (little weight decay), fits its curvature
+once, and tunes the prior precision: one for all parameters, one a layer, and one for the weights
+and one for the biases of every layer; that needs no further pass over the data. Then trains anew
+with each, and prints how well these networks predict held-out digits.
 """
 
 import time
@@ -28,13 +28,15 @@ x_train, x_test, y_train, y_test = train_test_split(
 )
 random = np.random.default_rng(0)
 sizes = (784, 50, 50, 10)
-params = {
+start = {
     f"layer{k}": {
         "w": jnp.asarray(random.normal(size=(m, n)) / np.sqrt(m), jnp.float32),
         "b": jnp.zeros(n),
     }
     for k, (m, n) in enumerate(pairwise(sizes))
 }
+batches = random.integers(len(x_train), size=(2000, 100))
+optimizer = optax.adam(1e-3)
 
 
 def model_fn(input, params):
@@ -44,23 +46,30 @@ def model_fn(input, params):
     return input @ last["w"] + last["b"]
 
 
-optimizer = optax.adam(1e-3)
-
-
 @jax.jit
-def train_step(params, state, x, y):
-    def objective(params):  # minus the log joint density, a datum; prior precision 0.1
-        logits = jax.vmap(lambda x: model_fn(x, params))(x)
-        prior = 0.05 * optax.tree.norm(params, squared=True) / len(x_train)
-        return cross_entropy(logits, y).mean() + prior
+def train(prior_prec):
+    """The network trained with a precision for every leaf of its parameters."""
 
-    updates, state = optimizer.update(jax.grad(objective)(params), state)
-    return optax.apply_updates(params, updates), state
+    def objective(params, batch):  # minus the log joint density, a datum
+        logits = jax.vmap(lambda x: model_fn(x, params))(x_train[batch])
+        norms = jax.tree.map(lambda p, precision: precision * jnp.sum(p**2), params, prior_prec)
+        prior = 0.5 * sum(jax.tree.leaves(norms)) / len(x_train)
+        return cross_entropy(logits, y_train[batch]).mean() + prior
+
+    def step(state, batch):
+        params, inner = state
+        updates, inner = optimizer.update(jax.grad(objective)(params, batch), inner)
+        return (optax.apply_updates(params, updates), inner), None
+
+    return jax.lax.scan(step, (start, optimizer.init(start)), batches)[0][0]
 
 
-state = optimizer.init(params)
-for batch in random.integers(len(x_train), size=(2000, 100)):
-    params, state = train_step(params, state, x_train[batch], y_train[batch])
+def everywhere(prior_prec):
+    return jax.tree.map(jnp.asarray, jax.tree.broadcast(prior_prec, start))
+
+
+x_train, y_train = jnp.asarray(x_train), jnp.asarray(y_train)
+params = train(everywhere(0.01))
 
 # Curvature and fit are all that the evidence needs.
 data, loss = (x_train, y_train), "cross_entropy"
@@ -74,26 +83,19 @@ starts = {
 }
 
 
-@jax.jit
-def held_out(prior_prec):
-    """Probabilities of the linearised predictive, by the probit approximation."""
-    predictive = laplax_kfac.predictive_covariance(
-        curv, model_fn, params, x_test, prior_prec=prior_prec
-    )
-    return jax.nn.softmax(predictive.mean / jnp.sqrt(1 + jnp.pi / 8 * predictive.variance))
-
-
 def report(name, prior_prec, evidence, seconds=None):
-    nll = log_loss(y_test, held_out(prior_prec))
-    took = f"{1e3 * seconds:10.0f} ms" if seconds else ""
-    print(f"{name:20}{float(evidence.value):11.1f}{nll:15.3f}{took}")
+    network = train(everywhere(prior_prec))
+    logits = jax.vmap(lambda x: model_fn(x, network))(x_test)
+    nll = log_loss(y_test, jax.nn.softmax(logits))
+    accuracy = (logits.argmax(axis=1) == y_test).mean()
+    took = f"{1e3 * seconds:9.0f} ms" if seconds else " " * 12
+    print(f"{name:20}{float(evidence.value):10.1f}{took}{nll:14.3f}{accuracy:10.1%}")
 
 
-logits = jax.vmap(lambda x: model_fn(x, params))(x_test)
-print(f"held-out NLL of the trained network: {log_loss(y_test, jax.nn.softmax(logits)):.3f}")
-print(f"{'prior precision':20}{'evidence':>11}{'held-out NLL':>15}{'tuned in':>13}")
-start = laplax_kfac.log_marginal_likelihood(curv, params, log_likelihood=fit, prior_prec=0.1)
-report("0.1, as in training", 0.1, start)
+print(f"{'':20}{'':10}{'':12}   held-out, trained anew")
+print(f"{'prior precision':20}{'evidence':>10}{'tuned in':>12}{'NLL':>14}{'accuracy':>10}")
+first = laplax_kfac.log_marginal_likelihood(curv, params, log_likelihood=fit, prior_prec=0.01)
+report("0.01, as trained", 0.01, first)
 for name, prior_prec in starts.items():
     for _ in range(2):  # the first call compiles
         begin = time.perf_counter()

@@ -17,7 +17,14 @@ from jaxtyping import Array, Float, Key, PyTree
 from tqdm import tqdm
 
 from laplax_kfac.curvature import DEFAULT_BATCH_SIZE, Curvature, accumulator
-from laplax_kfac.data import Batch, WeightedBatch, batches, even_batches, to_arrays
+from laplax_kfac.data import (
+    Batch,
+    WeightedBatch,
+    batches,
+    even_batches,
+    require_several_passes,
+    to_arrays,
+)
 from laplax_kfac.data import batch_size as size_of
 from laplax_kfac.marglik import DataFit, Evidence, fit_of_batch, require_fit, summed_fit
 from laplax_kfac.parser import ModelFn
@@ -123,6 +130,7 @@ def marglik_training(
         TypeError: If ``data`` or ``loss_fn`` is of an unsupported type.
     """
     _check(epochs=epochs, every=every, hyper_steps=hyper_steps, burn_in=burn_in)
+    require_several_passes(data, "`marglik_training`")
     function, start = start_of(prior_prec, hyperparameters, noise_variance)
     check_start(start, bounds)
     key = jax.random.key(0) if key is None else key

@@ -45,9 +45,11 @@ def test_posterior_sampling(tmp_path):
 
 def test_hyperparameter_tuning(tmp_path):
     lines = printed_by("hyperparameter_tuning", tmp_path).splitlines()
-    evidences = [numbers(line[20:31])[0] for line in lines[2:6]]
+    evidences = [numbers(line[20:30])[0] for line in lines[2:6]]
     assert evidences == sorted(evidences)
     assert evidences[3] > evidences[1] + 10
+    losses = [numbers(line[42:56])[0] for line in lines[2:6]]
+    assert max(losses[1:]) < losses[0] - 0.02
 
 
 def test_model_selection(tmp_path):

@@ -145,6 +145,12 @@ def test_bad_options_are_clear_errors(options, message):
         laplax_kfac.marglik_training(linear, start(), (x, y), **{"loss_fn": "mse", **options})
 
 
+def test_data_that_end_after_one_pass_are_refused():
+    x, _, y = regression(TALL)
+    with pytest.raises(TypeError, match="goes through `data` more than once"):
+        laplax_kfac.marglik_training(linear, start(), iter([(x, y)]), loss_fn="mse")
+
+
 def test_an_evidence_that_is_never_finite_is_an_error():
     x, _, y = regression(TALL)
     with pytest.raises(ValueError, match="never finite in 2 epochs"):
