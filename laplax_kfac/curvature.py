@@ -1,6 +1,7 @@
 """Data in, curvature out: `kfac`, `ekfac`, and the `accumulator` that they are loops over."""
 
 import functools
+import itertools
 import math
 import operator
 import warnings
@@ -46,6 +47,8 @@ KFOC_ITERATIONS = 30
 OfRecords = Callable[..., Any]
 RECORD_BYTES = 2**30
 """Most memory for the records of a batch; larger batches are worked on in parts."""
+REUSED_BYTES = 2**25
+"""Memory for records that a CPU gets from one batch to the next without new pages."""
 
 
 @jax.tree_util.register_dataclass
@@ -218,6 +221,20 @@ class Accumulator:
         """Statistics of the data of both."""
         return factors.merge(first, second)
 
+    def part_size(self, batch: Any, most: int) -> int:
+        """How many examples, at most ``most``, a CPU works on at once in memory that it reuses.
+
+        Larger allocations are fresh pages, which cost as much time as what is computed in them. But
+        the sums are read and written with every part: its records should be several times larger.
+        """
+        if jax.default_backend() != "cpu":
+            return most
+        batch = to_arrays(as_batch(batch))
+        program = self._compiled(first_example(batch)).program
+        sums = sum(_sum_bytes(layer) for layer in program.layers)
+        room = max(REUSED_BYTES, 4 * sums)
+        return max(1, min(most, room // max(1, _record_bytes(program, self.options, batch))))
+
     def finalize(self, state: Statistics) -> Curvature:
         """The curvature of all data seen.
 
@@ -386,6 +403,22 @@ class _Arrays(NamedTuple):
     key: Key[Array, ""]
 
 
+def _record_bytes(program: Program, options: Options, batch: Batch) -> int:
+    """Memory for the records of one example."""
+    target = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), batch["target"])
+    pulled = num_columns(
+        options.likelihood, options.fisher_type, program.output, target, options.mc_samples
+    )
+    return 4 * sum(record_size(layer, pulled) for layer in program.layers)
+
+
+def _sum_bytes(layer: Layer) -> int:
+    """Memory for the sums of a Kronecker layer."""
+    sides = zip((layer.rows, layer.out_features), layer.diagonal, strict=True)
+    entries = sum(size if diagonal else size**2 for size, diagonal in sides)
+    return 4 * layer.stack * entries if layer.block == "kronecker" else 0
+
+
 def _traced(arrays: Any) -> bool:
     """Whether a transformation is at work: nothing can then be changed in place."""
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
@@ -426,12 +459,8 @@ def _summed(
         return of_records(records, weights)
 
     size = size_of(batch)
-    target = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), batch["target"])
-    pulled = num_columns(
-        options.likelihood, options.fisher_type, program.output, target, options.mc_samples
-    )
-    numbers = sum(record_size(layer, pulled) for layer in program.layers)
-    parts = min(size, max(1, math.ceil(4 * numbers * size / RECORD_BYTES)))
+    records = _record_bytes(program, options, batch)
+    parts = min(size, max(1, math.ceil(records * size / RECORD_BYTES)))
     if parts == 1:
         return sums(batch, weights, key)
     each = math.ceil(size / parts)
@@ -545,7 +574,8 @@ def kfac(
         optimal_factors: Whether to use the Kronecker product nearest to each exact block (KFOC; see
             `kfoc`).
         iterations: Most steps of the power iteration for optimal factors.
-        batch_size: Most examples that are worked on at once; larger batches are split.
+        batch_size: Most examples that are worked on at once; larger batches are split. A CPU works
+            on fewer where their memory can then be reused.
         transform: Applied to every batch first, to bring it to one of the forms above.
         progress: Whether to show a progress bar over the batches.
 
@@ -572,7 +602,11 @@ def kfac(
     )  # fmt: skip
 
     def stream(description: str) -> Iterable[WeightedBatch]:
-        parts = even_batches(batches(data, transform), batch_size)
+        loaded = batches(data, transform)
+        first = next(loaded)
+        parts = even_batches(
+            itertools.chain([first], loaded), accumulate.part_size(first, batch_size)
+        )
         return tqdm(parts, desc=description, unit="batch", disable=not progress)
 
     state = accumulate.collect(stream("factors"))
