@@ -5,8 +5,9 @@ import itertools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 from tqdm import tqdm
 
-from laplax_kfac import factors
+from laplax_kfac import factors, fingerprint
 from laplax_kfac.blocks import BlockDiagonal
 from laplax_kfac.capture import Record, capture_batch, record_size
 from laplax_kfac.data import (
@@ -47,6 +48,8 @@ KFOC_ITERATIONS = 30
 OfRecords = Callable[..., Any]
 RECORD_BYTES = 2**30
 """Most memory for the records of a batch; larger batches are worked on in parts."""
+MOST_KEPT = 8
+"""Most programs of one model that are kept compiled, for other fits of it."""
 REUSED_BYTES = 2**25
 """Memory for records that a CPU gets from one batch to the next without new pages."""
 
@@ -350,7 +353,7 @@ class Accumulator:
                 selection=self.options.selection,
             )
             self.options.check_layers(program.layers)
-            self._programs[shapes] = _Compiled.of(program, self.options)
+            self._programs[shapes] = _compiled(self.model_fn, program, self.options)
         return self._programs[shapes]
 
 
@@ -391,6 +394,32 @@ class _Compiled:
             program, statistics, jax.jit(add), jax.jit(add, donate_argnums=0),
             total, jax.jit(add_total, static_argnums=0, donate_argnums=1),
         )  # fmt: skip
+
+
+_KEPT: weakref.WeakKeyDictionary[Any, dict[Hashable, _Compiled]] = weakref.WeakKeyDictionary()
+"""What was compiled for a model, as long as the model lives: see `_compiled`."""
+
+
+def _compiled(model_fn: ModelFn, program: Program, options: Options) -> _Compiled:
+    """The passes of a model; those of an earlier fit where nothing they depend on has changed."""
+    without_arrays = replace(program, consts=[])  # they are arguments: the latest ones
+    if _traced(program.consts):
+        return _Compiled.of(program, options)
+    settings = {
+        f.name: getattr(options, f.name)
+        for f in fields(options)
+        if f.name not in ("key", "selection")  # an argument, and part of the program
+    }
+    key = (fingerprint.of_program(program), *settings.items(), RECORD_BYTES)
+    try:
+        kept = _KEPT.setdefault(model_fn, {})
+    except TypeError:  # a model that cannot be referred to weakly, or has no hash
+        return _Compiled.of(program, options)
+    if key not in kept:
+        while len(kept) >= MOST_KEPT:
+            kept.pop(next(iter(kept)))
+        kept[key] = _Compiled.of(without_arrays, options)
+    return replace(kept[key], program=program)
 
 
 class _Arrays(NamedTuple):
