@@ -1,11 +1,13 @@
 """Data in, curvature out: `kfac`, `ekfac`, and the `accumulator` that they are loops over."""
 
 import functools
+import itertools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 from tqdm import tqdm
 
-from laplax_kfac import factors
+from laplax_kfac import factors, fingerprint
 from laplax_kfac.blocks import BlockDiagonal
 from laplax_kfac.capture import Record, capture_batch, record_size
 from laplax_kfac.data import (
@@ -49,6 +51,10 @@ KFOC_ITERATIONS = 30
 OfRecords = Callable[..., Any]
 RECORD_BYTES = 2**30
 """Most memory for the records of a batch; larger batches are worked on in parts."""
+MOST_KEPT = 8
+"""Most programs of one model that are kept compiled, for other fits of it."""
+REUSED_BYTES = 2**25
+"""Memory for records that a CPU gets from one batch to the next without new pages."""
 
 
 @jax.tree_util.register_dataclass
@@ -239,6 +245,20 @@ class Accumulator:
         """Statistics of the data of both."""
         return factors.merge(first, second)
 
+    def part_size(self, batch: Any, most: int) -> int:
+        """How many examples, at most ``most``, a CPU works on at once in memory that it reuses.
+
+        Larger allocations are fresh pages, which cost as much time as what is computed in them. But
+        the sums are read and written with every part: its records should be several times larger.
+        """
+        if jax.default_backend() != "cpu":
+            return most
+        batch = to_arrays(as_batch(batch))
+        program = self._compiled(first_example(batch)).program
+        sums = sum(_sum_bytes(layer) for layer in program.layers)
+        room = max(REUSED_BYTES, 4 * sums)
+        return max(1, min(most, room // max(1, _record_bytes(program, self.options, batch))))
+
     def finalize(self, state: Statistics) -> Curvature:
         """The curvature of all data seen.
 
@@ -354,7 +374,7 @@ class Accumulator:
                 selection=self.options.selection,
             )
             self.options.check_layers(program.layers)
-            self._programs[shapes] = _Compiled.of(program, self.options)
+            self._programs[shapes] = _compiled(self.model_fn, program, self.options)
         return self._programs[shapes]
 
 
@@ -397,6 +417,32 @@ class _Compiled:
         )  # fmt: skip
 
 
+_KEPT: weakref.WeakKeyDictionary[Any, dict[Hashable, _Compiled]] = weakref.WeakKeyDictionary()
+"""What was compiled for a model, as long as the model lives: see `_compiled`."""
+
+
+def _compiled(model_fn: ModelFn, program: Program, options: Options) -> _Compiled:
+    """The passes of a model; those of an earlier fit where nothing they depend on has changed."""
+    without_arrays = replace(program, consts=[])  # they are arguments: the latest ones
+    if _traced(program.consts):
+        return _Compiled.of(program, options)
+    settings = {
+        f.name: getattr(options, f.name)
+        for f in fields(options)
+        if f.name not in ("key", "selection")  # an argument, and part of the program
+    }
+    key = (fingerprint.of_program(program), *settings.items(), RECORD_BYTES)
+    try:
+        kept = _KEPT.setdefault(model_fn, {})
+    except TypeError:  # a model that cannot be referred to weakly, or has no hash
+        return _Compiled.of(program, options)
+    if key not in kept:
+        while len(kept) >= MOST_KEPT:
+            kept.pop(next(iter(kept)))
+        kept[key] = _Compiled.of(without_arrays, options)
+    return replace(kept[key], program=program)
+
+
 class _Arrays(NamedTuple):
     """What a pass over a batch works on; arguments, so that nothing is compiled in."""
 
@@ -405,6 +451,23 @@ class _Arrays(NamedTuple):
     batch: Batch
     weights: Float[Array, " N"]
     key: Key[Array, ""]
+
+
+def _record_bytes(program: Program, options: Options, batch: Batch) -> int:
+    """Memory for the records of one example."""
+    target = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), batch["target"])
+    pulled = num_columns(
+        options.likelihood, options.fisher_type, program.output, target, options.mc_samples,
+        options.sketches,
+    )  # fmt: skip
+    return 4 * sum(record_size(layer, pulled) for layer in program.layers)
+
+
+def _sum_bytes(layer: Layer) -> int:
+    """Memory for the sums of a Kronecker layer."""
+    sides = zip((layer.rows, layer.out_features), layer.diagonal, strict=True)
+    entries = sum(size if diagonal else size**2 for size, diagonal in sides)
+    return 4 * layer.stack * entries if layer.block == "kronecker" else 0
 
 
 def _traced(arrays: Any) -> bool:
@@ -447,13 +510,8 @@ def _summed(
         return of_records(records, weights)
 
     size = size_of(batch)
-    target = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), batch["target"])
-    pulled = num_columns(
-        options.likelihood, options.fisher_type, program.output, target, options.mc_samples,
-        options.sketches,
-    )  # fmt: skip
-    numbers = sum(record_size(layer, pulled) for layer in program.layers)
-    parts = min(size, max(1, math.ceil(4 * numbers * size / RECORD_BYTES)))
+    records = _record_bytes(program, options, batch)
+    parts = min(size, max(1, math.ceil(records * size / RECORD_BYTES)))
     if parts == 1:
         return sums(batch, weights, key)
     each = math.ceil(size / parts)
@@ -577,7 +635,8 @@ def kfac(
         optimal_factors: Whether to use the Kronecker product nearest to each exact block (KFOC; see
             `kfoc`).
         iterations: Most steps of the power iteration for optimal factors.
-        batch_size: Most examples that are worked on at once; larger batches are split.
+        batch_size: Most examples that are worked on at once; larger batches are split. A CPU works
+            on fewer where their memory can then be reused.
         transform: Applied to every batch first, to bring it to one of the forms above.
         progress: Whether to show a progress bar over the batches.
 
@@ -609,7 +668,11 @@ def kfac(
     sizes: list[int] = []
 
     def stream(description: str) -> Iterable[WeightedBatch]:
-        parts = even_batches(same_number(batches(data, transform), sizes), batch_size)
+        loaded = same_number(batches(data, transform), sizes)
+        first = next(loaded)
+        parts = even_batches(
+            itertools.chain([first], loaded), accumulate.part_size(first, batch_size)
+        )
         return tqdm(parts, desc=description, unit="batch", disable=not progress)
 
     state = accumulate.collect(stream("factors"))
