@@ -10,10 +10,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
-from laplax.eval import predictives
 
 from laplax_kfac.blocks import eigh
 from laplax_kfac.data import positive_integer
+from laplax_kfac.plugin import predictives
 from laplax_kfac.predictive import Marginals, Predictive
 
 Link = Literal[

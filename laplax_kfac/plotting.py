@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from laplax_kfac.blocks import BlockDiagonal, apply
 from laplax_kfac.layers import Layer
 from laplax_kfac.marglik import DataFit, Evidence, log_marginal_likelihood
+from laplax_kfac.plugin import metrics
 from laplax_kfac.predictive import Marginals, Predictive
 from laplax_kfac.prior import Scalar, require_positive
 from laplax_kfac.tuning import Tuned
@@ -293,8 +294,6 @@ def plot_reliability(
     Raises:
         ValueError: If the shapes do not fit.
     """
-    from laplax.eval.metrics import calculate_bin_metrics, expected_calibration_error
-
     probabilities, labels = jnp.asarray(probabilities), jnp.asarray(labels)
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
         msg = (
@@ -305,9 +304,9 @@ def plot_reliability(
     axes = _axes(axes)
     confidence = jnp.max(probabilities, axis=-1)
     right = (jnp.argmax(probabilities, axis=-1) == labels).astype(confidence.dtype)
-    error = float(expected_calibration_error(confidence, right, num_bins))
+    error = float(metrics.expected_calibration_error(confidence, right, num_bins))
     shares, confidences, accuracies = map(
-        np.asarray, calculate_bin_metrics(confidence, right, num_bins)
+        np.asarray, metrics.calculate_bin_metrics(confidence, right, num_bins)
     )
     full = shares > 0
     if not axes.has_data():

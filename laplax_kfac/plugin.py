@@ -1,4 +1,4 @@
-"""The one module that knows laplax: it registers the curvature types ``"kfac"`` and ``"ekfac"``.
+"""The one module that knows laplax: it registers our curvature types, ``"kfac"`` and its like.
 
 laplax has a register for the six functions that a curvature type needs. Four of its functions
 learn more, by a route around their code that leaves every other curvature type alone:
@@ -48,6 +48,8 @@ try:
     import laplax.eval.pushforward
     import laplax.register
     import laplax.util.mv
+    from laplax.eval import metrics as metrics  # for plotting
+    from laplax.eval import predictives as predictives  # for links
 except ImportError as error:
     _MESSAGE = f"laplax_kfac needs laplax 0.0.2 or a later version like it; here, {error}."
     raise ImportError(_MESSAGE) from error
