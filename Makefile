@@ -8,9 +8,14 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 VENV := .venv/.made
 EXAMPLES := .venv/.examples
 DEV := .venv/.dev
+BENCH_TORCH := .venv-bench-torch/.made
+BENCH_KFAC_JAX := .venv-bench-kfac-jax/.made
+
+# Questions of the benchmark, in the order of the documentation's page: `make bench ONLY=factors`.
+ONLY ?= factors ekfac eigen evidence predictive samples cold growth breakdown
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint types docs wheel clean
+.PHONY: help quickstart test lint types docs wheel bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,8 +52,13 @@ wheel: $(DEV) ## build the wheel into dist/ and import it from a clean environme
 	(cd "$$tmp" && venv/bin/python -W error::SyntaxWarning -c "$$CHECK_WHEEL"); \
 	mkdir -p dist; mv "$$tmp"/*.whl dist/
 
-clean: ## remove .venv, build outputs and caches
-	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache
+bench: $(DEV) $(BENCH_TORCH) $(BENCH_KFAC_JAX) ## measure against the peers; ONLY="factors ekfac" for a part
+	@for question in $(ONLY); do \
+		echo ">> $$question"; $(BIN)/python benchmarks/$$question.py || exit 1; done
+	@$(BIN)/python benchmarks/table.py
+
+clean: ## remove environments, build outputs and caches
+	rm -rf .venv .venv-bench-torch .venv-bench-kfac-jax build dist site .mypy_cache .pytest_cache .ruff_cache
 
 define CHECK_WHEEL
 import importlib.resources, sys, zipfile, pathlib
@@ -84,4 +94,22 @@ $(EXAMPLES): $(VENV) pyproject.toml
 $(DEV): $(VENV) pyproject.toml
 	@echo ">> installing laplax-kfac[dev] (minutes the first time)"
 	@$(PIP) install --editable '.[dev]'
+	@touch $@
+
+# The peers' newest releases are installed as their authors' requirements ask, but for torchvision,
+# which they need for examples only and which would pull another torch.
+$(BENCH_TORCH): $(VENV) benchmarks/requirements-torch.txt benchmarks/requirements-torch-peers.txt
+	@echo ">> creating .venv-bench-torch (minutes the first time)"
+	@$(PYTHON) -m venv --clear .venv-bench-torch
+	@.venv-bench-torch/bin/python -m pip -qq --disable-pip-version-check install \
+		-r benchmarks/requirements-torch.txt
+	@.venv-bench-torch/bin/python -m pip -qq --disable-pip-version-check install \
+		--no-deps -r benchmarks/requirements-torch-peers.txt
+	@touch $@
+
+$(BENCH_KFAC_JAX): $(VENV) benchmarks/requirements-kfac-jax.txt
+	@echo ">> creating .venv-bench-kfac-jax (minutes the first time)"
+	@$(PYTHON) -m venv --clear .venv-bench-kfac-jax
+	@.venv-bench-kfac-jax/bin/python -m pip -qq --disable-pip-version-check install \
+		-r benchmarks/requirements-kfac-jax.txt
 	@touch $@

@@ -2,23 +2,35 @@
 
 __version__ = "0.1.0"
 
-from laplax_kfac import patterns
+from laplax_kfac import likelihood, patterns
 from laplax_kfac.approximation_error import RelativeError, relative_error
 from laplax_kfac.capture import LayerRecord, intermediates_and_gradients
 from laplax_kfac.checkpoint import load, save
 from laplax_kfac.curvature import Accumulator, Curvature, accumulator, ekfac, kfac, kfoc
 from laplax_kfac.layers import Layer
 from laplax_kfac.likelihood import Likelihood
-from laplax_kfac.marglik import DataFit, Evidence, Tuned, data_fit, log_marginal_likelihood, tune
+from laplax_kfac.links import class_probabilities
+from laplax_kfac.marglik import DataFit, Evidence, data_fit, log_marginal_likelihood
 from laplax_kfac.plugin import register as _register
 from laplax_kfac.posterior import Posterior, make_posterior
-from laplax_kfac.predictive import Predictive, predictive_covariance
+from laplax_kfac.predictive import (
+    Marginals,
+    Predictive,
+    joint_covariance,
+    predictive_covariance,
+    predictive_samples,
+    predictive_variance,
+)
 from laplax_kfac.report import LayerReport, find_layers
+from laplax_kfac.sums import merge
+from laplax_kfac.training import Trained, marglik_training
+from laplax_kfac.tuning import BoundaryWarning, Tuned, tune
 
 _register()
 
 __all__ = [
     "Accumulator",
+    "BoundaryWarning",
     "Curvature",
     "DataFit",
     "Evidence",
@@ -26,22 +38,31 @@ __all__ = [
     "LayerRecord",
     "LayerReport",
     "Likelihood",
+    "Marginals",
     "Posterior",
     "Predictive",
     "RelativeError",
+    "Trained",
     "Tuned",
     "accumulator",
+    "class_probabilities",
     "data_fit",
     "ekfac",
     "find_layers",
     "intermediates_and_gradients",
+    "joint_covariance",
     "kfac",
     "kfoc",
+    "likelihood",
     "load",
     "log_marginal_likelihood",
     "make_posterior",
+    "marglik_training",
+    "merge",
     "patterns",
     "predictive_covariance",
+    "predictive_samples",
+    "predictive_variance",
     "relative_error",
     "save",
     "tune",

@@ -216,6 +216,24 @@ class BlockDiagonal:
         """Trace of the matrix."""
         return sum((jnp.sum(b.eigenvalues) for b in self.blocks), jnp.zeros(()))
 
+    def quadratic_form(self, v: PyTree) -> Float[Array, ""]:
+        """``v^T M v``, with M the matrix, on all but frozen parameters.
+
+        It is exact, and costs half a product with the matrix. A sum of several Kronecker blocks,
+        which has no eigendecomposition of its own, is a sum of these.
+
+        Args:
+            v: Pytree like the parameters.
+
+        Raises:
+            ValueError: If ``v`` has another structure or other shapes than the parameters.
+        """
+        total = jnp.zeros(())
+        for block, layer, part in zip(self.blocks, self.layers, self.read(v), strict=True):
+            if not layer.frozen:
+                total = total + jnp.sum(block.eigenvalues * jnp.abs(rotate(block, part)) ** 2)
+        return total
+
     def log_determinant(self) -> Float[Array, ""]:
         """Logarithm of the determinant on all but frozen parameters; -inf if singular."""
         pairs = zip(self.blocks, self.layers, strict=True)

@@ -21,7 +21,13 @@ from jaxtyping import Array, Float, Key, PyTree
 from laplax_kfac import jaxprs
 from laplax_kfac.data import Batch, as_batch, batch_size, first_example, to_arrays
 from laplax_kfac.layers import Layer
-from laplax_kfac.likelihood import FisherType, Likelihood, columns, resolve_likelihood
+from laplax_kfac.likelihood import (
+    FisherType,
+    Likelihood,
+    columns,
+    num_columns,
+    resolve_likelihood,
+)
 from laplax_kfac.parser import ModelFn, Program, parse
 from laplax_kfac.patterns import one_hot
 from laplax_kfac.resolve import Member, Resolved
@@ -431,6 +437,7 @@ def capture_batch(
     *,
     key: Key[Array, ""],
     mc_samples: int = 1,
+    sketches: int | None = None,
 ) -> list[Record]:
     """`capture` every example of a batch; the records' leaves get a leading axis N."""
 
@@ -440,9 +447,15 @@ def capture_batch(
         x, y, key = example
 
         def vectors(f: PyTree) -> PyTree:
-            return columns(likelihood, fisher_type, f, y, key=key, mc_samples=mc_samples)
+            return columns(
+                likelihood, fisher_type, f, y, key=key, mc_samples=mc_samples, sketches=sketches
+            )
 
-        by_units = program.custom_vjp and fisher_type == "type2"
+        # Sketches are there to avoid as many pullbacks as there are unit vectors.
+        sketched = sketches is not None and sketches < num_columns(
+            likelihood, fisher_type, program.output, y, mc_samples
+        )
+        by_units = program.custom_vjp and fisher_type == "type2" and not sketched
         pulled = None if fisher_type == "forward_only" else vectors
         return capture(
             program, leaves, consts, x, pulled, by_units=by_units, sequential=sequential
@@ -504,7 +517,8 @@ def intermediates_and_gradients(
     Args:
         model_fn: ``model_fn(input=, params=)``.
         params: Its parameters.
-        data: One batch: ``(input, target)`` or ``{"input": ..., "target": ...}``.
+        data: One batch: ``(input, target)`` or ``{"input": ..., "target": ...}``; weights of
+            examples play no part.
         loss_fn: A laplax ``LossFn``, its string, or a callable ``loss(output, target)`` of one
             example; the gradients are those of its value at the observed target.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.

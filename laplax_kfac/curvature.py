@@ -26,7 +26,10 @@ from laplax_kfac.data import (
     even_batches,
     first_example,
     pad,
+    require_several_passes,
+    same_number,
     to_arrays,
+    weighted_batch,
 )
 from laplax_kfac.data import batch_size as size_of
 from laplax_kfac.factors import KFAC_APPROXIMATIONS, KfacApprox, Statistics
@@ -91,6 +94,7 @@ class Options:
     kfac_approx: tuple[tuple[str, KfacApprox], ...]
     selection: Selection
     vmap_over_data: bool
+    sketches: int | None = None
 
     @classmethod
     def checked(
@@ -103,6 +107,7 @@ class Options:
         *,
         selection: Selection,
         vmap_over_data: bool = True,
+        sketches: int | None = None,
     ) -> "Options":
         """Check values that would otherwise fail far from their cause."""
         _check_choice("fisher_type", fisher_type, FISHER_TYPES)
@@ -110,6 +115,14 @@ class Options:
         for _, value in pairs:
             _check_choice("kfac_approx", value, KFAC_APPROXIMATIONS)
         mc_samples = _positive("mc_samples", mc_samples)
+        if sketches is not None:
+            sketches = _positive("sketches", sketches)
+            if fisher_type != "type2":
+                msg = (
+                    "`sketches` combines the columns of the loss Hessian's root, which only "
+                    f"fisher_type='type2' pulls back; found {fisher_type!r}, leave `sketches` out."
+                )
+                raise ValueError(msg)
         if fisher_type == "forward_only" and selection.curvature != "kronecker":
             msg = (
                 "`fisher_type='forward_only'` defines Kronecker factors alone: it needs "
@@ -124,6 +137,7 @@ class Options:
             tuple(pairs),  # type: ignore[arg-type]
             selection,
             vmap_over_data,
+            sketches,
         )
 
     def kfac_approx_for(self, layer: Layer) -> KfacApprox:
@@ -174,6 +188,12 @@ class Accumulator:
     params: PyTree
     options: Options
 
+    def at(self, params: PyTree) -> "Accumulator":
+        """The same at other parameters of the same shapes; nothing is traced or compiled anew."""
+        moved = replace(self, params=params)
+        moved.__dict__["_programs"] = self._programs
+        return moved
+
     def init(self) -> Statistics:
         """The state before any data."""
         return factors.empty_statistics()
@@ -185,15 +205,16 @@ class Accumulator:
 
         Args:
             state: Statistics so far.
-            batch: ``(input, target)`` or ``{"input": ..., "target": ...}``.
+            batch: ``(input, target)`` or ``{"input": ..., "target": ...}``, either with a weight
+                for every example if these differ; see `kfac`.
             weights: 1 for every example that counts and 0 for padding; all count by default.
+                They multiply the weights of the batch.
 
         Raises:
             TypeError: If the batch is of no known form.
             ValueError: If its arrays disagree about the number of examples.
         """
-        batch = to_arrays(as_batch(batch))
-        weights = jnp.ones(size_of(batch)) if weights is None else jnp.asarray(weights)
+        batch, weights = weighted_batch(to_arrays(as_batch(batch)), weights)
         return self._added(state, batch, weights, in_place=False)
 
     def collect(self, data: Iterable[WeightedBatch]) -> Statistics:
@@ -203,8 +224,8 @@ class Accumulator:
             data: Batches with their weights.
         """
         state = self.init()
-        for batch, weights in data:
-            state = self._added(state, batch, weights, in_place=True)
+        for part in data:
+            state = self._added(state, *weighted_batch(*part), in_place=True)
         return state
 
     def _added(
@@ -317,7 +338,7 @@ class Accumulator:
             *operands: What else it takes.
         """
         total: Any = None
-        for number, (batch, weights) in enumerate(data):
+        for number, (batch, weights) in enumerate(weighted_batch(*part) for part in data):
             compiled = self._compiled(first_example(batch))
             arrays = self._arrays(compiled.program, batch, weights, number)
             if total is None:
@@ -436,8 +457,9 @@ def _record_bytes(program: Program, options: Options, batch: Batch) -> int:
     """Memory for the records of one example."""
     target = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), batch["target"])
     pulled = num_columns(
-        options.likelihood, options.fisher_type, program.output, target, options.mc_samples
-    )
+        options.likelihood, options.fisher_type, program.output, target, options.mc_samples,
+        options.sketches,
+    )  # fmt: skip
     return 4 * sum(record_size(layer, pulled) for layer in program.layers)
 
 
@@ -483,7 +505,7 @@ def _summed(
     def sums(batch: Batch, weights: Float[Array, " n"], key: Key[Array, ""]) -> Any:
         records = capture_batch(
             program, leaves, consts, batch, options.likelihood, options.fisher_type,
-            key=key, mc_samples=options.mc_samples,
+            key=key, mc_samples=options.mc_samples, sketches=options.sketches,
         )  # fmt: skip
         return of_records(records, weights)
 
@@ -514,6 +536,7 @@ def accumulator(
     loss_fn: Any,
     fisher_type: str = "type2",
     mc_samples: int = 1,
+    sketches: int | None = None,
     key: Key[Array, ""] | None = None,
     kfac_approx: str | Mapping[str, str] = "expand",
     curvature: str = "kronecker",
@@ -526,8 +549,8 @@ def accumulator(
     """Streaming curvature: ``init``, ``update``, ``merge`` and ``finalize``.
 
     The arguments are those of `kfac`, without the data. States that are accumulated apart and
-    merged need accumulators with a ``key`` each if ``fisher_type`` is ``"mc"``: every state draws
-    the same sequence of targets from its key.
+    merged need accumulators with a ``key`` each if ``fisher_type`` is ``"mc"``, or if there are
+    ``sketches``: every state draws the same sequence from its key.
 
     Raises:
         ValueError: If an option has an unknown value.
@@ -539,7 +562,7 @@ def accumulator(
     )  # fmt: skip
     options = Options.checked(
         loss_fn, fisher_type, mc_samples, key, kfac_approx,
-        selection=selection, vmap_over_data=vmap_over_data,
+        selection=selection, vmap_over_data=vmap_over_data, sketches=sketches,
     )  # fmt: skip
     return Accumulator(model_fn, params, options)
 
@@ -552,6 +575,7 @@ def kfac(
     loss_fn: Any,
     fisher_type: str = "type2",
     mc_samples: int = 1,
+    sketches: int | None = None,
     key: Key[Array, ""] | None = None,
     kfac_approx: str | Mapping[str, str] = "expand",
     curvature: str = "kronecker",
@@ -576,15 +600,23 @@ def kfac(
         model_fn: ``model_fn(input=, params=)``.
         params: The trained parameters, a pytree of arrays.
         data: One batch, ``(input, target)`` or ``{"input": ..., "target": ...}``, or an iterable
-            of batches.
+            of batches. Examples of a batch ``(input, target, weight)``, or of one with a key
+            ``"weight"``, an array (N,), count so many times.
         loss_fn: A laplax ``LossFn``, its string (``"mse"``, ``"cross_entropy"``,
-            ``"binary_cross_entropy"``), or a callable ``loss(output, target)`` of one example. The
-            loss of the data is the sum over examples.
+            ``"binary_cross_entropy"``), a callable ``loss(output, target)`` of one example, or a
+            `Likelihood`, such as those in `laplax_kfac.likelihood`. The loss of the data is the
+            sum over examples.
         fisher_type: ``"type2"`` for the generalised Gauss-Newton matrix, ``"mc"`` for its estimate
             from sampled targets, ``"empirical"`` for the Fisher matrix at the observed targets,
             ``"forward_only"`` for input factors alone, with output factors that are the identity.
         mc_samples: Samples an example for ``"mc"``.
-        key: Random key for ``"mc"``; ``jax.random.key(0)`` by default.
+        sketches: For ``"type2"`` with large outputs: how many vectors to pull back for an example,
+            independent random combinations of the columns of its Hessian's root. The factor of the
+            outputs and blocks without a Kronecker form are then unbiased estimates, at a cost that
+            does not grow with the number of outputs, but for the factor of a layer that has as
+            many outputs itself. A derivative rule of the model's own that is not linear is applied
+            to the combinations. All columns by default.
+        key: Random key for ``"mc"`` and ``sketches``; ``jax.random.key(0)`` by default.
         kfac_approx: How positions that share a weight are treated: ``"expand"`` as if they were
             examples, ``"reduce"`` summed up (Eschenhagen et al. 2023, arXiv 2311.00636); or these
             by patterns of layers' names, ``"expand"`` for those that match none.
@@ -616,7 +648,8 @@ def kfac(
         TypeError: If ``data`` or ``loss_fn`` is of an unsupported type.
     """
     accumulate = accumulator(
-        model_fn, params, loss_fn=loss_fn, fisher_type=fisher_type, mc_samples=mc_samples, key=key,
+        model_fn, params, loss_fn=loss_fn, fisher_type=fisher_type, mc_samples=mc_samples,
+        sketches=sketches, key=key,
         kfac_approx=kfac_approx, curvature=curvature, params_filter=params_filter,
         fallback=fallback, dense_limit=dense_limit,
         separate_weight_and_bias=separate_weight_and_bias, vmap_over_data=vmap_over_data,
@@ -630,8 +663,12 @@ def kfac(
         optimal_factors=optimal_factors,
     )  # fmt: skip
 
+    if optimal_factors or eigenvalue_correction:
+        require_several_passes(data, "`ekfac`" if eigenvalue_correction else "`kfoc`")
+    sizes: list[int] = []
+
     def stream(description: str) -> Iterable[WeightedBatch]:
-        loaded = batches(data, transform)
+        loaded = same_number(batches(data, transform), sizes)
         first = next(loaded)
         parts = even_batches(
             itertools.chain([first], loaded), accumulate.part_size(first, batch_size)

@@ -1,4 +1,7 @@
-"""Batches of data: one batch or a loader of many, in one form and padded to one size."""
+"""Batches of data: one batch or a loader of many, in one form and padded to one size.
+
+Examples may have weights: one of weight w counts as w equal examples do.
+"""
 
 import math
 import operator
@@ -18,24 +21,31 @@ def as_batch(batch: Any) -> Batch:
     """One batch in laplax's form.
 
     Args:
-        batch: ``(input, target)``, or a mapping with the keys ``"input"`` and ``"target"``.
+        batch: ``(input, target)`` or ``(input, target, weight)``, or a mapping with the keys
+            ``"input"`` and ``"target"``, and ``"weight"`` if examples have weights: an array (N,)
+            of numbers that are not negative.
+
+    Returns:
+        Input and target, and the weight where there is one.
 
     Raises:
-        ValueError: If a tuple has not two entries, or a mapping lacks a key.
+        ValueError: If a tuple has not two or three entries, or a mapping lacks a key, or the
+            weight is no such array.
         TypeError: If it is neither.
     """
     if isinstance(batch, Mapping):
         if "input" not in batch or "target" not in batch:
             msg = f"A batch needs the keys 'input' and 'target', found {sorted(map(str, batch))}."
             raise ValueError(msg)
-        return {"input": batch["input"], "target": batch["target"]}
+        return _with_weight(batch["input"], batch["target"], batch.get("weight"))
     if isinstance(batch, tuple | list):
-        if len(batch) != 2:
+        if len(batch) not in (2, 3):
             msg = (
-                f"A batch must be (input, target), found a {type(batch).__name__} of {len(batch)}."
+                f"A batch must be (input, target), found a {type(batch).__name__} of "
+                f"{len(batch)}; a third entry may be the weights of the examples."
             )
             raise ValueError(msg)
-        return {"input": batch[0], "target": batch[1]}
+        return _with_weight(*batch)
     msg = (
         f"A batch must be a tuple (input, target) or a mapping with 'input' and 'target', found "
         f"{type(batch).__name__}. `data` is one such batch, or an iterable of them."
@@ -43,11 +53,52 @@ def as_batch(batch: Any) -> Batch:
     raise TypeError(msg)
 
 
+def _with_weight(x: PyTree, y: PyTree, weight: Any = None) -> Batch:
+    if weight is None:
+        return {"input": x, "target": y}
+    if isinstance(weight, Mapping | tuple | list) or len(np.shape(weight)) != 1:
+        shape = "" if isinstance(weight, Mapping | tuple | list) else f" of {np.shape(weight)}"
+        msg = (
+            f"The weight of a batch must be an array of shape (N,), one number an example; found "
+            f"{type(weight).__name__}{shape}. A tuple of three is (input, target, weight)."
+        )
+        raise ValueError(msg)
+    known = not isinstance(weight, jax.core.Tracer)
+    if known and not (np.isfinite(np.asarray(weight)) & (np.asarray(weight) >= 0)).all():
+        msg = "The weight of an example must be finite and not negative."
+        raise ValueError(msg)
+    return {"input": x, "target": y, "weight": weight}
+
+
+def weighted_batch(batch: Batch, weights: Any = None) -> WeightedBatch:
+    """Split a batch into its examples and what each counts.
+
+    Args:
+        batch: A batch of arrays, in the form of `as_batch`.
+        weights: Further factors, of shape (N,); 1 by default.
+    """
+    counts = jnp.asarray(_counts(batch))
+    if weights is not None:
+        counts = counts * jnp.asarray(weights, counts.dtype)
+    return _examples(batch), counts
+
+
+def _examples(batch: Batch) -> Batch:
+    return {name: part for name, part in batch.items() if name != "weight"}
+
+
+def _counts(batch: Batch) -> Any:
+    """What each example counts; a numpy array unless the batch has weights in JAX."""
+    size, dtype = batch_size(batch), jnp.result_type(float)
+    return batch["weight"].astype(dtype) if "weight" in batch else np.ones(size, dtype)
+
+
 def batches(data: Any, transform: Callable[[Any], Any] | None = None) -> Iterator[Batch]:
     """The batches of ``data``: itself if it is a tuple or a mapping, else what it iterates over.
 
     Args:
-        data: One batch (tuple or mapping), or an iterable of batches, such as a list or a loader.
+        data: One batch (tuple or mapping), or an iterable of batches: a list, a loader of torch or
+            grain, a ``tf.data.Dataset``, an iterator.
         transform: Applied to every batch first, to bring it to one of these forms.
 
     Raises:
@@ -65,7 +116,8 @@ def batches(data: Any, transform: Callable[[Any], Any] | None = None) -> Iterato
         )
         raise TypeError(msg)
     empty = True
-    for batch in data:
+    as_numpy = getattr(data, "as_numpy_iterator", None)  # of a tf.data.Dataset
+    for batch in data if as_numpy is None else as_numpy():
         empty = False
         yield convert(batch)
     if empty:
@@ -76,9 +128,73 @@ def batches(data: Any, transform: Callable[[Any], Any] | None = None) -> Iterato
         raise ValueError(msg)
 
 
+def require_several_passes(data: Any, purpose: str) -> None:
+    """Refuse, before it is touched, data that can be iterated over only once.
+
+    Args:
+        data: One batch, or an iterable of batches.
+        purpose: What needs the passes.
+
+    Raises:
+        TypeError: If ``data`` is an iterator or a generator.
+    """
+    if isinstance(data, Iterator):
+        msg = (
+            f"{purpose} goes through `data` more than once, but a {type(data).__name__} is an "
+            "iterator, which ends after one pass. Pass a list of batches, or a loader of which "
+            "`iter(data)` starts anew and which is no iterator itself (it has no `__next__`)."
+        )
+        raise TypeError(msg)
+
+
+def same_number(stream: Iterable[Batch], earlier: list[int]) -> Iterator[Batch]:
+    """The batches of one pass, if it has as many examples as the passes before it.
+
+    Args:
+        stream: The batches.
+        earlier: Numbers of examples of the passes so far; that of this one is appended.
+
+    Raises:
+        ValueError: At the end, if the number differs from that of the first pass.
+    """
+    count = 0
+    for batch in stream:
+        count += batch_size(batch)
+        yield batch
+    earlier.append(count)
+    if count != earlier[0]:
+        msg = (
+            f"`data` had {earlier[0]} examples in the first pass and {count} in pass "
+            f"{len(earlier)}: pass a loader that goes through the same examples every time."
+        )
+        raise ValueError(msg)
+
+
 def to_arrays(batch: Batch) -> Batch:
-    """Leaves as arrays; foreign ones (torch tensors) through numpy."""
-    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), batch)
+    """Leaves as arrays; foreign ones (tensors of torch or tensorflow) through numpy.
+
+    Raises:
+        TypeError: If numpy cannot read a leaf as numbers.
+    """
+    return jax.tree.map(_as_array, batch)
+
+
+def _as_array(x: Any) -> Any:
+    if isinstance(x, jax.Array):
+        return x
+    reason = "it is not made of numbers"
+    try:
+        array = np.asarray(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error)
+    else:
+        if array.dtype.kind not in "OUSMm":
+            return array
+    msg = (
+        f"A batch holds a {type(x).__name__}, which numpy cannot read ({reason}); convert it by "
+        "`transform`, or in the loader."
+    )
+    raise TypeError(msg)
 
 
 def batch_size(batch: Batch) -> int:
@@ -99,21 +215,37 @@ def batch_size(batch: Batch) -> int:
     return int(size)
 
 
+def positive_integer(name: str, value: Any) -> int:
+    """The value, if it is a positive integer.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        msg = f"`{name}` must be a positive integer, found {value!r}."
+        raise ValueError(msg)
+    return number
+
+
 def pad(batch: Batch, size: int) -> WeightedBatch:
-    """Repeat the last example up to ``size``; weights are 1 for real examples and 0 for repeats.
+    """Repeat the last example up to ``size``; repeats have weight 0, others their own or 1.
 
     Padding with an example keeps every value in the model's domain, and one size for all batches
     means one compilation.
     """
     missing = size - batch_size(batch)
 
-    def longer(x: Any) -> Any:
-        repeat = np.concatenate if isinstance(x, np.ndarray) else jnp.concatenate
-        return repeat([x, *[x[-1:]] * missing]) if missing else x
+    def longer(x: Any, end: Any) -> Any:
+        join = np.concatenate if isinstance(x, np.ndarray) else jnp.concatenate
+        return join([x, *[end] * missing]) if missing else x
 
-    weights = np.ones(size, np.float32)
-    weights[size - missing :] = 0.0
-    return jax.tree.map(longer, batch), jnp.asarray(weights)
+    examples, counts = _examples(batch), _counts(batch)
+    repeated = jax.tree.map(lambda x: longer(x, x[-1:]), examples)
+    return repeated, jnp.asarray(longer(counts, np.zeros(1, counts.dtype)))
 
 
 def even_batches(stream: Iterable[Batch], most: int) -> Iterator[WeightedBatch]:

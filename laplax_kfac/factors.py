@@ -79,7 +79,7 @@ class Statistics:
     """The state of an accumulation; without layers before the first update.
 
     Attributes:
-        num_examples: Examples seen, a float scalar.
+        num_examples: Examples seen, each counted with its weight, a float scalar.
         num_updates: Updates made, an integer scalar: it tells the random keys of updates apart.
         sums: Sums of every layer.
         layers: The layers.
@@ -589,7 +589,7 @@ def _block(layer: Layer, sums: Sums) -> Block:
 
 def _factors(sums: KroneckerSums) -> tuple[Array, Array]:
     """The two factors of a layer's block; their product is that of the curvature."""
-    count = jnp.maximum(sums.count, 1.0)  # a branch never taken has zero sums
+    count = jnp.where(sums.count > 0, sums.count, 1.0)  # a branch never taken has zero sums
     count = count.reshape(*count.shape, *[1] * (sums.inputs.ndim - 2))
     return nearest_kronecker(sums.inputs / count, sums.outputs)
 

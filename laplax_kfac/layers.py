@@ -1,9 +1,12 @@
 """The public record of a layer: which parameters it holds and which curvature block it gets."""
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from laplax_kfac.layout import Segment
+from laplax_kfac.layout import ParameterSpace, Segment
 
 FROZEN = "frozen"
 """Pattern of parameters that are left out: fixed at their value."""
@@ -76,3 +79,36 @@ class Layer:
             return (self.size,)
         matrix = (self.rows, self.out_features)
         return matrix if self.stack == 1 else (self.stack, *matrix)
+
+    @property
+    def first(self) -> int:
+        """Id of the first parameter of its matrix."""
+        return self.segments[0].first if self.size else 0
+
+
+def unique_names(layers: Sequence[Layer], space: ParameterSpace) -> list[str]:
+    """Name a layer by the module its parameters share, if no other layer does; else by its leaf."""
+    name_of = dict(zip(space.paths, space.names, strict=True))
+    modules = [{name_of[p].rpartition("/")[0] for p in layer.params} for layer in layers]
+    owners = Counter(module for own in modules for module in own)
+    names = []
+    for layer, own in zip(layers, modules, strict=True):
+        module = min(own)
+        alone = bool(module) and len(own) == 1 and owners[module] == 1
+        path = space.paths[space.leaf_at(layer.first)] if layer.size else layer.params[0]
+        names.append(module if alone else name_of[path])
+    ranged = [_with_range(n, layer, space) if names.count(n) > 1 else n
+              for n, layer in zip(names, layers, strict=True)]  # fmt: skip
+    return [
+        n if n not in ranged[:k] else f"{n}#{ranged[:k].count(n) + 1}" for k, n in enumerate(ranged)
+    ]
+
+
+def _with_range(name: str, layer: Layer, space: ParameterSpace) -> str:
+    """The name of one of several layers in a leaf: with where its weight begins and ends."""
+    if not layer.size:
+        return name
+    leaf = space.leaf_at(layer.first)
+    begin = layer.first - space.offsets[leaf]
+    end = min(begin + math.prod(layer.segments[0].shape), math.prod(space.shapes[leaf]))
+    return f"{name}[{begin}:{end}]"

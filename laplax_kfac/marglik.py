@@ -1,30 +1,44 @@
-"""The marginal likelihood (evidence) of the Laplace approximation, and tuning by it.
+"""The marginal likelihood (evidence) of the Laplace approximation.
 
     log p(D) = log p(D | theta) + log p(theta) + P/2 log(2 pi) - 1/2 log det(H + tau I)
 
 at the trained parameters theta (MacKay 1992; Immer et al. 2021, arXiv 2104.04975, Eq. 6), with H
-the curvature of the negative log-likelihood and tau the prior precision. After the fit it costs
-sums over eigenvalues only, and is differentiable in every hyperparameter.
+the curvature of the negative log-likelihood and tau the prior precision. The constants of prior and
+volume cancel, which leaves, with m the mean of the prior and lambda the eigenvalues of H,
+
+    log p(D | theta) - tau/2 ||theta - m||^2 - 1/2 sum log(1 + lambda / tau).
+
+No large terms cancel in it, however few of the parameters the data determine. After the fit it
+costs one pass over the eigenvalues, two with the gradient, and is differentiable in every
+hyperparameter.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.blocks import BlockDiagonal
 from laplax_kfac.capture import map_examples
 from laplax_kfac.curvature import DEFAULT_BATCH_SIZE
-from laplax_kfac.data import batches, even_batches
+from laplax_kfac.data import Batch, batches, even_batches
 from laplax_kfac.likelihood import resolve_likelihood
 from laplax_kfac.parser import ModelFn, per_example
-from laplax_kfac.posterior import make_posterior
-from laplax_kfac.prior import PriorPrecision, Scalar, log_prior, per_block, require_positive
+from laplax_kfac.posterior import Posterior, as_prior, make_posterior
+from laplax_kfac.prior import (
+    PriorPrecision,
+    Scalar,
+    log_prior_determinant,
+    per_block,
+    precision_matrix,
+    prior_distance,
+    require_positive,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -34,9 +48,9 @@ class DataFit:
 
     Attributes:
         loss: Sum of the loss over the data.
-        num_outputs: Number of scalar outputs over the data, N C.
+        num_outputs: Number of scalar outputs over the data, N C; weighted as the loss is.
         gaussian: Whether the loss is ``mse``, so that it is a likelihood only with a noise
-            variance.
+            variance. (`likelihood.gaussian` has one, and needs none here.)
     """
 
     loss: Float[Array, ""]
@@ -72,31 +86,41 @@ def data_fit(
         model_fn: ``model_fn(input=, params=)``.
         params: The trained parameters.
         data: One batch or an iterable of batches, as for `kfac`.
-        loss_fn: As for `kfac`. A callable must be a negative log-likelihood, with its constants.
+        loss_fn: As for `kfac`. A callable must be a negative log-likelihood, with its constants;
+            so are the losses of `likelihood`.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
         batch_size: Most examples that are worked on at once.
         transform: Applied to every batch first.
     """
+    compiled = jax.jit(fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data))
+    stream = even_batches(batches(data, transform), batch_size)
+    return summed_fit(compiled(params, batch, weights) for batch, weights in stream)
+
+
+def summed_fit(parts: Iterable[DataFit]) -> DataFit:
+    """The fit to the data of all parts."""
+    return functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
+
+
+def fit_of_batch(
+    model_fn: ModelFn, loss_fn: Any, *, vmap_over_data: bool
+) -> Callable[[PyTree, Batch, Float[Array, " N"]], DataFit]:
+    """The fit to one batch, as a function of the parameters, the batch, and weights of examples."""
     likelihood = resolve_likelihood(loss_fn)
     single = per_example(model_fn, vmap_over_data=vmap_over_data)
 
-    @jax.jit
-    def sums(params: PyTree, batch: Any, weights: Array) -> tuple[Array, Array]:
+    def fit(params: PyTree, batch: Batch, weights: Float[Array, " N"]) -> DataFit:
         def one(example: tuple[PyTree, PyTree], *, sequential: bool = False) -> tuple[Array, Array]:
             del sequential  # one example has nothing to vmap
             x, y = example
             out = single(params, x)
-            size = sum(o.size for o in jax.tree.leaves(out))
-            return likelihood.loss(out, y), jnp.asarray(float(size))
+            return likelihood.loss(out, y), likelihood.num_outputs(out, y)
 
         losses, sizes = map_examples(one, (batch["input"], batch["target"]))
-        return jnp.sum(losses * weights), jnp.sum(sizes * weights)
+        squared = likelihood.squared_error
+        return DataFit(jnp.sum(losses * weights), jnp.sum(sizes * weights), squared)
 
-    loss, count = jnp.zeros(()), jnp.zeros(())
-    for batch, weights in even_batches(batches(data, transform), batch_size):
-        more_loss, more_count = sums(params, batch, weights)
-        loss, count = loss + more_loss, count + more_count
-    return DataFit(loss, count, likelihood.name == "mse")
+    return fit
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +131,8 @@ class Evidence:
     Attributes:
         value: The log marginal likelihood.
         log_likelihood: The fit, log p(D | theta).
-        complexity: ``tau/2 ||theta||^2 - P/2 log tau + 1/2 log_determinant``, for a scalar tau.
+        complexity: ``tau/2 ||theta - mean||^2 - P/2 log tau + 1/2 log_determinant``, for a scalar
+            tau.
         log_determinant: Of the posterior precision.
     """
 
@@ -122,7 +147,8 @@ def log_marginal_likelihood(
     params: PyTree,
     *,
     log_likelihood: DataFit,
-    prior_prec: PriorPrecision,
+    prior_prec: PriorPrecision | Posterior,
+    prior_mean: PyTree | None = None,
     noise_variance: Scalar | None = None,
 ) -> Evidence:
     """Log evidence of the Laplace approximation at the trained parameters.
@@ -132,14 +158,39 @@ def log_marginal_likelihood(
         params: The trained parameters.
         log_likelihood: The fit to the same data, from `data_fit`.
         prior_prec: Prior precision tau: a scalar, an array with one value a layer, or a pytree
-            prefix of the parameters.
+            prefix of the parameters. Or a matrix, which is added to the curvature by the rules of
+            `merge` at every call: a pytree with one value for every parameter (or axes of length
+            one: a feature, a unit), or the posterior of an earlier task.
+        prior_mean: Mean of the prior, a pytree like the parameters: for the posterior of an earlier
+            task, the parameters it was fitted at. Zero by default.
         noise_variance: Variance of the Gaussian noise, positive; only for ``mse``, 1/2 by default,
             for which the loss itself is the negative log-likelihood up to its constant.
 
     Raises:
         ValueError: If ``noise_variance`` is given for another loss than ``mse``, or if it or
             ``prior_prec`` is not positive.
+        TypeError: If ``log_likelihood`` is no `DataFit`, or ``prior_prec`` is a function.
+    """
+    require_fit(log_likelihood, noise_variance)
+    fit = log_likelihood.log_likelihood(noise_variance)
+    factor = log_likelihood.curvature_factor(noise_variance)
+    prior = as_prior(prior_prec)
+    prior_determinant = log_prior_determinant(prior, curvature)
+    if precision_matrix(prior, curvature) is not None:
+        posterior = make_posterior(curvature, prior, sigma_squared=factor)
+        growth = posterior.log_determinant() - prior_determinant
+    else:
+        growth = _growth(curvature, per_block(prior, curvature), factor)
+    complexity = 0.5 * (prior_distance(prior, curvature, params, prior_mean) + growth)
+    return Evidence(fit - complexity, fit, complexity, prior_determinant + growth)
+
+
+def require_fit(log_likelihood: Any, noise_variance: Scalar | None) -> None:
+    """Refuse what is no `DataFit`, and a noise variance that does not belong to it.
+
+    Raises:
         TypeError: If ``log_likelihood`` is no `DataFit`.
+        ValueError: If there is a noise variance and the loss is not ``mse``, or it is not positive.
     """
     if not isinstance(log_likelihood, DataFit):
         msg = f"`log_likelihood` must come from `data_fit`, got {type(log_likelihood).__name__}."
@@ -149,100 +200,14 @@ def log_marginal_likelihood(
         raise ValueError(msg)
     if noise_variance is not None:
         require_positive("noise_variance", noise_variance)
-    factor = log_likelihood.curvature_factor(noise_variance)
-    posterior = make_posterior(curvature, prior_prec, sigma_squared=factor)
-    determinant = posterior.log_determinant()
-    volume = 0.5 * (curvature.num_free() * jnp.log(2 * jnp.pi) - determinant)
-    complexity = -log_prior(prior_prec, curvature, params) - volume
-    fit = log_likelihood.log_likelihood(noise_variance)
-    return Evidence(fit - complexity, fit, complexity, determinant)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Tuned:
-    """Hyperparameters that maximise the evidence.
-
-    Attributes:
-        prior_prec: Prior precision, in the form it was given.
-        noise_variance: Noise variance; None where the likelihood has none.
-        evidence: The evidence there.
-        trace: Evidence at every step, shape (steps,).
-        converged: Whether the gradient in log hyperparameters fell below the tolerance, relative
-            to the number of parameters.
-    """
-
-    prior_prec: PyTree
-    noise_variance: Float[Array, ""] | None
-    evidence: Evidence
-    trace: Float[Array, " steps"]
-    converged: Array
-
-
-def tune(
-    curvature: BlockDiagonal,
-    params: PyTree,
-    *,
-    log_likelihood: DataFit,
-    prior_prec: PriorPrecision = 1.0,
-    noise_variance: Scalar | None = None,
-    steps: int = 300,
-    learning_rate: float = 0.1,
-    tolerance: float = 1e-4,
-) -> Tuned:
-    """Maximise the evidence in the prior precision, and in the noise variance if one is given.
-
-    Adam on the logarithms of the hyperparameters, in one compiled loop; no factorisation.
-
-    Args:
-        curvature: Curvature of the loss over the data.
-        params: The trained parameters.
-        log_likelihood: The fit to the same data, from `data_fit`.
-        prior_prec: Where to start: a scalar, an array with one value a layer, or a pytree prefix
-            of the parameters; every value is tuned.
-        noise_variance: Where to start; None leaves it out.
-        steps: Steps of Adam.
-        learning_rate: Its step size, in natural logarithms; it decays to zero by a cosine.
-        tolerance: See `Tuned.converged`.
-    """
-    per_block(prior_prec, curvature)  # inside the loop its values are not known
-    start = {"prior_prec": _logarithms(prior_prec)}
-    if noise_variance is not None:
-        require_positive("noise_variance", noise_variance)
-        start["noise_variance"] = _logarithms(noise_variance)
-    # The usual b2 = 0.999 would remember the steep gradients far from the optimum all the way.
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps), b2=0.9)
-
-    def evidence(logs: dict[str, PyTree], curvature: BlockDiagonal, params: PyTree) -> Evidence:
-        values = jax.tree.map(jnp.exp, logs)
-        return log_marginal_likelihood(curvature, params, log_likelihood=log_likelihood, **values)
-
-    def loss(logs: dict[str, PyTree], curvature: BlockDiagonal, params: PyTree) -> Array:
-        return -evidence(logs, curvature, params).value
-
-    @jax.jit
-    def optimise(curvature: BlockDiagonal, params: PyTree) -> tuple[Any, Array, Array, Evidence]:
-        def step(state: Any, _: None) -> tuple[Any, Array]:
-            logs, inner = state
-            value, gradient = jax.value_and_grad(loss)(logs, curvature, params)
-            updates, inner = optimizer.update(gradient, inner)
-            return (optax.apply_updates(logs, updates), inner), -value
-
-        (logs, _), trace = jax.lax.scan(step, (start, optimizer.init(start)), length=steps)
-        gradient = jax.grad(loss)(logs, curvature, params)
-        sizes = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(gradient)]
-        steepest = jnp.max(jnp.stack(sizes))
-        return (
-            logs,
-            trace,
-            steepest < tolerance * curvature.num_free(),
-            evidence(logs, curvature, params),
-        )
-
-    logs, trace, converged, best = optimise(curvature, params)
-    values = jax.tree.map(jnp.exp, logs)
-    return Tuned(values["prior_prec"], values.get("noise_variance"), best, trace, converged)
-
-
-def _logarithms(values: PyTree) -> PyTree:
-    return jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), values)
+def _growth(
+    curvature: BlockDiagonal, prior_prec: Sequence[Scalar], factor: Scalar
+) -> Float[Array, ""]:
+    """By how much the data increase the log-determinant of the precision."""
+    total = jnp.zeros(())
+    for block, layer, value in zip(curvature.blocks, curvature.layers, prior_prec, strict=True):
+        if not layer.frozen:
+            total = total + jnp.sum(jnp.log(1.0 + (factor / value) * block.eigenvalues))
+    return total

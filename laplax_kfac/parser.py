@@ -14,7 +14,8 @@ from laplax_kfac.layers import Layer
 from laplax_kfac.layout import ParameterSpace
 from laplax_kfac.resolve import Resolved, resolve
 from laplax_kfac.selection import Selection
-from laplax_kfac.walk import PARAMETERS, Findings, Opaque, Scope, Trace, Use, Value, constant, walk
+from laplax_kfac.structure import PARAMETERS, Trace, constant
+from laplax_kfac.walk import Findings, Opaque, Scope, Use, Value, walk
 
 ModelFn = Callable[..., PyTree]
 

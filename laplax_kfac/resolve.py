@@ -6,6 +6,7 @@ with several uses. A claim stands only if nothing else touches its ids; what is 
 probed at the parameter itself (exact, dense or diagonal), or does not influence the output.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +16,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from laplax_kfac import jaxprs
-from laplax_kfac.layers import FROZEN, BlockKind, Layer
-from laplax_kfac.layout import ParameterSpace, make_segment
+from laplax_kfac.layers import FROZEN, BlockKind, Layer, unique_names
+from laplax_kfac.layout import Contiguous, ParameterSpace, Segment, make_segment
 from laplax_kfac.selection import DENSE_LIMIT, CurvatureKind, Selection
 from laplax_kfac.structure import FOREIGN
 from laplax_kfac.walk import Findings, Opaque, Shift, Use
@@ -54,6 +55,17 @@ class Claim:
     indexed: bool = False
     transposed: bool = False
 
+    @functools.cached_property
+    def segment(self) -> Segment:
+        """The ids, as compactly as they allow."""
+        return make_segment(self.ids)
+
+    @property
+    def entries(self) -> slice | Ids:
+        """The ids as an index into an array of all parameters: nearly always a range."""
+        place = self.segment.place
+        return slice(place.start, place.stop) if isinstance(place, Contiguous) else self.ids
+
 
 @dataclass(frozen=True)
 class Member:
@@ -88,13 +100,16 @@ def resolve(
     layers = [_matrix_layer(group, findings, space, selection) for group in groups]
     taken = np.zeros(space.size, bool)
     for group in groups:
-        for ids in group.all_ids:
-            taken[ids] = True
+        for claim in group.parts:
+            taken[claim.entries] = True
     layers += _fallback_layers(opaque, taken, space, selection)
     for resolved in layers:
         _require_affordable(resolved.layer)
-    layers.sort(key=lambda r: (space.paths.index(r.layer.params[0]), _first(r.layer)))
-    return tuple(_named(layers, space))
+    layers.sort(key=lambda r: (space.paths.index(r.layer.params[0]), r.layer.first))
+    names = unique_names([r.layer for r in layers], space)
+    return tuple(
+        replace(r, layer=replace(r.layer, name=name)) for r, name in zip(layers, names, strict=True)
+    )
 
 
 # -- claims ------------------------------------------------------------------------------------
@@ -143,14 +158,14 @@ def _weight_claim(number: int, use: Use) -> Claim | str:
         return "added to data, differently at every position"
     shared = _shared_axes(use.ids)
     ids = _take_first(use.ids, shared)
-    problem = _not_a_matrix(ids)
-    if problem:
-        return problem
     place = use.pattern.outputs(use.eqn, use.operand, jaxprs.numbered(use.eqn.outvars[0]))
-    if use.operand < 0 and ids.size == 1 and place.size > 1:
-        return "one number, added in several places"
     positions = place.shape[0] * _shared_size(use, use.ids.shape[-3], shared)
     claim = Claim(number, ids, shared, positions, indexed=use.pattern.indexed)
+    problem = _not_a_matrix(claim)
+    if problem:
+        return problem
+    if use.operand < 0 and ids.size == 1 and place.size > 1:
+        return "one number, added in several places"
     if use.scale is None:
         return claim
     scale = np.broadcast_to(use.scale, np.broadcast_shapes(use.scale.shape, use.ids.shape))
@@ -181,11 +196,9 @@ def _bias_claim(number: int, use: Use, shift: Shift) -> Claim | None:
         return None
     ids = ids.take(0, axis=len(lanes))[..., None, :]  # (lanes, K, 1, out)
     shared = _shared_axes(ids)
-    core = _take_first(ids, shared)
-    if _not_a_matrix(core):
-        return None
     positions = place.shape[0] * _shared_size(use, ids.shape[-3], shared)
-    return Claim(number, core, shared, positions, bias=shift.factor)
+    claim = Claim(number, _take_first(ids, shared), shared, positions, bias=shift.factor)
+    return None if _not_a_matrix(claim) else claim
 
 
 def _shared_axes(ids: Int[np.ndarray, "*lanes stack rows out"]) -> tuple[bool, ...]:
@@ -228,11 +241,9 @@ def _combined(shifts: list[Shift]) -> list[tuple[Shift, list[int]]]:
 
 
 def _constant_along(x: Int[np.ndarray, "..."], axis: int) -> bool:
-    first = x.take([0], axis=axis)
+    x = np.moveaxis(x, axis, 0)
     # The second entry decides nearly always, without a pass over all of them.
-    return bool(
-        x.shape[axis] == 1 or ((x.take([1], axis=axis) == first).all() and (x == first).all())
-    )
+    return bool(len(x) == 1 or ((x[1] == x[0]).all() and (x == x[0]).all()))
 
 
 def _take_first(x: Int[np.ndarray, "..."], shared: Sequence[bool]) -> Ids:
@@ -242,16 +253,16 @@ def _take_first(x: Int[np.ndarray, "..."], shared: Sequence[bool]) -> Ids:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def _not_a_matrix(ids: Ids) -> str:
+def _not_a_matrix(claim: Claim) -> str:
     """Why ids are no matrices of distinct parameters; empty if they are."""
+    ids = claim.ids
     if ids.size == 0:
         return "has no entries"
-    low = int(ids.min())
-    if low == FOREIGN:
+    if isinstance(claim.entries, slice):
+        return ""
+    if ids.min() == FOREIGN:
         return "combined with constants or data before its use"
-    seen = np.zeros(int(ids.max()) - low + 1, bool)
-    seen[ids.ravel() - low] = True
-    return "" if int(seen.sum()) == ids.size else "repeated within one weight"
+    return "" if np.unique(ids).size == ids.size else "repeated within one weight"
 
 
 def _rank_one(
@@ -285,22 +296,22 @@ class Group:
         return self.claims[0].ids
 
     @property
-    def all_ids(self) -> list[Ids]:
-        """Ids of the layer's matrix, and of its bias if it has one."""
-        return [self.ids, *(c.ids for c in self.bias[:1])]
+    def parts(self) -> list[Claim]:
+        """A claim on the layer's matrix, and one on its bias if it has one."""
+        return [*self.claims[:1], *self.bias[:1]]
 
 
 def _group(claims: list[Claim], opaque: list[Opaque], size: int) -> list[Group]:
     """Claims on equal ids form groups; overlaps that are not equal are opaque."""
     groups: list[Group] = []
-    owner = np.full(size, -1, dtype=np.int32)
+    owner = np.zeros(size, np.int32)  # number of the group, from 1
     for claim in claims:
-        owners = owner[claim.ids]
-        group = groups[owners.max()] if owners.max() >= 0 else None
+        owners = owner[claim.entries]
+        group = groups[owners.max() - 1] if owners.max() else None
         same = bool(owners.min() == owners.max())
         if group is None:
-            owner[claim.ids] = len(groups)
             groups.append(Group([claim], []))
+            owner[claim.entries] = len(groups)
         elif same and np.array_equal(group.ids, claim.ids):
             group.claims.append(claim)
         elif same and np.array_equal(group.ids.swapaxes(1, 2), claim.ids):
@@ -314,24 +325,25 @@ def _group(claims: list[Claim], opaque: list[Opaque], size: int) -> list[Group]:
 def _drop_opaque(groups: list[Group], opaque: list[Opaque], size: int) -> list[Group]:
     """A group with one opaque parameter is opaque as a whole: repeat until nothing changes."""
     number = _causes(opaque, size)
-    changed = True
+    changed = bool(opaque)
     while changed:
         changed = False
         for group in list(groups):
-            hit = number[group.ids].max()
-            if hit >= 0:
-                cause = opaque[hit]
-                number[group.ids[number[group.ids] < 0]] = len(opaque)
+            entries = group.claims[0].entries
+            hit = number[entries].max()
+            if hit:
+                cause = opaque[hit - 1]
                 opaque.append(Opaque(group.ids.ravel(), cause.pattern, cause.reason))
+                number[entries] = np.where(number[entries], number[entries], len(opaque))
                 groups.remove(group)
                 changed = True
     return groups
 
 
 def _causes(opaque: list[Opaque], size: int) -> Int[np.ndarray, " P"]:
-    """For every parameter, which entry first made it opaque; -1 if none did."""
-    number = np.full(size, -1, dtype=np.int32)
-    for k, entry in reversed(list(enumerate(opaque))):
+    """For every parameter, which entry first made it opaque, from 1; 0 if none did."""
+    number = np.zeros(size, dtype=np.int32)
+    for k, entry in reversed(list(enumerate(opaque, start=1))):
         number[entry.ids] = k
     return number
 
@@ -344,13 +356,16 @@ def _without_partial_sums(
     The probe is exact, and the leaf one layer instead of two.
     """
     used = np.zeros(space.size, bool)
-    for ids in [i for group in groups for i in group.all_ids] + [entry.ids for entry in opaque]:
-        used[ids] = True
+    for entries in [g.claims[0].entries for g in groups] + [entry.ids for entry in opaque]:
+        used[entries] = True
     kept = []
     for group in groups:
+        if findings.use(group.claims[0].use).operand >= 0:
+            kept.append(group)
+            continue
         leaves = space.leaves_of(group.ids)
         idle = not all(used[space.offsets[k] : space.offsets[k + 1]].all() for k in leaves)
-        if idle and findings.use(group.claims[0].use).operand < 0:
+        if idle:
             whole = np.concatenate([space.leaf_ids(k).ravel() for k in leaves])
             opaque.append(Opaque(whole, "shift", "added to data in part"))
         else:
@@ -399,7 +414,7 @@ def _matrix_layer(
     first = group.claims[0]
     biases = {c.use: c.bias for c in group.bias}
     stack, rows, columns = group.ids.shape
-    ids = group.all_ids
+    parts = group.parts
     uses = {c.use: findings.use(c.use) for c in group.claims}
     names = sorted({use.pattern.name for use in uses.values()})
     reason = f"weight of `{uses[first.use].eqn.primitive.name}`"
@@ -420,7 +435,7 @@ def _matrix_layer(
     layer = Layer(
         name="",
         pattern="+".join(names),
-        params=_paths(ids, space),
+        params=_paths([c.ids for c in parts], space),
         block=_BLOCKS[selection.curvature],
         in_features=rows,
         out_features=columns,
@@ -430,7 +445,7 @@ def _matrix_layer(
         uses=len(group.claims),
         diagonal=diagonal,
         reason=reason,
-        segments=tuple(make_segment(i) for i in ids),
+        segments=tuple(c.segment for c in parts),
     )
     return Resolved(layer, tuple(Member(c, biases.get(c.use)) for c in group.claims))
 
@@ -440,16 +455,18 @@ def _fallback_layers(
 ) -> list[Resolved]:
     """One layer a leaf for what is probed, and one for what does not influence the output."""
     number = _causes(opaque, space.size)
-    number[taken] = -1
     layers = []
-    for leaf, path in enumerate(space.paths):
-        ids = space.leaf_ids(leaf).ravel()
+    for leaf, (path, name) in enumerate(zip(space.paths, space.names, strict=True)):
         here = slice(space.offsets[leaf], space.offsets[leaf + 1])
-        probed = ids[number[here] >= 0]
-        idle = ids[(number[here] < 0) & ~taken[here]]
+        if here.start < here.stop and taken[here].all():
+            continue
+        ids = space.leaf_ids(leaf).ravel()
+        probed = ids[(number[here] > 0) & ~taken[here]]
+        idle = ids[(number[here] == 0) & ~taken[here]]
         if probed.size:
-            cause = opaque[number[probed[0]]]
-            kind = _fallback_kind(leaf, probed.size, cause.reason, space, selection)
+            cause = opaque[number[probed[0]] - 1]
+            real = not space.is_complex(leaf)
+            kind = selection.block_of(name, probed.size, cause.reason, real=real)
             layers.append(_plain_layer(path, cause.pattern, kind, probed, cause.reason))
         if idle.size or not ids.size:
             pattern, reason = _why_idle(leaf, space, selection)
@@ -479,23 +496,6 @@ def _why_idle(leaf: int, space: ParameterSpace, selection: Selection) -> tuple[s
     return "unused", "does not influence the output"
 
 
-def _fallback_kind(
-    leaf: int, size: int, reason: str, space: ParameterSpace, selection: Selection
-) -> BlockKind:
-    name = space.names[leaf]
-    wanted = selection.fallback_for(name)
-    if wanted == "error":
-        msg = (
-            f"the parameters at {name!r} have no Kronecker form ({reason}), and `fallback` is "
-            "'error' for them. Choose 'dense', 'diagonal' or 'none', or leave them out by "
-            "`params_filter`."
-        )
-        raise ValueError(msg)
-    small = size <= selection.dense_limit or selection.curvature == "block"
-    dense = small and selection.curvature != "diagonal" and not space.is_complex(leaf)
-    return "diagonal" if wanted == "dense" and not dense else wanted
-
-
 def _plain_layer(
     path: str, pattern: str, block: BlockKind, ids: Int[np.ndarray, " n"], reason: str
 ) -> Resolved:
@@ -508,45 +508,3 @@ def _plain_layer(
 def _paths(ids: list[Ids], space: ParameterSpace) -> tuple[str, ...]:
     leaves = sorted({leaf for i in ids for leaf in space.leaves_of(i)})
     return tuple(space.paths[leaf] for leaf in leaves)
-
-
-def _first(layer: Layer) -> int:
-    return layer.segments[0].first if layer.size else 0
-
-
-def _named(layers: list[Resolved], space: ParameterSpace) -> list[Resolved]:
-    """Name a layer by the module its parameters share, if no other layer does; else by its leaf."""
-    name_of = dict(zip(space.paths, space.names, strict=True))
-
-    def modules(layer: Layer) -> set[str]:
-        return {name_of[p].rpartition("/")[0] for p in layer.params}
-
-    owners: dict[str, int] = {}
-    for resolved in layers:
-        for module in modules(resolved.layer):
-            owners[module] = owners.get(module, 0) + 1
-    names: list[str] = []
-    for resolved in layers:
-        layer = resolved.layer
-        module = min(modules(layer))
-        alone = bool(module) and len(modules(layer)) == 1 and owners[module] == 1
-        path = space.paths[space.leaf_at(_first(layer))] if layer.size else layer.params[0]
-        names.append(module if alone else name_of[path])
-    ranged = [_with_range(n, r.layer, space) if names.count(n) > 1 else n
-              for n, r in zip(names, layers, strict=True)]  # fmt: skip
-    unique = [
-        n if n not in ranged[:k] else f"{n}#{ranged[:k].count(n) + 1}" for k, n in enumerate(ranged)
-    ]
-    return [
-        replace(r, layer=replace(r.layer, name=name))
-        for r, name in zip(layers, unique, strict=True)
-    ]
-
-
-def _with_range(name: str, layer: Layer, space: ParameterSpace) -> str:
-    """The name of one of several layers in a leaf: with where its weight begins and ends."""
-    if not layer.size:
-        return name
-    first = _first(layer)
-    begin = first - space.offsets[space.leaf_at(first)]
-    return f"{name}[{begin}:{begin + math.prod(layer.segments[0].shape)}]"

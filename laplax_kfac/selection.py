@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from laplax_kfac.layers import BlockKind
+
 Fallback = Literal["dense", "diagonal", "none", "error"]
 CurvatureKind = Literal["kronecker", "diagonal", "block"]
 PathFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -42,6 +44,24 @@ class Selection:
     def fallback_for(self, path: str) -> Fallback:
         """The block of parameters at a path that have no Kronecker form."""
         return next((f for pattern, f in self.fallback if matches(path, [pattern])), "dense")
+
+    def block_of(self, path: str, size: int, reason: str, *, real: bool) -> BlockKind:
+        """The block of that many parameters of a leaf that have no Kronecker form.
+
+        Raises:
+            ValueError: If there shall be none such.
+        """
+        wanted = self.fallback_for(path)
+        if wanted == "error":
+            msg = (
+                f"the parameters at {path!r} have no Kronecker form ({reason}), and `fallback` is "
+                "'error' for them. Choose 'dense', 'diagonal' or 'none', or leave them out by "
+                "`params_filter`."
+            )
+            raise ValueError(msg)
+        small = size <= self.dense_limit or self.curvature == "block"
+        dense = real and small and self.curvature != "diagonal"
+        return "diagonal" if wanted == "dense" and not dense else wanted
 
 
 def select(

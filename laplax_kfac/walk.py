@@ -18,56 +18,26 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jaxtyping import Float, Int
 
 from laplax_kfac import jaxprs, patterns
-from laplax_kfac.structure import FOREIGN, INDEX_RULES, SELECTIONS, align_lanes
-
-PARAMETERS = -1  # the source of traces of parameters; other sources are numbers of uses
+from laplax_kfac.structure import (
+    COTANGENT,
+    FOREIGN,
+    INDEX_RULES,
+    PARAMETERS,
+    SELECTIONS,
+    Known,
+    Trace,
+    constant,
+    known_outputs,
+    moved,
+    selected,
+)
 
 Site = tuple[int, ...]
 """Where an equation sits: equation index, then (sub-jaxpr number, equation index) inward."""
-
-
-# -- values during the walk --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Trace:
-    """An array whose entries are entries of the parameters, or of one use's output.
-
-    Attributes:
-        source: `PARAMETERS`, or the number of the use.
-        index: Id of every entry, or `FOREIGN`; axes of the array, then one lane a scan.
-        scale: Factor of every entry, of the same number of axes; None stands for 1.
-    """
-
-    source: int
-    index: Int[np.ndarray, "..."]
-    scale: Float[np.ndarray, "..."] | None = None
-
-    def scaled(self, factor: Float[np.ndarray, "..."] | float) -> "Trace":
-        """The trace of this array times a constant."""
-        old = np.ones((1,) * self.index.ndim) if self.scale is None else self.scale
-        scale = np.asarray(old * factor)
-        # A factor that differs between iterations makes their entries different, too.
-        shape = np.broadcast_shapes(self.index.shape, scale.shape)
-        return replace(self, index=np.broadcast_to(self.index, shape), scale=scale)
-
-
-@dataclass(frozen=True)
-class Known:
-    """An array that depends on no parameter and no data; evaluated only on demand.
-
-    Attributes:
-        value: The array; inside scans it may have one more, last axis for each of them.
-        lanes: Number of these axes: none, or one a scan.
-    """
-
-    value: Callable[[], Any]
-    lanes: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +58,7 @@ class Use:
     Attributes:
         pattern: The registered pattern.
         eqn: The equation.
-        operand: Which of its operands is the weight.
+        operand: Which of its operands is the weight; -1 for a bias.
         site: Where the equation sits.
         lanes: Lengths of the scans around it, outermost first.
         ids: Ids of the weight, shape (*lanes or 1, stack, in, out).
@@ -143,17 +113,11 @@ class Findings:
     sums: list[int] = field(default_factory=list)  # uses that are biases of no layer
     opaque: list[Opaque] = field(default_factory=list)
 
-    def later(self, make: Callable[[], Use]) -> int:
-        """Number a use that is made only when it is asked for: most biases join a weight."""
-        self.uses.append(make)
-        return len(self.uses) - 1
-
     def use(self, number: int) -> Use:
-        """The use of that number."""
+        """The use of that number; biases are made on demand, for most join a weight."""
         found = self.uses[number]
         if not isinstance(found, Use):
-            found = found()
-            self.uses[number] = found
+            found = self.uses[number] = found()
         return found
 
     def mark(self, value: Value, pattern: str, reason: str) -> None:
@@ -174,9 +138,39 @@ class Scope:
     site: Site = ()
     lanes: tuple[int, ...] = ()
 
-    def inside(self, eqn_number: int, branch: int = 0, *, lanes: tuple[int, ...] = ()) -> "Scope":
-        """The scope of a sub-jaxpr of an equation."""
-        return replace(self, site=(*self.site, eqn_number, branch), lanes=self.lanes + lanes)
+
+@dataclass(frozen=True)
+class Step:
+    """One equation on the walk, with the values of its operands."""
+
+    jaxpr: Jaxpr
+    number: int
+    eqn: JaxprEqn
+    values: list[Value]
+    scope: Scope
+
+    @property
+    def site(self) -> Site:
+        """Where the equation sits."""
+        return (*self.scope.site, self.number)
+
+    def mark(self, pattern: str, reason: str) -> list[Value]:
+        """Note that the parameters in the operands have no Kronecker form here."""
+        for value in self.values:
+            self.scope.findings.mark(value, pattern, reason)
+        return [None] * len(self.eqn.outvars)
+
+    def enter(
+        self,
+        body: tuple[Jaxpr, list[Any]],
+        values: Sequence[Value],
+        branch: int = 0,
+        lanes: tuple[int, ...] = (),
+    ) -> list[Value]:
+        """Walk a sub-jaxpr of the equation."""
+        jaxpr, consts = body
+        inside = replace(self.scope, site=(*self.site, branch), lanes=self.scope.lanes + lanes)
+        return walk(jaxprs.with_consts(jaxpr), [*map(constant, consts), *values], inside)
 
 
 def walk(jaxpr: Jaxpr, inputs: Sequence[Value], scope: Scope) -> list[Value]:
@@ -193,373 +187,183 @@ def walk(jaxpr: Jaxpr, inputs: Sequence[Value], scope: Scope) -> list[Value]:
         return None if shared else value
 
     for number, eqn in enumerate(jaxpr.eqns):
-        outputs = _visit(jaxpr, number, eqn, [read(a) for a in eqn.invars], scope)
-        for var, value in zip(eqn.outvars, outputs, strict=True):
+        step = Step(jaxpr, number, eqn, [read(a) for a in eqn.invars], scope)
+        for var, value in zip(eqn.outvars, _visit(step), strict=True):
             empty = isinstance(value, Trace) and value.index.size == 0
             kept = isinstance(value, Known) or (jaxprs.is_inexact(var) and not empty)
             env[var] = value if kept else None
     return [read(a) for a in jaxpr.outvars]
 
 
-def _visit(
-    jaxpr: Jaxpr, number: int, eqn: JaxprEqn, values: list[Value], scope: Scope
-) -> list[Value]:
+def _visit(step: Step) -> list[Value]:
     """Values of an equation's outputs, given those of its operands."""
-    name = eqn.primitive.name
+    eqn, values, name = step.eqn, step.values, step.eqn.primitive.name
     nothing: list[Value] = [None] * len(eqn.outvars)
     if not any(isinstance(v, Trace) for v in values):
         known = [v for v in values if isinstance(v, Known)]
         if len(known) == len(values):
-            return _known(jaxpr, eqn, known)
+            return nothing if eqn.effects else [*known_outputs(step.jaxpr, eqn, known)]
         rearranged = name in INDEX_RULES or name == "mul"
         scaled = rearranged and any(isinstance(v, Scaled) for v in values)
         return [Scaled()] if scaled and len(eqn.outvars) == 1 else nothing
     if name == "stop_gradient" or not any(jaxprs.is_inexact(v) for v in eqn.outvars):
         return nothing
     if not jaxprs.has_body(eqn) and any(jaxprs.is_complex(v) for v in eqn.outvars):
-        for value in values:
-            scope.findings.mark(value, "complex", "turned into a complex number before its use")
-        return nothing
+        return step.mark("complex", "turned into a complex number before its use")
     if name in INDEX_RULES:
-        return _structural(eqn, values)
-    if name in SELECTIONS and all(isinstance(v, Known) for v in values[1:]):
-        return [_selected(jaxpr, eqn, values)]
-    if name.startswith("scatter") and isinstance(values[1], Known):
-        return _scatter(number, eqn, values, scope)
+        return moved(eqn, values)
+    if name in SELECTIONS:
+        selection = selected(eqn, values)
+        if selection is not None:
+            return [selection]
     if patterns.find(eqn) is not None:
-        return _pattern(number, eqn, values, scope)
-    if name in _ARITHMETIC:
-        return _ARITHMETIC[name](number, eqn, values, scope)
-    if name == "scan":
-        return _scan(number, eqn, values, scope)
-    if name == "cond":
-        return _cond(number, eqn, values, scope)
-    if name == "while":
-        _refuse_while(values)
+        return _pattern(step)
+    if name in _RULES:
+        return _RULES[name](step)
     called = jaxprs.called_jaxpr(eqn)
     if called is not None:
-        body, consts = called
-        inner = [constant(c) for c in consts]
-        return walk(jaxprs.with_consts(body), [*inner, *values], scope.inside(number))
-    view = _rearranged(jaxpr, eqn, values)
-    if view is not None:
-        return [view]
-    for value in values:
-        scope.findings.mark(value, "other", f"used by `{name}`, which no pattern covers")
-    return nothing
+        return step.enter(called, values)
+    view = _rearranged(step)
+    return [view] if view else step.mark("other", f"used by `{name}`, which no pattern covers")
 
 
-def constant(value: Any) -> Value:
-    """The value of an array that the model closes over; unknown while it is being traced."""
-    return None if isinstance(value, jax.core.Tracer) else Known(lambda: value)
-
-
-def _known(jaxpr: Jaxpr, eqn: JaxprEqn, operands: list[Known]) -> list[Value]:
-    if eqn.effects:
-        return [None] * len(eqn.outvars)
-    lanes = max((o.lanes for o in operands), default=0)
-    cache: list[Any] = []
-
-    def output(k: int) -> Any:
-        if not cache:
-            cache.extend(_on_lanes(lambda *xs: jaxprs.evaluate(jaxpr, eqn, xs), operands, lanes))
-        return cache[k]
-
-    return [Known(functools.partial(output, k), lanes) for k in range(len(eqn.outvars))]
-
-
-def _on_lanes(function: Callable[..., Any], operands: Sequence[Known], lanes: int) -> Any:
-    """Apply a JAX function of arrays to all iterations at once: vmapped over the lanes, if any."""
-    with jax.ensure_compile_time_eval():
-        values = [np.asarray(o.value()) if o.lanes else o.value() for o in operands]
-        if not lanes:
-            return function(*values)
-        sizes = np.broadcast_shapes(
-            *(v.shape[v.ndim - o.lanes :] for v, o in zip(values, operands, strict=True) if o.lanes)
-        )
-
-        def flat(value: Any, known: Known) -> Any:
-            own = value.shape[: value.ndim - known.lanes]
-            return jax.numpy.asarray(np.broadcast_to(value, own + sizes).reshape(*own, -1))
-
-        arrays = [flat(v, o) if o.lanes else v for v, o in zip(values, operands, strict=True)]
-        axes = [-1 if o.lanes else None for o in operands]
-        outs = jax.vmap(function, in_axes=axes, out_axes=-1)(*arrays)
-        return jax.tree.map(lambda x: np.asarray(x).reshape(*x.shape[:-1], *sizes), outs)
-
-
-def _structural(eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-    """Apply an index rule; operands of another source become foreign entries."""
-    traces = [v for v in values if isinstance(v, Trace)]
-    first = next((v for v in traces if v.source == PARAMETERS), traces[0])
-    lanes = first.index.ndim - jaxprs.ndim(eqn.invars[values.index(first)])
-    mine = [v if isinstance(v, Trace) and v.source == first.source else None for v in values]
-    if eqn.primitive.name == "optimization_barrier":
-        return list(values)
-
-    def stand_in(atom: Any, fill: float) -> Any:
-        return np.full(jaxprs.shape(atom) + (1,) * lanes, fill)
-
-    def applied(arrays: list[Any]) -> list[Any]:
-        ndims = [jaxprs.ndim(a) for a in eqn.invars]
-        return INDEX_RULES[eqn.primitive.name](eqn, align_lanes(arrays, ndims))
-
-    index = applied(
-        [v.index if v else stand_in(a, FOREIGN).astype(first.index.dtype)
-         for v, a in zip(mine, eqn.invars, strict=True)]
-    )  # fmt: skip
-    scale: list[Any] = [None] * len(index)
-    if any(v is not None and v.scale is not None for v in mine):
-        scale = applied([
-            stand_in(a, 1.0) if v is None or v.scale is None
-            else np.broadcast_to(v.scale, jaxprs.shape(a) + v.scale.shape[jaxprs.ndim(a) :])
-            for v, a in zip(mine, eqn.invars, strict=True)
-        ])  # fmt: skip
-    return [Trace(first.source, i, s) for i, s in zip(index, scale, strict=True)]
-
-
-def _selected(jaxpr: Jaxpr, eqn: JaxprEqn, values: list[Value]) -> Value:
-    """Gather, slice or pad by known indices: evaluated on ids, where 0 stands for none."""
-    trace = values[0]
-    assert isinstance(trace, Trace)
-    others = [v for v in values[1:] if isinstance(v, Known)]
-
-    def select(x: Any, *constants: Any) -> Any:
-        # What is padded with, or filled in for what is out of bounds, is no parameter.
-        if eqn.primitive.name == "pad":
-            return lax.pad(x, x.dtype.type(0), eqn.params["padding_config"])
-        return jaxprs.evaluate(jaxpr, eqn, [x, *constants])[0]
-
-    def selected(x: Any) -> Any:
-        mine = Known(lambda: x, x.ndim - jaxprs.ndim(eqn.invars[0]))
-        return np.asarray(_on_lanes(select, [mine, *others], mine.lanes))
-
-    index = selected(trace.index + 1)
-    index = np.where(index > 0, index - 1, FOREIGN).astype(trace.index.dtype)
-    scale = None if trace.scale is None else selected(_full_scale(trace))
-    return Trace(trace.source, index, scale)
-
-
-def _full_scale(trace: Trace) -> Float[np.ndarray, "..."]:
-    scale = 1.0 if trace.scale is None else trace.scale
-    return np.array(np.broadcast_to(scale, trace.index.shape), dtype=np.float64)
-
-
-def _scatter(number: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
-    """Parameters scattered to known places: added there, or put there."""
-    operand, places, updates = values
-    assert isinstance(places, Known)
-    whole = eqn.primitive.name in ("scatter", "scatter-add") and not places.lanes
-    if not whole or not isinstance(updates, Trace) or updates.source != PARAMETERS:
-        scope.findings.mark(operand, "other", f"changed in part by `{eqn.primitive.name}`")
-        scope.findings.mark(updates, "other", f"used by `{eqn.primitive.name}`")
-        return [None]
-    placed = functools.partial(_placed, eqn, places)
-    counts = placed(lax.scatter_add, np.ones_like(updates.index))
-    index = placed(lax.scatter, updates.index + 1)
-    view = Trace(PARAMETERS, np.where(index > 0, index - 1, FOREIGN).astype(updates.index.dtype))
-    if updates.scale is not None:
-        view = replace(view, scale=placed(lax.scatter, _full_scale(updates)))
-    if counts.max() > 1:
-        scope.findings.mark(updates, "other", "scattered to one place several times")
-        return [None]
-    if eqn.primitive.name == "scatter-add" and not isinstance(operand, Known):
-        return _add(number, eqn, [operand, view], scope)
-    scope.findings.mark(operand, "other", "overwritten in part")
-    return [view]
-
-
-def _placed(eqn: JaxprEqn, places: Known, scatter: Callable[..., Any], updates: Any) -> Any:
-    """Scatter an array as the equation scatters its updates, but onto zeros."""
-    names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
-    options = {name: eqn.params[name] for name in names}
-    shape = jaxprs.shape(eqn.outvars[0])
-
-    def place(x: Any, indices: Any) -> Any:
-        return scatter(jax.numpy.zeros(shape, x.dtype), indices, x, **options)
-
-    mine = Known(lambda: updates, updates.ndim - jaxprs.ndim(eqn.invars[2]))
-    return np.asarray(_on_lanes(place, [mine, places], mine.lanes))
-
-
-def _rearranged(jaxpr: Jaxpr, eqn: JaxprEqn, values: list[Value]) -> Value:
+def _rearranged(step: Step) -> Trace | None:
     """A function of one parameter alone whose pullback only rearranges and scales cotangents.
 
     Found by walking the pullback with a traced cotangent. So a straight-through estimator is a
     view of its parameter, whatever its forward rule computes.
     """
+    eqn, values = step.eqn, step.values
     traces = [k for k, v in enumerate(values) if isinstance(v, Trace)]
-    if len(traces) != 1 or len(eqn.outvars) != 1 or eqn.effects:
+    lanes = any(isinstance(v, Known) and v.lanes for v in values)
+    if len(traces) != 1 or len(eqn.outvars) != 1 or eqn.effects or lanes or None in values:
         return None
-    (operand,) = traces
-    if any(isinstance(v, Known) and v.lanes for v in values):
-        return None
-    trace = values[operand]
+    trace, out = values[traces[0]], eqn.outvars[0]
     assert isinstance(trace, Trace)
-    if trace.source != PARAMETERS or any(v is None for v in values):
+    if trace.source != PARAMETERS:
         return None
 
     def pullback(w: Any, cotangent: Any) -> Any:
         def forward(w: Any) -> Any:
             mine = [v.value() if isinstance(v, Known) else w for v in values]
-            return jaxprs.evaluate(jaxpr, eqn, mine)[0]
+            return jaxprs.evaluate(step.jaxpr, eqn, mine)[0]
 
         return jax.vjp(forward, w)[1](cotangent)
 
     try:
-        places = (eqn.invars[operand], eqn.outvars[0])
-        rule, consts, _ = jaxprs.trace(pullback, *map(jaxprs.spec, places))
+        specs = map(jaxprs.spec, (eqn.invars[traces[0]], out))
+        rule, consts, _ = jaxprs.trace(pullback, *specs)
     except (TypeError, ValueError, NotImplementedError):
         return None  # no derivative: whoever differentiates the model will be told
-    cotangent = Trace(0, jaxprs.numbered(eqn.outvars[0]))
-    known = [constant(c) for c in consts]
-    (found,) = walk(rule, [*known, None, cotangent], Scope(Findings()))
-    if not isinstance(found, Trace) or np.unique(found.index).size != found.index.size:
+    cotangent = Trace(COTANGENT, jaxprs.numbered(out))
+    (found,) = walk(rule, [*map(constant, consts), None, cotangent], Scope(Findings()))
+    if not isinstance(found, Trace):
         return None
-    return _pushed(trace, found, jaxprs.shape(eqn.outvars[0]))
+    places = found.index[found.index != FOREIGN]
+    return trace.put(found, jaxprs.shape(out)) if np.unique(places).size == places.size else None
 
 
-def _pushed(trace: Trace, pullback: Trace, shape: tuple[int, ...]) -> Trace:
-    """The view whose entry ``pullback.index[i]`` is the i-th entry of ``trace``."""
-    own = pullback.index.ndim
-    lanes = trace.index.shape[own:]
-    inside = pullback.index.ravel() != FOREIGN
-    target = pullback.index.ravel()[inside]
-    index = np.full((int(np.prod(shape)), *lanes), FOREIGN, dtype=trace.index.dtype)
-    index[target] = trace.index.reshape(-1, *lanes)[inside]
-    scale = None
-    if trace.scale is not None or pullback.scale is not None:
-        factor = _full_scale(pullback).ravel()[inside]
-        scale = np.ones(index.shape)
-        scale[target] = (
-            _full_scale(trace).reshape(-1, *lanes)[inside] * factor[(..., *[None] * len(lanes))]
-        )
-        scale = scale.reshape(*shape, *lanes)
-    return Trace(trace.source, index.reshape(*shape, *lanes), scale)
-
-
-def _pattern(number: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
+def _pattern(step: Step) -> list[Value]:
     """A registered primitive: note a use for every operand that is a weight."""
-    pattern = patterns.find(eqn)
+    eqn, scope, pattern = step.eqn, step.scope, patterns.find(step.eqn)
     assert pattern is not None
-    operands = pattern.operands(eqn)
     output: list[Value] = [None] * len(eqn.outvars)
-    for operand, value in enumerate(values):
+    for operand, value in enumerate(step.values):
         if not isinstance(value, Trace) or value.source != PARAMETERS:
             continue
-        if operand not in operands:
+        if operand not in pattern.operands(eqn):
             reason = f"operand {operand} of `{eqn.primitive.name}` is no weight of {pattern.name}"
             scope.findings.mark(value, "other", reason)
             continue
-        use = _use(pattern, eqn, operand, value, (*scope.site, number), scope.lanes)
+        read = functools.partial(pattern.weight, eqn, operand)
+        view = value.map(functools.partial(_by_lane, read, jaxprs.ndim(eqn.invars[operand])))
+        use = Use(pattern, eqn, operand, step.site, scope.lanes, view.index, view.scale)
         index = jaxprs.numbered(eqn.outvars[0])
-        index = index.reshape(index.shape + (1,) * len(scope.lanes))
-        output[0] = Trace(len(scope.findings.uses), index)
+        output[0] = Trace(len(scope.findings.uses), index[(..., *[None] * len(scope.lanes))])
         scope.findings.uses.append(use)
     return output
 
 
-def _use(
-    pattern: patterns.Pattern,
-    eqn: JaxprEqn,
-    operand: int,
-    view: Trace,
-    site: Site,
-    lanes: tuple[int, ...],
-) -> Use:
-    """View the weight's ids as (lanes, stack, in, out)."""
-    entries = jaxprs.numbered(eqn.invars[operand])
-    place = pattern.weight(eqn, operand, entries)
-
-    def canonical(x: Any) -> Any:
-        x = np.broadcast_to(x, entries.shape + x.shape[entries.ndim :])
-        x = x.reshape(entries.size, *x.shape[entries.ndim :])[place]
-        return np.moveaxis(x, range(3), range(-3, 0))
-
-    scale = None if view.scale is None else canonical(view.scale)
-    return Use(pattern, eqn, operand, site, lanes, canonical(view.index), scale)
+def _by_lane(rearrange: Callable[[Any], Any], ndim: int, x: Any) -> Any:
+    """Rearrange an array with lanes behind its own axes; the lanes come first."""
+    parts = [rearrange(x[(..., *lane)]) for lane in np.ndindex(x.shape[ndim:])]
+    whole = np.stack(parts) if len(parts) > 1 else parts[0]
+    return whole.reshape(*x.shape[ndim:], *parts[0].shape)
 
 
 # -- arithmetic --------------------------------------------------------------------------------
 
 
-def _broadcast(trace: Trace, eqn: JaxprEqn, operand: int) -> Trace:
-    """The trace broadcast to the shape of the equation's output (size-1 axes, scalars)."""
-    shape, own = jaxprs.shape(eqn.outvars[0]), jaxprs.shape(eqn.invars[operand])
+def _broadcast(value: Value, step: Step, operand: int) -> Value:
+    """A trace broadcast to the shape of the equation's output (size-1 axes, scalars)."""
+    if not isinstance(value, Trace):
+        return value
+    shape, own = jaxprs.shape(step.eqn.outvars[0]), jaxprs.ndim(step.eqn.invars[operand])
 
     def to_output(x: Any) -> Any:
-        lanes = x.shape[len(own) :]
-        padded = x.reshape((1,) * (len(shape) - len(own)) + x.shape)
-        return np.broadcast_to(padded, shape + lanes)
+        padded = x.reshape((1,) * (len(shape) - own) + x.shape)
+        return np.broadcast_to(padded, shape + x.shape[own:])
 
-    scale = trace.scale
-    if scale is not None:
-        scale = to_output(np.broadcast_to(scale, own + scale.shape[len(own) :]))
-    return Trace(trace.source, to_output(trace.index), scale)
+    return value.map(to_output)
 
 
-def _factor(known: Known, eqn: JaxprEqn, lanes: int) -> Float[np.ndarray, "..."]:
-    value = np.asarray(known.value(), dtype=np.float64)
-    own = value.ndim - known.lanes
-    missing = jaxprs.ndim(eqn.outvars[0]) - own
-    iterations = value.shape[own:] if known.lanes else (1,) * lanes
-    return value.reshape((1,) * missing + value.shape[:own] + iterations)
-
-
-def _sum(number: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
+def _sum(step: Step) -> list[Value]:
     """``add`` and ``sub``, with their operands broadcast and signed."""
-    signs = (1.0, -1.0 if eqn.primitive.name == "sub" else 1.0)
-    terms = [
-        _signed(_broadcast(v, eqn, k), signs[k]) if isinstance(v, Trace) else v
-        for k, v in enumerate(values)
-    ]
-    return _add(number, eqn, terms, scope)
+    first, second = (_broadcast(v, step, k) for k, v in enumerate(step.values))
+    if step.eqn.primitive.name == "sub" and isinstance(second, Trace):
+        second = second.scaled(-1.0)
+    return _add(step, [first, second])
 
 
-def _add(number: int, eqn: JaxprEqn, terms: list[Value], scope: Scope) -> list[Value]:
+def _scatter_add(step: Step) -> list[Value]:
+    """Parameters added at known places: a sum with what they are elsewhere, nothing."""
+    onto, places, updates = step.values
+    if isinstance(updates, Trace):
+        like = jaxprs.spec(step.eqn.invars[0])
+        zeros = Known(lambda: np.zeros(like.shape, like.dtype))
+        alone = replace(step, values=[zeros, places, updates])
+        updates = _rearranged(alone) if isinstance(places, Known) else None
+        if updates is None:
+            reason = "scattered to places that data decide, or several times to one"
+            return step.mark("other", reason)
+    return _add(step, [onto, updates])
+
+
+def _add(step: Step, terms: list[Value]) -> list[Value]:
     """A sum of terms of one shape: a bias if a parameter meets the output of a use, or data."""
+    eqn, findings = step.eqn, step.scope.findings
     weights = [t for t in terms if isinstance(t, Trace) and t.source == PARAMETERS]
     # An output that is broadcast by the sum has another cotangent than the sum.
     outputs = [
-        t for k, t in enumerate(terms)
-        if isinstance(t, Trace) and t.source != PARAMETERS
-        and jaxprs.shape(eqn.invars[k]) == jaxprs.shape(eqn.outvars[0])
+        t for t, a in zip(terms, eqn.invars, strict=False)
+        if isinstance(t, Trace) and t.source >= 0
+        and jaxprs.shape(a) == jaxprs.shape(eqn.outvars[0])
     ]  # fmt: skip
     if len(weights) == 2:
-        for term in weights:
-            scope.findings.mark(term, "other", "added to another parameter before its use")
-        return [None]
-    if weights and any(isinstance(t, Scaled) for t in terms):
-        scope.findings.mark(weights[0], "shift", "the shift of a scaled normalisation")
-        return [None]
-    if weights and any(isinstance(t, Known) for t in terms):
+        return step.mark("other", "added to another parameter before its use")
+    if not weights:
+        # The output of a use plus anything has the same cotangent: one bias serves two products.
+        return [outputs[0] if outputs else None]
+    if any(isinstance(t, Scaled) for t in terms):
+        return step.mark("shift", "the shift of a scaled normalisation")
+    if any(isinstance(t, Known) for t in terms):
         return [weights[0]]  # an affine function of the parameter has the same gradient
-    if weights:
-        site = (*scope.site, number)
-        bias_number = scope.findings.later(
-            functools.partial(_bias_use, eqn, weights[0], site, scope.lanes)
-        )
-        if outputs and _meets(weights[0], outputs[0], eqn):
-            shift = _shift(weights[0], outputs[0], eqn, bias_number)
-            scope.findings.shifts.append(shift)
-            return [outputs[0]]
-        scope.findings.sums.append(bias_number)
+    bias = len(findings.uses)
+    findings.uses.append(functools.partial(_bias_use, step, weights[0]))
+    shift = _shift(weights[0], outputs[0], jaxprs.ndim(eqn.outvars[0]), bias) if outputs else None
+    if shift is None:
+        findings.sums.append(bias)
         return [None]
-    # The output of a use plus anything has the same cotangent: one bias serves two products.
-    return [outputs[0] if outputs else None]
+    findings.shifts.append(shift)
+    return [outputs[0]]
 
 
-def _signed(trace: Trace, sign: float) -> Trace:
-    return trace if sign == 1.0 else trace.scaled(sign)
-
-
-def _bias_use(eqn: JaxprEqn, weight: Trace, site: Site, lanes: tuple[int, ...]) -> Use:
+def _bias_use(step: Step, weight: Trace) -> Use:
     """The sum as a use of its own: a weight with one input, the constant 1.
 
     The same parameter added in several places is shared over them: these are its positions.
     """
-    ndim = jaxprs.ndim(eqn.outvars[0])
-    index = weight.index.reshape(-1, *weight.index.shape[ndim:])
+    eqn, ndim = step.eqn, jaxprs.ndim(step.eqn.outvars[0])
     first = _first_lane(weight.index, ndim)
     mine = np.flatnonzero(first != FOREIGN)
     order = mine[np.argsort(first[mine], kind="stable")]
@@ -567,38 +371,32 @@ def _bias_use(eqn: JaxprEqn, weight: Trace, site: Site, lanes: tuple[int, ...]) 
     regular = counts.size > 0 and counts.min() == counts.max()
     # (positions, features): in raveled order, the n-th place of every parameter is position n.
     places = order.reshape(distinct.size, -1).T if regular else np.zeros((0, distinct.size), int)
-    ids = np.moveaxis(index[places[:1] if regular else order[None]], (0, 1), (-2, -1))
-    scale = None
-    if weight.scale is not None:
-        full = np.broadcast_to(weight.scale, weight.index.shape).reshape(index.shape)
-        scale = np.moveaxis(full[places], (0, 1), (-2, -1))  # (lanes, positions, features)
-        same = bool((scale == scale[..., :1, :]).all())
-        regular, scale = regular and same, scale[..., None, :1, :]
-    pattern = patterns.bias(places, axes=_varying_axes(weight.index, ndim))
-    return Use(pattern, eqn, -1, site, lanes, ids[..., None, :, :], scale, regular)
+
+    def canonical(x: Any) -> Any:
+        """(axes, lanes) -> (lanes, positions, features)."""
+        flat = x.reshape(-1, *x.shape[ndim:])
+        return np.moveaxis(flat[places if regular else order[None]], (0, 1), (-2, -1))
+
+    view = weight.map(canonical)
+    ids, scale = view.index[..., None, :1, :], view.scale
+    if scale is not None:
+        regular = regular and bool((scale == scale[..., :1, :]).all())
+        scale = scale[..., None, :1, :]
+    axes = sum(bool((weight.index != weight.index.take([0], a)).any()) for a in range(ndim))
+    pattern = patterns.bias(places, axes)
+    return Use(pattern, eqn, -1, step.site, step.scope.lanes, ids, scale, regular)
 
 
-def _varying_axes(index: Int[np.ndarray, "..."], ndim: int) -> int:
-    return sum(bool((index != index.take([0], axis=a)).any()) for a in range(ndim))
-
-
-def _meets(weight: Trace, output: Trace, eqn: JaxprEqn) -> bool:
-    """Whether every entry of a parameter is added to an entry of the use's output."""
-    ndim = jaxprs.ndim(eqn.outvars[0])
-    added, met = _first_lane(weight.index, ndim), _first_lane(output.index, ndim)
-    return not ((added != FOREIGN) & (met == FOREIGN)).any()
-
-
-def _shift(weight: Trace, output: Trace, eqn: JaxprEqn, bias: int) -> Shift:
-    ndim = jaxprs.ndim(eqn.outvars[0])
-    lanes = weight.index.shape[ndim:]
+def _shift(weight: Trace, output: Trace, ndim: int, bias: int) -> Shift | None:
+    """A parameter added to an output; None if some is added elsewhere."""
+    added = _first_lane(weight.index, ndim) != FOREIGN
+    if (added & (_first_lane(output.index, ndim) == FOREIGN)).any():
+        return None
     # An output's index is the same in every iteration of a scan: its lanes have length one.
-    index, ids = output.index.reshape(-1), weight.index.reshape(-1, *lanes)
-    mine = (index != FOREIGN) & (_first_lane(weight.index, ndim) != FOREIGN)
-    factor = _uniform(weight.scale, output.scale)
-    if mine.all():  # nearly always: no need for a copy
-        return Shift(output.source, bias, index, ids, factor)
-    return Shift(output.source, bias, index[mine], ids[mine], factor)
+    index, ids = output.index.reshape(-1), weight.index.reshape(-1, *weight.index.shape[ndim:])
+    if not added.all():  # nearly always: no need for a copy
+        index, ids = index[added], ids[added]
+    return Shift(output.source, bias, index, ids, _uniform(weight.scale, output.scale))
 
 
 def _uniform(weight: Any, output: Any) -> float | None:
@@ -609,94 +407,91 @@ def _uniform(weight: Any, output: Any) -> float | None:
     return high / most if same and high and most else None
 
 
-def _first_lane(index: Int[np.ndarray, "..."], ndim: int) -> Int[np.ndarray, " entries"]:
+def _first_lane(index: Any, ndim: int) -> Int[np.ndarray, " entries"]:
     """The indices of an array in the first iteration of every scan, raveled."""
-    lanes = index.ndim - ndim
-    for _ in range(lanes):
-        index = index[..., 0]
-    return index.reshape(-1)
+    return index[(..., *[0] * (index.ndim - ndim))].reshape(-1)
 
 
-def _product(_: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
+def _product(step: Step) -> list[Value]:
     """``mul`` and ``div``: a constant scales the trace, anything else ends it."""
-    known = [v for v in values if isinstance(v, Known)]
-    traces = [(k, v) for k, v in enumerate(values) if isinstance(v, Trace)]
-    divides = eqn.primitive.name == "div"
-    if known and len(traces) == 1 and not (divides and traces[0][0] == 1):
-        operand, trace = traces[0]
-        trace = _broadcast(trace, eqn, operand)
-        factor = _factor(known[0], eqn, trace.index.ndim - jaxprs.ndim(eqn.outvars[0]))
-        with np.errstate(divide="ignore"):
-            return [trace.scaled(1.0 / factor if divides else factor)]
-    for _, trace in traces:
-        both = len(traces) == 2 and all(t.source == PARAMETERS for _, t in traces)
-        pattern, reason = ("other", "multiplied by another parameter") if both else (
-            "scale", "multiplies other values elementwise, which has no Kronecker form"
-        )  # fmt: skip
-        scope.findings.mark(trace, pattern, reason)
-    return [Scaled() if any(t.source == PARAMETERS for _, t in traces) else None]
+    terms = [_broadcast(v, step, k) for k, v in enumerate(step.values)]
+    traces = [v for v in terms if isinstance(v, Trace)]
+    parameters = sum(t.source == PARAMETERS for t in traces)
+    divides = step.eqn.primitive.name == "div"
+    for known in terms:
+        if isinstance(known, Known) and not (divides and known is terms[0]):
+            factor = _factor(known, step, traces[0])
+            with np.errstate(divide="ignore"):
+                return [traces[0].scaled(1.0 / factor if divides else factor)]
+    if parameters == 2:
+        step.mark("other", "multiplied by another parameter")
+    else:
+        step.mark("scale", "multiplies other values elementwise, which has no Kronecker form")
+    return [Scaled() if parameters else None]
 
 
-def _negative(_: int, __: JaxprEqn, values: list[Value], ___: Scope) -> list[Value]:
-    (value,) = values
+def _factor(known: Known, step: Step, trace: Trace) -> Float[np.ndarray, "..."]:
+    value, ndim = np.asarray(known.value(), np.float64), jaxprs.ndim(step.eqn.outvars[0])
+    own = value.ndim - known.lanes
+    lanes = value.shape[own:] or (1,) * (trace.index.ndim - ndim)
+    return value.reshape((1,) * (ndim - own) + value.shape[:own] + lanes)
+
+
+def _negative(step: Step) -> list[Value]:
+    (value,) = step.values
     return [value.scaled(-1.0) if isinstance(value, Trace) else None]
-
-
-_ARITHMETIC: dict[str, Callable[[int, JaxprEqn, list[Value], Scope], list[Value]]] = {
-    "add": _sum,
-    "add_any": _sum,
-    "sub": _sum,
-    "mul": _product,
-    "div": _product,
-    "neg": _negative,
-}
 
 
 # -- control flow ------------------------------------------------------------------------------
 
 
-def _scan(number: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
+def _scan(step: Step) -> list[Value]:
     """Constants are shared over the iterations, scanned inputs are stacked over them."""
-    scan = jaxprs.scan_parts(eqn)
-    first_x = scan.num_consts + scan.num_carry
+    scan, lanes = jaxprs.scan_parts(step.eqn), len(step.scope.lanes)
     inner: list[Value] = []
-    for k, value in enumerate(values):
-        if scan.num_consts <= k < first_x and not scan.passes_carry(k - scan.num_consts):
-            scope.findings.mark(value, "other", "the initial value of a scan's carry")
-            inner.append(_counter(scan, k, value, len(scope.lanes)))
+    for k, value in enumerate(step.values):
+        carry = k - scan.num_consts
+        if 0 <= carry < scan.num_carry and not scan.passes_carry(carry):
+            step.scope.findings.mark(value, "other", "the initial value of a scan's carry")
+            inner.append(_counter(scan, carry, value, lanes))
         elif isinstance(value, Known):
-            inner.append(_known_inside(value, len(scope.lanes), scanned=k >= first_x))
+            inner.append(_known_inside(value, lanes, scanned=carry >= scan.num_carry))
         elif isinstance(value, Trace) and value.source == PARAMETERS:
-            inner.append(_scanned(value) if k >= first_x else _looped(value))
+            inner.append(value.map(_stacked if carry >= scan.num_carry else _repeated))
         else:
             inner.append(None)
-    inside = scope.inside(number, lanes=(scan.length,))
-    consts = [constant(c) for c in scan.consts]
-    outs = walk(jaxprs.with_consts(scan.body), [*consts, *inner], inside)
-    for k, value in enumerate(outs):
-        if not scan.passes_carry(k):
-            scope.findings.mark(value, "other", "put out by a scan before its use")
-    return [values[scan.num_consts + k] if scan.passes_carry(k) else None for k in range(len(outs))]
+    outs = step.enter((scan.body, scan.consts), inner, lanes=(scan.length,))
+    handed_on = [scan.passes_carry(k) for k in range(len(outs))]
+    for value, same in zip(outs, handed_on, strict=True):
+        if not same:
+            step.scope.findings.mark(value, "other", "put out by a scan before its use")
+    return [step.values[scan.num_consts + k] if s else None for k, s in enumerate(handed_on)]
+
+
+def _stacked(x: Any) -> Any:
+    return np.moveaxis(x, 0, -1)
+
+
+def _repeated(x: Any) -> Any:
+    return x[..., None]
 
 
 def _known_inside(known: Known, lanes: int, *, scanned: bool) -> Known:
     """A known operand of a scan as its body sees it in every iteration."""
     if not scanned and not known.lanes:
         return known
-    if not scanned:
-        return Known(lambda: np.asarray(known.value())[..., None], known.lanes + 1)
 
     def value() -> Any:
         full = np.asarray(known.value())
         full = full if known.lanes else full.reshape(*full.shape, *[1] * lanes)
-        return np.moveaxis(full, 0, -1)
+        return _stacked(full) if scanned else _repeated(full)
 
     return Known(value, lanes + 1)
 
 
-def _counter(scan: jaxprs.ScanParts, k: int, start: Value, lanes: int) -> Value:
+def _counter(scan: jaxprs.ScanParts, carry: int, start: Value, lanes: int) -> Known | None:
     """The value of a carry that the body only counts up (fori loops): known in every iteration."""
-    step = scan.counts_up(k - scan.num_consts)
+    step = scan.counts_up(carry)
     if step is None or not isinstance(start, Known) or start.lanes:
         return None
     order = np.arange(scan.length)[:: -1 if scan.reverse else 1]
@@ -708,34 +503,35 @@ def _counter(scan: jaxprs.ScanParts, k: int, start: Value, lanes: int) -> Value:
     return Known(value, lanes + 1)
 
 
-def _looped(trace: Trace) -> Trace:
-    scale = None if trace.scale is None else trace.scale[..., None]
-    return Trace(trace.source, trace.index[..., None], scale)
+def _cond(step: Step) -> list[Value]:
+    operands = [v if not isinstance(v, Trace) or v.source == PARAMETERS else None
+                for v in step.values[1:]]  # fmt: skip
+    for branch, body in enumerate(jaxprs.cond_branches(step.eqn)):
+        for value in step.enter(body, operands, branch):
+            step.scope.findings.mark(value, "other", "chosen by a cond before its use")
+    return [None] * len(step.eqn.outvars)
 
 
-def _scanned(trace: Trace) -> Trace:
-    scale = trace.scale
-    if scale is not None:
-        scale = np.moveaxis(np.broadcast_to(scale, trace.index.shape), 0, -1)
-    return Trace(trace.source, np.moveaxis(trace.index, 0, -1), scale)
-
-
-def _cond(number: int, eqn: JaxprEqn, values: list[Value], scope: Scope) -> list[Value]:
-    for branch, (body, consts) in enumerate(jaxprs.cond_branches(eqn)):
-        inner = [constant(c) for c in consts]
-        operands = [v if not isinstance(v, Trace) or v.source == PARAMETERS else None
-                    for v in values[1:]]  # fmt: skip
-        outs = walk(jaxprs.with_consts(body), [*inner, *operands], scope.inside(number, branch))
-        for value in outs:
-            scope.findings.mark(value, "other", "chosen by a cond before its use")
-    return [None] * len(eqn.outvars)
-
-
-def _refuse_while(values: list[Value]) -> None:
-    if any(isinstance(v, Trace) and v.source == PARAMETERS for v in values):
+def _while(step: Step) -> list[Value]:
+    if any(isinstance(v, Trace) and v.source == PARAMETERS for v in step.values):
         msg = (
             "`model_fn` uses parameters inside a `while_loop`, which JAX cannot differentiate in "
             "reverse mode, so there is no Gauss-Newton matrix to compute. Use `lax.scan`, or "
             "`lax.fori_loop` with static bounds, or close over these parameters to freeze them."
         )
         raise ValueError(msg)
+    return [None] * len(step.eqn.outvars)
+
+
+_RULES: dict[str, Callable[[Step], list[Value]]] = {
+    "add": _sum,
+    "add_any": _sum,
+    "sub": _sum,
+    "scatter-add": _scatter_add,
+    "mul": _product,
+    "div": _product,
+    "neg": _negative,
+    "scan": _scan,
+    "cond": _cond,
+    "while": _while,
+}

@@ -4,6 +4,8 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "agg"
+# Eigendecompositions run in OpenBLAS, whose threads spin: they would keep the tests beside waiting.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # The tests spend their time compiling small programs, so compile with little effort.
 os.environ["XLA_FLAGS"] = " ".join(
     [

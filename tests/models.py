@@ -407,6 +407,24 @@ def depthwise_conv() -> Built:
     return model_fn, normal({"conv": {"w": (3, 3, 1, 4), "b": (4,)}}), inputs(4, 4, 2)
 
 
+@model(conv("conv", 6, 3, 4, stack=2, bias=True))
+def vmapped_conv() -> Built:
+    """Groups are made of what is vmapped over, by reshapes that also transpose."""
+
+    def one(w: Array, b: Array, x: Array) -> Array:
+        return (
+            lax.conv_general_dilated(
+                x[None], w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+            )[0]
+            + b
+        )
+
+    def model_fn(input: Array, params: Any) -> Array:
+        return jnp.tanh(jax.vmap(one)(params["conv"]["w"], params["conv"]["b"], input))
+
+    return model_fn, normal({"conv": {"w": (2, 3, 2, 3), "b": (2, 3)}}), inputs(2, 4, 2)
+
+
 @model(conv("conv", 8, 3, 20, bias=True))
 def conv_of_odd_layout() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
@@ -977,6 +995,36 @@ def masked_weight() -> Built:
     return model_fn, normal({"lin": {"w": (4, 3), "b": (3,)}}), inputs(4)
 
 
+@model(dense("lin", 4, 3, bias=True))
+def weight_where_rows_are_kept() -> Built:
+    kept = np.asarray([True, False, True, True])[:, None]
+
+    def model_fn(input: Array, params: Any) -> Array:
+        weight = jnp.where(kept, params["lin"]["w"], 0.5)
+        return jnp.tanh(input @ weight + params["lin"]["b"])
+
+    return model_fn, normal({"lin": {"w": (4, 3), "b": (3,)}}), inputs(4)
+
+
+@model(probed("w", "dense", 16, "scaled entry by entry"))
+def weight_above_the_diagonal() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        return jnp.tanh(input @ jnp.triu(params["w"]))
+
+    return model_fn, normal({"w": (4, 4)}), inputs(4)
+
+
+@model(unused("u[0:3]", 3), unused("v", 9), dense("u[3:12]", 4, 3))
+def weight_with_a_row_of_another() -> Built:
+    """The rows that are chosen are one weight, of two leaves."""
+
+    def model_fn(input: Array, params: Any) -> Array:
+        first = jnp.arange(4)[:, None] == 0
+        return jnp.tanh(input @ jnp.where(first, params["v"], params["u"]))
+
+    return model_fn, normal({"u": (4, 3), "v": (4, 3)}), inputs(4)
+
+
 @model(own_bias("b", 4, 2), dense("w", 4, 4, 2, because="2 uses"))
 def tied_weight_with_scaled_columns() -> Built:
     columns = np.asarray([1.0, 2.0, -0.5, 3.0])
@@ -1321,6 +1369,16 @@ def scaled_embedding() -> Built:
         return jnp.tanh((params["table"] * rows)[input] * np.sqrt(2.0))
 
     return model_fn, normal({"table": (7, 4)}), tokens(5, 7)
+
+
+@model(embed("table", 6, 3, 4), dense("w", 3, 2, 4))
+def embedding_with_a_row_for_padding() -> Built:
+    """Row 0 is a constant: it counts as a row of the table that no token moves."""
+
+    def model_fn(input: Array, params: Any) -> Array:
+        return jnp.tanh(params["table"].at[0].set(0.0)[input]) @ params["w"]
+
+    return model_fn, normal({"table": (6, 3), "w": (3, 2)}), tokens(4, 6)
 
 
 @model(

@@ -1,7 +1,7 @@
 """References to test against: dense, slow, in float64, and obviously right."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -109,3 +109,16 @@ def block_mask(params: Any, groups: Iterable[Iterable[str]]) -> np.ndarray:
 def laplax_full(model_fn: Callable[..., Any], params: Any, data: Any, loss: str) -> jax.Array:
     """The GGN matrix as laplax's own curvature type "full" has it."""
     return laplax.laplace(model_fn, params, data, loss_fn=loss, curv_type="full")[1]
+
+
+def sizes(jaxpr: Any) -> Iterator[int]:
+    """Numbers of entries of all intermediates, those of loops and calls included."""
+    for eqn in jaxpr.eqns:
+        yield from (int(np.prod(variable.aval.shape)) for variable in eqn.outvars)
+        parameters = jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr") or hasattr(p, "eqns")
+        )
+        for inner in parameters:
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from sizes(inner)

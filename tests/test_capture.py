@@ -399,9 +399,10 @@ def test_records_under_vmap_over_parameters(records):
         lambda x, y: {"input": x, "target": y},
         lambda x, y: [x, y],
         lambda x, y: (np.asarray(x), np.asarray(y)),
-        lambda x, y: {"input": np.asarray(x), "target": y, "weight": 1.0},
+        lambda x, y: {"input": np.asarray(x), "target": y, "id": "a"},
+        lambda x, y: {"input": x, "target": y, "weight": np.full(len(y), 3.0)},
     ],
-    ids=["mapping", "list", "numpy", "mapping_with_more"],
+    ids=["mapping", "list", "numpy", "mapping_with_more", "with_weights"],
 )
 def test_forms_of_a_batch(records, form):
     params, data, expected = records

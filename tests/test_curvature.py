@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import tolerance
 from jax.flatten_util import ravel_pytree
-from oracles import LOSSES, block_mask, dense_empirical_fisher, dense_ggn
+from oracles import LOSSES, block_mask, dense_empirical_fisher, dense_ggn, sizes
 
 import laplax_kfac
 
@@ -705,19 +705,6 @@ def test_every_part_draws_anew_and_both_passes_the_same(monkeypatch):
     corrected = acc.correct(curv, [(batch, weights)])
     assert curv.trace() > 0
     np.testing.assert_allclose(to_dense(corrected), to_dense(curv), **tolerance(jnp.float64))
-
-
-def sizes(jaxpr):
-    """Numbers of entries of all intermediates, those of loops and calls included."""
-    for eqn in jaxpr.eqns:
-        yield from (int(np.prod(variable.aval.shape)) for variable in eqn.outvars)
-        parameters = jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr") or hasattr(p, "eqns")
-        )
-        for inner in parameters:
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from sizes(inner)
 
 
 @pytest.mark.parametrize("correction", [False, True], ids=["kfac", "ekfac"])

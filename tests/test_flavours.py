@@ -52,7 +52,8 @@ def fitted(name: str, **options: Any) -> laplax_kfac.Curvature:
 @functools.cache
 def exact(name: str, fisher_type: str = "type2") -> np.ndarray:
     oracle = dense_empirical_fisher if fisher_type == "empirical" else dense_ggn
-    return np.asarray(oracle(*made(name), LOSS))
+    model_fn, params, data = made(name)
+    return np.asarray(oracle(model_fn, params, data, LOSS))
 
 
 def ids_of(layer: Any, space: Any) -> np.ndarray:

@@ -15,6 +15,17 @@ from jax.flatten_util import ravel_pytree
 from jax.interpreters import mlir
 from jax.scipy.stats import multivariate_normal
 from laplax.eval.likelihood import marginal_log_likelihood
+from linear_regression import (
+    OUTPUTS,
+    TALL,
+    WIDE,
+    density_of_targets,
+    fitted,
+    linear,
+    most_probable,
+    normal,
+    regression,
+)
 from oracles import LOSSES, dense_ggn
 
 import laplax_kfac
@@ -24,51 +35,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 CLOSE = tolerance(jnp.float64)
 
 
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape)
-
-
-def linear(input, params):
-    return input @ params["w"] + params["b"]
-
-
 # -- Bayesian linear regression ----------------------------------------------------------------
-
-TALL, WIDE = (12, 3), (4, 6)  # examples and inputs
-OUTPUTS = 2
-
-
-@functools.cache
-def regression(shape):
-    """Targets of a noisy linear function; the inputs' features have a 1 for the bias."""
-    x = normal(*shape, seed=1)
-    features = np.concatenate([np.ones((len(x), 1)), x], axis=1)
-    y = features @ normal(features.shape[1], OUTPUTS, seed=2) + 0.5 * normal(len(x), 2, seed=3)
-    return x, features, y
-
-
-def most_probable(shape, prior_prec, noise_variance):
-    """The parameters at the mode of the posterior."""
-    _, features, y = regression(shape)
-    precision = features.T @ features + noise_variance * prior_prec * np.eye(features.shape[1])
-    weights = np.linalg.solve(precision, features.T @ y)
-    return {"b": jnp.asarray(weights[0]), "w": jnp.asarray(weights[1:])}
-
-
-def density_of_targets(shape, prior_prec, noise_variance):
-    """log N(y; 0, noise I + features features^T / prior_prec), summed over the outputs."""
-    _, features, y = regression(shape)
-    covariance = noise_variance * jnp.eye(len(y)) + features @ features.T / prior_prec
-    return jnp.sum(multivariate_normal.logpdf(y.T, jnp.zeros(len(y)), covariance))
-
-
-@functools.cache
-def fitted(shape):
-    """Curvature (the same for all parameters), and a function of the parameters for the fit."""
-    x, _, y = regression(shape)
-    params = most_probable(shape, 1.0, 1.0)
-    curvature = laplax_kfac.kfac(linear, params, (x, y), loss_fn="mse")
-    return curvature, jax.jit(lambda p: laplax_kfac.data_fit(linear, p, (x, y), loss_fn="mse"))
 
 
 @pytest.mark.parametrize("shape", [TALL, WIDE], ids=["N > P", "N < P"])
@@ -130,6 +97,78 @@ def test_gradients_are_those_of_the_closed_form(shape):
     np.testing.assert_allclose(found, expected, rtol=1e-8)
 
 
+@pytest.mark.parametrize("shape", [TALL, WIDE], ids=["N > P", "N < P"])
+def test_linear_regression_with_a_precision_for_each_feature_and_a_mean(shape):
+    # log N(y; features m, noise I + features diag(1 / tau) features^T).
+    _, features, y = regression(shape)
+    logs = jnp.linspace(-1.0, 2.0, features.shape[1] + 1).at[-1].set(jnp.log(0.2))
+    mean = {"b": jnp.asarray([0.1, 0.2]), "w": jnp.full((shape[1], OUTPUTS), 0.3)}
+    rows = jnp.concatenate([mean["b"][None], mean["w"]])
+
+    def most_probable_here(logs):
+        tau, noise = jnp.exp(logs[:-1]), jnp.exp(logs[-1])
+        precision = features.T @ features / noise + jnp.diag(tau)
+        weights = jnp.linalg.solve(precision, features.T @ y / noise + tau[:, None] * rows)
+        return {"b": weights[0], "w": weights[1:]}
+
+    def expected(logs):
+        tau, noise = jnp.exp(logs[:-1]), jnp.exp(logs[-1])
+        covariance = noise * jnp.eye(len(y)) + features / tau @ features.T
+        residuals = (y - features @ rows).T
+        return jnp.sum(multivariate_normal.logpdf(residuals, jnp.zeros(len(y)), covariance))
+
+    params = most_probable_here(logs)
+    curvature, fit = fitted(shape)
+    log_likelihood = fit(params)
+
+    def value(logs):
+        tau = jnp.exp(logs[:-1])
+        return laplax_kfac.log_marginal_likelihood(
+            curvature,
+            params,
+            log_likelihood=log_likelihood,
+            prior_prec={"b": jnp.full(OUTPUTS, tau[0]), "w": tau[1:, None]},
+            prior_mean=mean,
+            noise_variance=jnp.exp(logs[-1]),
+        ).value
+
+    found = jax.jit(jax.value_and_grad(value))(logs)
+    wanted = jax.jit(jax.value_and_grad(expected))(logs)
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-8)
+    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-8, atol=1e-9)
+
+
+def test_the_evidence_of_two_tasks_in_turn_is_that_of_both():
+    # p(D1, D2) = p(D1) p(D2 | D1), the prior of the second task being the posterior of the first.
+    x, features, y = regression(TALL)
+    prior_prec, noise = 0.7, 0.5
+    parts = [slice(None, 5), slice(5, None)]
+    params = [
+        _ridge(features[:5], y[:5], prior_prec, noise),
+        most_probable(TALL, prior_prec, noise),  # given both
+    ]
+    total: Any = 0.0
+    prior: Any = prior_prec
+    mean = None
+    for part, at in zip(parts, params, strict=True):
+        data = x[part], y[part]
+        curvature = laplax_kfac.kfac(linear, at, data, loss_fn="mse")
+        fit = laplax_kfac.data_fit(linear, at, data, loss_fn="mse")
+        total += laplax_kfac.log_marginal_likelihood(
+            curvature, at, log_likelihood=fit, prior_prec=prior, prior_mean=mean,
+            noise_variance=noise,
+        ).value  # fmt: skip
+        prior = laplax_kfac.make_posterior(curvature, prior, sigma_squared=1 / (2 * noise))
+        mean = at
+    np.testing.assert_allclose(total, density_of_targets(TALL, prior_prec, noise), rtol=1e-8)
+
+
+def _ridge(features, y, prior_prec, noise):
+    precision = features.T @ features + noise * prior_prec * np.eye(features.shape[1])
+    weights = np.linalg.solve(precision, features.T @ y)
+    return {"b": jnp.asarray(weights[0]), "w": jnp.asarray(weights[1:])}
+
+
 # -- other likelihoods -------------------------------------------------------------------------
 
 
@@ -177,6 +216,44 @@ def test_the_evidence_is_that_of_the_dense_laplace_approximation(case, correctio
         np.testing.assert_allclose(found.log_likelihood, likelihood, rtol=1e-9)
         np.testing.assert_allclose(found.log_determinant, determinant, rtol=1e-9)
         np.testing.assert_allclose(found.value, found.log_likelihood - found.complexity, rtol=1e-12)
+
+
+@pytest.mark.parametrize("noise_variance", [0.05, 4.0])
+def test_a_gaussian_of_known_variance_needs_none_in_the_evidence(noise_variance):
+    params = most_probable(TALL, 0.3, noise_variance)
+    x, _, y = regression(TALL)
+    options: Any = {"loss_fn": laplax_kfac.likelihood.gaussian(noise_variance)}
+    curvature = laplax_kfac.kfac(linear, params, (x, y), **options)
+    fit = laplax_kfac.data_fit(linear, params, (x, y), **options)
+    found = laplax_kfac.log_marginal_likelihood(
+        curvature, params, log_likelihood=fit, prior_prec=0.3
+    ).value
+    expected = density_of_targets(TALL, 0.3, noise_variance)
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
+
+
+def test_masked_outputs_do_not_enter_the_evidence():
+    # The second output of every example is missing; so may be the parameters that only it has.
+    x, _, y = regression(TALL)
+    params = most_probable(TALL, 0.3, 0.2)
+    mask = np.tile([1.0, 0.0], (len(x), 1))
+    kept = jax.tree.map(lambda p: p[..., :1], params)
+    cases = [
+        (kept, (x, y[:, :1]), "mse"),
+        (params, (x, (y, mask)), laplax_kfac.likelihood.weighted("mse")),
+    ]
+    values = []
+    for p, data, loss_fn in cases:
+        curvature = laplax_kfac.kfac(linear, p, data, loss_fn=loss_fn)
+        fit = laplax_kfac.data_fit(linear, p, data, loss_fn=loss_fn)
+        evidence = laplax_kfac.log_marginal_likelihood(
+            curvature, p, log_likelihood=fit, prior_prec=0.3, noise_variance=0.2
+        )
+        values.append(evidence.value)
+        assert fit.num_outputs == len(x)
+    # Parameters that nothing is known of keep their prior: its density at them is what is more.
+    theta = np.asarray(ravel_pytree(jax.tree.map(lambda p: p[..., 1:], params))[0])
+    np.testing.assert_allclose(values[1], values[0] - 0.15 * theta @ theta, rtol=1e-8)
 
 
 def test_integer_leaves_are_no_parameters():
@@ -330,106 +407,7 @@ def test_the_fit_of_a_model_without_a_rule_for_vmap():
     assert found.num_outputs == 6 * 3
 
 
-# -- tuning ------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def values_on(names, grid, curvature, params, fit):
-    """Evidence for every entry of a grid of these hyperparameters."""
-
-    def value(entry):
-        values = dict(zip(names, entry, strict=True))
-        return laplax_kfac.log_marginal_likelihood(
-            curvature, params, log_likelihood=fit, **values
-        ).value
-
-    return jax.vmap(value)(grid)
-
-
-def best_on_a_grid(names, curvature, params, fit):
-    """The best entry of a grid that is refined twice, to steps of 0.04 %; and its evidence."""
-    center, width = np.zeros(len(names)), 8.0
-    for _ in range(3):
-        steps = np.linspace(-width, width, 81)
-        offsets = np.stack(np.meshgrid(*[steps] * len(names), indexing="ij"), axis=-1)
-        logs = center + offsets.reshape(-1, len(names))
-        values = np.asarray(values_on(names, np.exp(logs), curvature, params, fit))
-        center, width = logs[values.argmax()], width / 20
-    return np.exp(center), values.max()
-
-
-PRIOR, BOTH = ("prior_prec",), ("prior_prec", "noise_variance")
-
-
-@pytest.mark.parametrize("start", [0.01, 20.0])
-def test_tuning_the_prior_finds_the_best_of_a_grid(start):
-    params = most_probable(TALL, 1.0, 0.5)
-    curvature, make_fit = fitted(TALL)
-    fit = make_fit(params)
-    tuned = laplax_kfac.tune(curvature, params, log_likelihood=fit, prior_prec=start)
-    (best,), value = best_on_a_grid(PRIOR, curvature, params, fit)
-    np.testing.assert_allclose(tuned.prior_prec, best, rtol=1e-2)
-    np.testing.assert_allclose(tuned.evidence.value, value, rtol=1e-6)
-    assert tuned.noise_variance is None
-    assert_converged(tuned)
-
-
-def test_tuning_prior_and_noise_finds_the_best_of_a_grid():
-    params = most_probable(TALL, 1.0, 0.5)
-    curvature, make_fit = fitted(TALL)
-    fit = make_fit(params)
-    tuned = laplax_kfac.tune(
-        curvature, params, log_likelihood=fit, prior_prec=20.0, noise_variance=5.0
-    )
-    best, value = best_on_a_grid(BOTH, curvature, params, fit)
-    found: Any = (tuned.prior_prec, tuned.noise_variance)
-    np.testing.assert_allclose(found, best, rtol=1e-2)
-    np.testing.assert_allclose(tuned.evidence.value, value, rtol=1e-6)
-    assert_converged(tuned)
-
-
-def assert_converged(tuned):
-    """The trace begins lower and does not fall at its end, which is the evidence found."""
-    assert tuned.converged
-    trace = np.asarray(tuned.trace)
-    assert trace.shape == (300,)
-    assert trace[0] < trace[-1] - 0.1
-    assert (np.diff(trace[-30:]) >= -1e-9 * abs(trace[-1])).all()
-    np.testing.assert_allclose(tuned.evidence.value, trace[-1], rtol=1e-9)
-
-
-def test_a_few_steps_do_not_converge():
-    params = most_probable(TALL, 1.0, 0.5)
-    curvature, make_fit = fitted(TALL)
-    tuned = laplax_kfac.tune(
-        curvature, params, log_likelihood=make_fit(params), prior_prec=300.0, steps=3
-    )
-    assert not tuned.converged
-    assert tuned.trace.shape == (3,)
-    assert tuned.prior_prec > 100.0
-
-
-def test_tuning_and_evidence_work_under_jit():
-    params = most_probable(TALL, 1.0, 0.5)
-    curvature, make_fit = fitted(TALL)
-    fit = make_fit(params)
-
-    def tuned(curvature, params, fit, start):
-        found = laplax_kfac.tune(
-            curvature, params, log_likelihood=fit, prior_prec=start, noise_variance=0.5, steps=50
-        )
-        evidence = laplax_kfac.log_marginal_likelihood(
-            curvature, params, log_likelihood=fit, prior_prec=found.prior_prec,
-            noise_variance=found.noise_variance,
-        )  # fmt: skip
-        return found, evidence
-
-    found, evidence = jax.jit(tuned)(curvature, params, fit, 2.0)
-    expected, _ = tuned(curvature, params, fit, 2.0)
-    assert isinstance(found, laplax_kfac.Tuned)
-    for got, want in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
-        np.testing.assert_allclose(got, want, **CLOSE)
-    np.testing.assert_allclose(evidence.value, expected.evidence.value, **CLOSE)
+# -- derivatives -------------------------------------------------------------------------------
 
 
 def test_fitting_and_evidence_are_differentiable_in_the_parameters():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import models
 import numpy as np
+import oracles
 import pytest
 from conftest import tolerance
 from matplotlib import pyplot as plt
@@ -14,7 +15,8 @@ from matplotlib.axes import Axes
 
 import laplax_kfac
 from laplax_kfac import plotting
-from laplax_kfac.marglik import Tuned
+from laplax_kfac.predictive import Marginals, Predictive
+from laplax_kfac.tuning import Tuned
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -46,11 +48,66 @@ def tuned(trace):
     return Tuned(scalar, None, evidence, jnp.asarray(trace), scalar)
 
 
+@functools.cache
+def mlp():
+    """Two layers with joint biases, and the fit to their data."""
+    model_fn, params, inputs, outputs = models.by_name("mlp").make()
+    data = inputs, np.zeros((models.NUM_EXAMPLES, outputs))
+    fit = laplax_kfac.data_fit(model_fn, params, data, loss_fn="mse")
+    curv = laplax_kfac.ekfac(model_fn, params, data, loss_fn="mse")
+    return curv, params, fit, oracles.dense_ggn(model_fn, params, data, "mse")
+
+
+def line():
+    """A predictive at four unordered inputs."""
+    x = np.asarray([2.0, 0.0, 1.0, 3.0])
+    mean, variance = jnp.stack([x, -x], axis=1), jnp.stack([x**2, 1 + x], axis=1)
+    return x, Predictive(mean, jax.vmap(jnp.diag)(variance))
+
+
+CONFIDENCES = np.asarray([0.55, 0.55, 0.95, 0.95, 0.95, 0.95])
+PROBABILITIES = np.stack([1 - CONFIDENCES, CONFIDENCES], axis=1)
+LABELS = np.asarray([1, 0, 1, 1, 1, 0])  # half are right in the first bin, 3 of 4 in the second
+GRID = [0.01, 1.0, 100.0]
+
+
+def over_prior(**axes):
+    curv, params, fit, _ = mlp()
+    return plotting.plot_evidence_over_prior(
+        curv, params, log_likelihood=fit, prior_precs=GRID, **axes
+    )
+
+
 PLOTS = {
+    "evidence over the prior": over_prior,
+    "reliability": lambda **axes: plotting.plot_reliability(PROBABILITIES, LABELS, **axes),
+    "band": lambda **axes: plotting.plot_band(*line(), **axes),
     "block": lambda **axes: plotting.plot_block(curvature(), "lin", **axes),
     "spectrum": lambda **axes: plotting.plot_spectrum(curvature(), **axes),
     "evidence": lambda **axes: plotting.plot_evidence(tuned([1.0, 3.0, 2.0]), **axes),
 }
+
+
+ROWS = {
+    "factors": (2, lambda **axes: plotting.plot_factors(curvature(), "lin", **axes)),
+    "against the exact matrix": (
+        3,
+        lambda **axes: plotting.plot_against_exact(mlp()[0], mlp()[3], "lin1", **axes),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_axes_are_new_or_given(name):
+    count, plot = ROWS[name]
+    new = plot()
+    assert len(new) == count
+    figure, given = plt.subplots(1, count)
+    assert plot(axes=given) is given
+    assert all(axes.has_data() for axes in [*new, *given])
+    figure.canvas.draw()
+    with pytest.raises(ValueError, match=f"`axes` must hold {count} axes, found 1"):
+        plot(axes=given[0])
 
 
 @pytest.mark.parametrize("name", PLOTS)
@@ -153,6 +210,78 @@ def test_evidence_is_shown_by_step():
     np.testing.assert_array_equal(line.get_xdata(), [0, 1, 2])
 
 
+def test_factors_are_those_of_the_block_up_to_scale():
+    block = curvature().blocks[0]
+    inputs, outputs = plotting.factor_matrices(curvature(), "lin")
+    scale = block.eigenvalues.mean()  # the block of plain KFAC is exactly their product
+    expected = plotting.block_matrix(curvature(), "lin")
+    np.testing.assert_allclose(scale * np.kron(inputs, outputs), expected, **tolerance(jnp.float64))
+    np.testing.assert_allclose([np.trace(inputs), np.trace(outputs)], [4 + 1, 5])
+    shown = [axes.get_images()[0].get_array() for axes in ROWS["factors"][1]()]
+    np.testing.assert_array_equal(shown[0], inputs)
+    np.testing.assert_array_equal(shown[1], outputs)
+
+
+def test_the_exact_block_stands_beside_ours_and_their_difference():
+    curv, *_, exact = mlp()
+    axes = ROWS["against the exact matrix"][1]()
+    ours, theirs, difference = (np.asarray(a.get_images()[0].get_array()) for a in axes)
+    # The flat order has lin1/b, then lin1/w; the block has the bias as its last row.
+    order = [*range(5, 25), *range(5)]
+    np.testing.assert_array_equal(theirs, exact[np.ix_(order, order)])
+    np.testing.assert_array_equal(ours, plotting.block_matrix(curv, "lin1"))
+    np.testing.assert_allclose(difference, ours - theirs, **tolerance(jnp.float64))
+    error = np.linalg.norm(difference) / np.linalg.norm(theirs)
+    assert [a.get_title() for a in axes] == [
+        "lin1: kronecker",
+        "exact",
+        f"difference ({error:.0%})",
+    ]
+    assert len({a.get_images()[0].norm.vmax for a in axes}) == 1
+
+
+def test_evidence_over_the_prior_has_its_maximum_marked():
+    curv, params, fit, _ = mlp()
+    value, best, likelihood, complexity = over_prior().get_lines()
+    found = laplax_kfac.log_marginal_likelihood(curv, params, log_likelihood=fit, prior_prec=1.0)
+    np.testing.assert_allclose(value.get_ydata()[1], found.value, **tolerance(jnp.float64))
+    np.testing.assert_allclose(likelihood.get_ydata()[1], found.log_likelihood)
+    np.testing.assert_allclose(complexity.get_ydata()[1], -found.complexity)
+    assert list(value.get_xdata()) == GRID
+    assert best.get_ydata() == [max(value.get_ydata())]
+
+
+def test_reliability_is_the_share_of_right_answers_by_confidence():
+    axes = plotting.plot_reliability(PROBABILITIES, LABELS, name="model")
+    diagonal, points = axes.get_lines()
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 1]
+    np.testing.assert_allclose(points.get_xdata(), [0.55, 0.95])
+    np.testing.assert_allclose(points.get_ydata(), [0.5, 0.75])
+    error = (2 * 0.05 + 4 * 0.2) / 6
+    assert points.get_label() == f"model, ECE {error:.3f}"
+    plotting.plot_reliability(PROBABILITIES, LABELS, num_bins=1, axes=axes)
+    assert len(axes.get_lines()) == 3  # one diagonal is enough
+    np.testing.assert_allclose(axes.get_lines()[-1].get_ydata(), [4 / 6])
+
+
+def test_bands_are_ordered_and_as_wide_as_the_deviations():
+    x, predictive = line()
+    axes = plotting.plot_band(x, predictive, output=1, noise_variance=3.0, deviations=(3.0, 1.0))
+    mean, lower, upper = axes.get_lines()
+    np.testing.assert_array_equal(mean.get_xdata(), [0, 1, 2, 3])
+    np.testing.assert_array_equal(mean.get_ydata(), [0, -1, -2, -3])
+    half = 3 * np.sqrt(1 + np.arange(4) + 3.0)
+    np.testing.assert_allclose(upper.get_ydata(), -np.arange(4) + half)
+    np.testing.assert_allclose(lower.get_ydata(), -np.arange(4) - half)
+    narrow, wide = (c.get_paths()[0].vertices[:, 1] for c in axes.collections)
+    for band, width in ((narrow, 1), (wide, 3)):
+        np.testing.assert_allclose(
+            band.max(), max(-np.arange(4) + width * np.sqrt(1 + np.arange(4)))
+        )
+    marginals = plotting.plot_band(x[:, None], Marginals(predictive.mean, predictive.variance))
+    np.testing.assert_array_equal(marginals.get_lines()[0].get_ydata(), [0, 1, 2, 3])
+
+
 # -- errors ------------------------------------------------------------------------------------
 
 
@@ -165,7 +294,7 @@ def test_unknown_layers_are_refused(function):
 
 @pytest.mark.parametrize("name", PLOTS)
 def test_without_matplotlib_the_error_says_what_to_install(name, monkeypatch):
-    curvature()
+    curvature(), mlp(), line()
     real = builtins.__import__
 
     def without(module, *args, **kwargs):
@@ -177,3 +306,30 @@ def test_without_matplotlib_the_error_says_what_to_install(name, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"needs matplotlib: pip install 'laplax-kfac\[plot\]'"):
         PLOTS[name]()
+
+
+@pytest.mark.parametrize(
+    ("plot", "message"),
+    [
+        (lambda: plotting.plot_factors(curvature(), "norm/scale"), "its block is dense"),
+        (lambda: plotting.plot_factors(stacked(), "layers"), "its block is a stack of blocks"),
+        (
+            lambda: plotting.plot_against_exact(curvature(), np.eye(3), "lin"),
+            r"`exact` must be a matrix over all 35 parameters, found shape \(3, 3\)",
+        ),
+        (
+            lambda: plotting.plot_reliability(PROBABILITIES[0], LABELS),
+            r"`probabilities` must be of shape \(N, K\)",
+        ),
+        (lambda: plotting.plot_band(np.ones((4, 2)), line()[1]), "`x` must hold one number for"),
+        (
+            lambda: plotting.plot_evidence_over_prior(
+                mlp()[0], mlp()[1], log_likelihood=mlp()[2], prior_precs=[0.0, 1.0]
+            ),
+            "`prior_precs` must be positive",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(plot, message):
+    with pytest.raises(ValueError, match=message):
+        plot()

@@ -19,20 +19,17 @@ import pytest
 from conftest import tolerance
 from jax.flatten_util import ravel_pytree
 from laplax.curv.cov import create_posterior_fn, estimate_curvature
-from laplax.curv.ggn import create_ggn_mv
-from laplax.curv.utils import LowRankTerms
 from laplax.enums import CurvApprox
-from laplax.eval.likelihood import low_rank_marginal_log_likelihood, marginal_log_likelihood
+from laplax.eval import pushforward
 from laplax.eval.utils import transfer_entry
-from laplax.util.loader import DataLoaderMV
 from laplax.util.tree import normal_like
-from oracles import dense_ggn, laplax_full
+from oracles import dense_ggn
 
 import laplax_kfac
 import laplax_kfac.plugin
 
 pytestmark = pytest.mark.usefixtures("x64")
-OURS = ["kfac", "ekfac"]
+OURS = list(laplax_kfac.plugin.CURVATURE_TYPES)
 
 
 def normal(*shape, seed=0):
@@ -158,83 +155,7 @@ def test_weights_that_laplax_samples_have_the_covariance_of_full():
     assert (np.abs(second_moments(jax.random.key(0)) - covariance) < 6 * error).all()
 
 
-@pytest.mark.parametrize("curv_type", OURS)
-@pytest.mark.parametrize("prior", PRIORS, ids=str)
-def test_marginal_likelihoods_are_those_of_full(prior, curv_type):
-    arguments, loss_scaling_factor = prior
-    found, full = (
-        marginal_log_likelihood(
-            fit(REGRESSION, name)[1],
-            arguments,
-            dict(zip(("input", "target"), REGRESSION.data, strict=True)),
-            linear,
-            REGRESSION.params,
-            "mse",
-            name,
-            vmap_over_data=True,
-            loss_scaling_factor=loss_scaling_factor,
-        )
-        for name in (curv_type, "full")
-    )
-    np.testing.assert_allclose(found, full, **tolerance(jnp.float64))
-
-
 # -- calibration and evaluation ----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A case, and options of `laplax.calibration`."""
-
-    case: Case
-    objective: str
-    predictive_type: str = "none"
-
-    def __str__(self) -> str:
-        return f"{self.case},{self.objective}"
-
-
-@pytest.mark.parametrize(
-    "calibration",
-    [
-        Calibration(REGRESSION, "nll"),
-        Calibration(REGRESSION, "chi_squared"),
-        Calibration(REGRESSION, "marginal_log_likelihood"),
-        Calibration(CLASSES, "nll", "mean_field_0"),
-        Calibration(CLASSES, "ece", "mean_field_1"),
-    ],
-    ids=str,
-)
-def test_calibration_chooses_what_it_chooses_with_full(calibration, monkeypatch):
-    case = calibration.case
-    # Validation data far from the fit, so that the objectives have their minimum inside the grid.
-    target = case.data[1] if case is CLASSES else linear(X, case.params) + 3 * normal(6, 2, seed=5)
-    data = {"input": X, "target": target}
-    chosen = {}
-    for curv_type in ("kfac", "full"):
-        posterior_fn, curv = fit(case, curv_type)
-        seen: list[Any] = []
-        method = functools.partial(record, seen)
-        monkeypatch.setitem(laplax.api.calibration_options, "recorded", method)
-        chosen[curv_type] = (
-            laplax.calibration(
-                posterior_fn, linear, case.params, data, loss_fn=case.loss_fn,
-                curv_estimate=curv, curv_type=curv_type,
-                calibration_objective=calibration.objective,
-                predictive_type=calibration.predictive_type, calibration_method="recorded",
-            )[0],
-            seen,
-        )  # fmt: skip
-    assert chosen["kfac"][0] == chosen["full"][0]
-    np.testing.assert_allclose(chosen["kfac"][1], chosen["full"][1], rtol=1e-9)
-    assert np.ptp(chosen["full"][1]) > 0
-
-
-def record(seen, objective, data):
-    """A grid search that keeps the objective's values."""
-    grid = np.logspace(-2, 2, 5)
-    seen += [float(objective({"prior_prec": p}, data)) for p in grid]
-    return {"prior_prec": grid[int(np.argmin(seen))]}
 
 
 def test_grid_search_runs_with_our_type():
@@ -246,31 +167,6 @@ def test_grid_search_runs_with_our_type():
     assert set(prior) == {"prior_prec"}
     predictions = set_predictive(prior_arguments=prior)(X[0])
     assert np.isfinite(predictions["pred_std"]).all()
-
-
-PREDICTIONS = transfer_entry(["pred_act", "pred_mean", "pred_std"])
-
-
-@pytest.mark.parametrize(
-    ("case", "options"),
-    [
-        (REGRESSION, {"metrics": "regression"}),
-        (CLASSES, {"metrics": PREDICTIONS, "predictive_type": "mean_field_0"}),
-        (CLASSES, {"metrics": PREDICTIONS, "predictive_type": "mean_field_2"}),
-    ],
-    ids=["regression", "mean_field_0", "mean_field_2"],
-)
-def test_linearised_evaluation_gives_the_metrics_of_full(case, options):
-    data = {"input": normal(4, 3, seed=6), "target": case.data[1][:4]}
-    found, full = (
-        laplax.evaluation(
-            fit(case, name)[0], linear, case.params, {"prior_prec": 0.3}, data, **options
-        )[0]
-        for name in ("kfac", "full")
-    )
-    assert set(found) == set(full)
-    for name, values in full.items():
-        np.testing.assert_allclose(found[name], values, **tolerance(jnp.float64), err_msg=name)
 
 
 @pytest.mark.parametrize("case", [REGRESSION, CLASSES], ids=str)
@@ -291,18 +187,6 @@ def test_sampled_evaluation_agrees_with_full(case):
 
 
 # -- forms of arguments ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "curv_type",
-    ["kfac", "KFAC", "Kfac", CurvApprox("kfac"), "ekfac", CurvApprox("ekfac")],
-    ids=repr,
-)
-def test_names_and_members_are_accepted(curv_type):
-    posterior_fn, curv = fit.__wrapped__(REGRESSION, curv_type)
-    expected = fit(REGRESSION, str(curv_type).lower())[1]
-    np.testing.assert_array_equal(curv.to_dense(), expected.to_dense())
-    assert posterior_fn({"prior_prec": 1.0}).state is not None
 
 
 def test_the_types_are_members_of_the_enumeration():
@@ -457,10 +341,16 @@ def test_states_of_posteriors_go_through_jit_and_vmap_over_the_prior():
 BEFORE_AND_AFTER = """
 import inspect, json
 import jax, jax.numpy as jnp, laplax, numpy as np
-from laplax import laplace  # a reference from before the import of laplax_kfac
+from laplax import calibration, evaluation, laplace  # references from before laplax_kfac
+from laplax.curv.lanczos import lanczos_lowrank
+from laplax.eval.pushforward import lin_pred_mean, lin_pred_std, lin_setup
 from loguru import logger
 
 logger.remove()
+try:  # laplax turns x64 on for lanczos, and not off again if there is an error
+    lanczos_lowrank(jnp.eye(3), rank=2)
+except ValueError as e:
+    failed_with_x64 = [str(e), jax.config.jax_enable_x64]
 jax.config.update("jax_enable_x64", True)  # laplax's lanczos does so anyway
 rng = np.random.default_rng(0)
 params = {"v": jnp.asarray(rng.normal(size=(4, 2))), "w": jnp.asarray(rng.normal(size=(3, 4)))}
@@ -484,15 +374,24 @@ def error(function, **arguments):
         return [type(e).__name__, str(e)]
 
 OPTIONS = {
-    "full": {"curv_mv_jit": True},
-    "FULL": {"num_curv_samples": 2, "num_total_samples": 3},
+    "FULL": {"curv_mv_jit": True, "num_curv_samples": 2, "num_total_samples": 3},
     "diagonal": {},
     "lanczos": {"rank": 5, "key": jax.random.key(1)},
     "lobpcg": {"rank": 3, "key": jax.random.key(1)},
 }
 
+def predictions(curv_type):
+    posterior_fn, curv = laplace(model_fn, params, data, loss_fn="mse", curv_type=curv_type)
+    prior, set_predictive = calibration(
+        posterior_fn, model_fn, params, data, loss_fn="mse", curv_estimate=curv,
+        curv_type=curv_type, grid_size=2, pushforward_fns=[lin_setup, lin_pred_mean, lin_pred_std],
+    )
+    results = evaluation(posterior_fn, model_fn, params, prior, data)[0]
+    return [np.asarray(x) for x in jax.tree.leaves((prior, results))]
+
 def observe(function):
     return {
+        "predictions": {"full": predictions("full")},
         "fits": {name: outcome(function, name, **options) for name, options in OPTIONS.items()},
         "errors": [
             error(function, loss_fn="mse", curv_type="ggn"),
@@ -512,18 +411,26 @@ unknown = error(laplace, loss_fn="mse", curv_type="kfac")
 import laplax_kfac
 after = observe(laplax.laplace)
 same = {
-    name: len(a) == len(after["fits"][name]) > 2
-    and all(np.array_equal(x, y) for x, y in zip(a, after["fits"][name]))
-    for name, a in before.pop("fits").items()
+    what: {
+        name: len(a) == len(after[what][name]) > 2
+        and all(np.array_equal(x, y) for x, y in zip(a, after[what][name]))
+        for name, a in before.pop(what).items()
+    }
+    for what in ("fits", "predictions")
 }
-del after["fits"]
+del after["fits"], after["predictions"]
 print(json.dumps({
     "same": same,
     "before": before,
     "after": after,
     "unknown before": unknown,
-    "one function": laplace is laplax.laplace is laplax.api.laplace,
+    "one function": laplace is laplax.laplace is laplax.api.laplace
+    and calibration is laplax.api.calibration
+    and evaluation is laplax.evaluation
+    and lin_setup is laplax.api.lin_setup is laplax.eval.pushforward.lin_setup,
     "early reference": len(outcome(laplace, "kfac")),
+    "early predictions": len(predictions("kfac")),
+    "failed with x64": failed_with_x64,
 }))
 """
 
@@ -539,9 +446,13 @@ def observed():
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("curv_type", ["full", "FULL", "diagonal", "lanczos", "lobpcg"])
+@pytest.mark.parametrize("curv_type", ["FULL", "diagonal", "lanczos", "lobpcg"])
 def test_other_curvature_types_give_bitwise_the_same(observed, curv_type):
-    assert observed["same"][curv_type]
+    assert observed["same"]["fits"][curv_type]
+
+
+def test_predictions_with_other_curvature_types_are_bitwise_the_same(observed):
+    assert observed["same"]["predictions"] == {"full": True}
 
 
 def test_errors_signature_and_documentation_of_laplace_stay(observed):
@@ -555,15 +466,26 @@ def test_a_reference_to_laplace_from_before_the_import_dispatches_too(observed):
     assert observed["one function"]
     assert observed["unknown before"] == ["ValueError", "'kfac' is not a valid CurvApprox"]
     assert observed["early reference"] > 2
+    assert observed["early predictions"] == 5
+
+
+ROUTED = [laplax.laplace, laplax.calibration, laplax.evaluation, pushforward.lin_setup]
+
+
+def test_defect_x64_stays_on_where_lanczos_fails(observed):
+    assert observed["failed with x64"] == ["Either key or b must be provided", True]
 
 
 def test_reloading_and_registering_again_is_harmless():
-    function, original = laplax.laplace, laplax.api._laplax_kfac_original
+    originals = [laplax_kfac.plugin._original_of(function) for function in ROUTED]
     importlib.reload(laplax_kfac.plugin)
     laplax_kfac.plugin.register()
     laplax_kfac.plugin.register()
-    assert laplax.laplace is function
-    assert laplax.api._laplax_kfac_original is original
+    now = [laplax.laplace, laplax.calibration, laplax.evaluation, pushforward.lin_setup]
+    assert all(function is routed for function, routed in zip(now, ROUTED, strict=True))
+    for function, original in zip(ROUTED, originals, strict=True):
+        assert laplax_kfac.plugin._original_of(function) is original
+        assert original is not function
     assert len(CurvApprox) == 4 + len(OURS)
     for curv_type in ("full", "kfac"):
         found, expected = fit.__wrapped__(REGRESSION, curv_type), fit(REGRESSION, curv_type)
@@ -571,100 +493,67 @@ def test_reloading_and_registering_again_is_harmless():
             np.testing.assert_array_equal(got, want)
 
 
-def test_a_laplax_without_a_register_is_refused_with_the_version_that_has_one(monkeypatch):
-    monkeypatch.delattr(laplax.register, "register_curvature_method")
-    with pytest.raises(
-        ImportError, match=r"lacks laplax\.register, which .* install laplax 0\.0\.2"
-    ):
+@pytest.mark.parametrize(
+    ("path", "change", "lacks"),
+    [
+        ("register.register_curvature_method", None, r"register\.register_curvature_method"),
+        ("curv.cov.CURVATURE_METHODS", None, r"laplax\.curv\.cov\.CURVATURE_METHODS"),
+        ("api.laplace", lambda model_fn, params: (model_fn, params), r"laplace\(data, loss_fn, "),
+        ("api.laplace", functools.partial(print), r"laplace\(model_fn, params, data, loss_fn, cur"),
+        ("__version__", "0.0.1", r"laplax 0\.0\.1, which lacks much that 0\.0\.2 has"),
+    ],
+    ids=["register", "a dictionary", "parameters", "no function", "version"],
+)  # fmt: skip
+def test_a_laplax_that_cannot_be_registered_with_is_refused(path, change, lacks, monkeypatch):
+    replace(monkeypatch, path, change)
+    with pytest.raises(ImportError, match=f"{lacks}.*; install laplax 0\\.0\\.2, or a later"):
         laplax_kfac.plugin.register()
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "lacks"),
+    [
+        ("eval.pushforward.lin_setup", None, r"laplax\.eval\.pushforward\.lin_setup"),
+        ("api.evaluation", lambda **given: given, r"laplax\.api\.evaluation\(posterior_fn, "),
+        ("util.mv.diagonal", lambda mv: mv, r"laplax\.util\.mv\.diagonal\(layout\)"),
+    ],
+    ids=["a function", "parameters", "parameter"],
+)  # fmt: skip
+def test_a_laplax_without_its_pushforward_is_slow_and_a_warning_says_so(
+    path, change, lacks, monkeypatch
+):
+    replace(monkeypatch, path, change)
+    with pytest.warns(UserWarning, match=f"lacks {lacks}.*: .* are right but slow"):
+        laplax_kfac.plugin.register()
+
+
+def test_a_function_with_variables_of_its_surroundings_is_not_routed():
+    def surrounding(variable):
+        return lambda *args: (variable, args)
+
+    laplax.api._wrapped = surrounding(1)
+    try:
+        assert laplax_kfac.plugin._not_plain(["laplax.api._wrapped"]) == [
+            "laplax.api._wrapped as a plain function"
+        ]
+    finally:
+        del laplax.api._wrapped
+    assert laplax_kfac.plugin._not_plain(laplax_kfac.plugin.ROUTES) == []
+
+
+def replace(monkeypatch, path, change):
+    *modules, name = path.split(".")
+    module = functools.reduce(getattr, modules, laplax)
+    if change is None:
+        monkeypatch.delattr(module, name)
+    else:
+        monkeypatch.setattr(module, name, change)
 
 
 @pytest.mark.parametrize("curv_type", ["full", "diagonal"])
 def test_the_original_is_what_runs_for_other_types(curv_type):
-    found = laplax.laplace(linear, TRAINED, REGRESSION.data, loss_fn="mse", curv_type=curv_type)
-    expected = laplax.api._laplax_kfac_original(
-        linear, TRAINED, REGRESSION.data, loss_fn="mse", curv_type=curv_type
-    )
+    options: Any = {"loss_fn": "mse", "curv_type": curv_type}
+    found = laplax.laplace(linear, TRAINED, REGRESSION.data, **options)
+    original = laplax_kfac.plugin._original_of(laplax.laplace)
+    expected = original(linear, TRAINED, REGRESSION.data, **options)
     np.testing.assert_array_equal(found[1], expected[1])
-
-
-# -- laplax's own defects: when one of these fails, laplax has mended it -----------------------
-
-
-def test_defect_laplace_and_create_ggn_mv_scale_by_inverse_factors():
-    exact = np.asarray(dense_ggn(linear, TRAINED, REGRESSION.data, "mse"))
-    data = dict(zip(("input", "target"), REGRESSION.data, strict=True))
-    # 6 of 60 examples were seen: an estimate of the whole is 10 times what was seen.
-    mv = create_ggn_mv(linear, TRAINED, data, "mse", num_curv_samples=6, num_total_samples=60)
-    np.testing.assert_allclose(as_matrix(mv, TRAINED), 10 * exact, **tolerance(jnp.float64))
-    full = laplax.laplace(
-        linear, TRAINED, REGRESSION.data, loss_fn="mse", curv_type="full",
-        num_curv_samples=6, num_total_samples=60,
-    )[1]  # fmt: skip
-    np.testing.assert_allclose(full, 0.1 * exact, **tolerance(jnp.float64))
-
-
-def test_defect_low_rank_log_determinant():
-    s, rank, size = 0.25, 2, 8
-    values = np.asarray([3.0, 1.0])
-    terms = LowRankTerms(jnp.eye(size)[:, :rank], jnp.asarray(values), jnp.asarray(s))
-    params = {"w": np.zeros(size)}
-    evidence = low_rank_marginal_log_likelihood(
-        terms, {"prior_prec": 1.0}, lambda *_: 0.0, params, {"input": 0, "target": 0}
-    )
-    # Without data and at parameters zero, the evidence is minus half the log-determinant.
-    right = np.linalg.slogdet(s * np.eye(size) + np.diag(np.append(values, np.zeros(6))))[1]
-    np.testing.assert_allclose(right, size * np.log(s) + np.log1p(values / s).sum(), rtol=1e-12)
-    laplax_has = rank * np.log(s) + np.log1p(s * values).sum()
-    np.testing.assert_allclose(-2 * evidence, laplax_has, rtol=1e-12)
-    assert abs(laplax_has - right) > 1
-
-
-def test_defect_evidence_of_the_squared_error():
-    # Linear regression with known noise: the evidence is a Gaussian density of the targets.
-    x, y, tau, noise = X[:, :2], normal(6, 1, seed=4), 0.5, 0.3
-    features = np.concatenate([np.ones((6, 1)), x], axis=1)
-    covariance = noise * np.eye(6) + features @ features.T / tau
-    right = -0.5 * (
-        y[:, 0] @ np.linalg.solve(covariance, y[:, 0])
-        + np.linalg.slogdet(covariance)[1]
-        + 6 * np.log(2 * np.pi)
-    )
-    mean = np.linalg.solve(features.T @ features + noise * tau * np.eye(3), features.T @ y[:, 0])
-    params = {"b": mean[:1], "w": mean[1:, None]}
-
-    def evidence(curv_type, **arguments):
-        curv = laplax.laplace(linear, params, (x, y), loss_fn="mse", curv_type=curv_type)[1]
-        return marginal_log_likelihood(
-            curv, {"prior_prec": tau, **arguments}, {"input": x, "target": y}, linear, params,
-            "mse", curv_type, vmap_over_data=True,
-        )  # fmt: skip
-
-    for curv_type in ("full", *OURS):  # ours follows laplax here, so that the two can be compared
-        # Right up to a constant, if the noise is passed twice and in two conventions ...
-        constant = 6 / 2 * np.log(2 * np.pi * noise)
-        found = evidence(curv_type, sigma_squared=1 / (2 * noise), sigma=noise)
-        np.testing.assert_allclose(found - constant, right, rtol=1e-9)
-        # ... and wrong by more than the constant if it is passed once, or not at all.
-        for arguments in ({}, {"sigma": noise}, {"sigma_squared": 1 / (2 * noise)}):
-            assert abs(evidence(curv_type, **arguments) - constant - right) > 0.5
-
-
-def test_defect_loaders():
-    x, y = REGRESSION.data
-    exact = np.asarray(laplax_full(linear, TRAINED, (x, y), "mse"))
-    batches = list(Loader(x, y))
-    arguments: Any = {"loss_fn": "mse", "curv_type": "full"}
-    # A generator is empty after laplace's look at its first batch and its check of shapes.
-    with pytest.raises(ValueError, match="data loader was empty"):
-        laplax.laplace(linear, TRAINED, iter(batches), **arguments)
-    # A list is taken for one batch, unless it has two entries.
-    for wrong in (batches, [(x, y)]):
-        with pytest.raises(ValueError, match="received len != 2"):
-            laplax.laplace(linear, TRAINED, wrong, **arguments)
-    two = laplax.laplace(linear, TRAINED, [(x[:3], y[:3]), (x[3:], y[3:])], **arguments)[1]
-    np.testing.assert_allclose(two, exact, **tolerance(jnp.float64))
-    # The default reduction averages over the first axis of the parameters.
-    mv = create_ggn_mv(linear, TRAINED, {"input": x, "target": y}, "mse")
-    reduced = DataLoaderMV(lambda vec, data: mv(vec), [(x, y)])(TRAINED)  # noqa: ARG005
-    assert jax.tree.map(jnp.shape, reduced) == {"b": (), "w": (2,)}

@@ -1,7 +1,7 @@
 """Posteriors against dense linear algebra: covariance, scale, determinant, samples, gradients."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import tolerance
 from jax.flatten_util import ravel_pytree
-from matrices import PARAMS, SPACE, dense_matrix, matrix, normal, tree
+from matrices import LAYERS, PARAMS, SPACE, dense_matrix, matrix, normal, tree
 
 from laplax_kfac.curvature import Curvature
+from laplax_kfac.layers import FROZEN
 from laplax_kfac.posterior import Posterior, make_posterior
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -64,6 +65,8 @@ def test_covariance_and_scale_are_inverse_and_root_of_the_precision(prior):
         np.testing.assert_allclose(found, covariance, **tolerance(jnp.float64))
     diagonal = flat(posterior.covariance_diagonal())
     np.testing.assert_allclose(diagonal, np.diag(covariance), **tolerance(jnp.float64))
+    deviation = flat(posterior.standard_deviation())
+    np.testing.assert_allclose(deviation**2, np.diag(covariance), **tolerance(jnp.float64))
 
 
 @pytest.mark.parametrize("prior", PRIORS, ids=str)
@@ -114,7 +117,7 @@ def test_curvature_methods_add_the_prior():
 
 
 def test_samples_have_the_mean_and_the_covariance_of_the_posterior():
-    n, prior, mean = 200_000, Prior(0.5), tree(normal(SPACE.size))
+    n, prior, mean = 100_000, Prior(0.5), tree(normal(SPACE.size))  # SPACE has every kind of block
 
     @jax.jit
     def moments(key):
@@ -143,6 +146,35 @@ def test_a_sample_depends_on_the_key_and_its_number_alone():
     )
     distances = np.linalg.norm(vectors[:, None] - vectors[None], axis=-1)
     assert distances[~np.eye(10, dtype=bool)].min() > 0.1
+
+
+@pytest.mark.parametrize(("impl", "together"), [("threefry2x32", 2), ("unsafe_rbg", 1)])
+def test_samples_do_not_depend_on_how_many_are_drawn_together(impl, together, monkeypatch):
+    precision, key = Prior(1.0).posterior(), jax.random.key(0, impl=impl)
+    mean = tree(normal(SPACE.size))
+    whole = jax.jit(lambda: precision.sample(key, 5, mean))()
+    monkeypatch.setattr("laplax_kfac.posterior.NUMBERS_TOGETHER", together * SPACE.size)
+    parts = jax.jit(lambda: precision.sample(key, 5, mean))()
+    np.testing.assert_allclose(flat(parts), flat(whole), **tolerance(jnp.float64))
+    last = jax.jit(lambda start: precision.sample(key, 2, mean, start=start))(3)
+    expected = flat(jax.tree.map(lambda x: x[3:], whole))
+    np.testing.assert_allclose(flat(last), expected, **tolerance(jnp.float64))
+
+
+def test_frozen_parameters_are_not_drawn():
+    layers = tuple(replace(ly, pattern=FROZEN) if ly.name == "joint" else ly for ly in LAYERS)
+    frozen = make_posterior(replace(matrix(), layers=layers), 1.0)
+    mean = tree(normal(SPACE.size))
+    samples = jax.jit(lambda: frozen.sample(jax.random.key(0), 3, mean))()
+    for drawn, fixed in zip(*map(jax.tree.leaves, (samples["joint"], mean["joint"])), strict=True):
+        np.testing.assert_array_equal(drawn, np.stack([fixed] * 3))
+    assert np.abs(samples["vector"] - mean["vector"]).min() > 0
+    assert flat(frozen.standard_deviation()["joint"]).max() == 0
+
+
+def test_numbers_of_samples_must_be_positive():
+    with pytest.raises(ValueError, match="`num_samples` must be a positive integer, found 0"):
+        Prior(1.0).posterior().sample(jax.random.key(0), 0, tree(normal(SPACE.size)))
 
 
 def test_samples_keep_dtypes_and_integer_leaves():

@@ -28,6 +28,7 @@ class Case:
 
 CASES = [
     Case("reshape", "reshape", lambda x: x.reshape(4, 6)),
+    Case("reshape_transposed", "reshape", lambda x: lax.reshape(x, (6, 4), dimensions=(2, 0, 1))),
     Case("reshape_to_scalar", "reshape", lambda x: lax.reshape(x, ()), ((1, 1),)),
     Case("transpose", "transpose", lambda x: x.transpose(2, 0, 1)),
     Case("squeeze", "squeeze", lambda x: jnp.squeeze(x, (0, 2)), ((1, 3, 1, 2),)),
