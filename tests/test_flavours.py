@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import laplax
 import models
 import numpy as np
 import pytest
@@ -379,6 +380,45 @@ def test_data_twice_double_the_curvature_however_it_is_split(flavour):
     expected = 2 * fitted("nnx_cnn", **options).to_dense()
     close = {"rtol": 1e-6, "atol": 1e-9} if flavour == "kfoc" else CLOSE
     np.testing.assert_allclose(found.to_dense(), expected, **close)
+
+
+# -- through laplax ----------------------------------------------------------------------------
+
+OF_KRONECKER: dict[str, dict[str, Any]] = {
+    "type2": {},
+    "mc": {"fisher_type": "mc", "mc_samples": 2},
+    "empirical": {"fisher_type": "empirical"},
+    "reduce": {"kfac_approx": "reduce"},
+    "separate": {"separate_weight_and_bias": True},
+}
+OF_KFAC = {
+    "forward_only": {"fisher_type": "forward_only"},
+    "diagonal": {"curvature": "diagonal"},
+    "block": {"curvature": "block"},
+}
+
+
+@pytest.mark.parametrize(
+    ("curv_type", "flavour"),
+    [(c, f) for c in ("kfac", "ekfac", "kfoc") for f in OF_KRONECKER]
+    + [("kfac", f) for f in OF_KFAC],
+)
+def test_every_flavour_goes_through_laplax(curv_type, flavour):
+    model_fn, params, data = made("mlp")
+    options = {**OF_KRONECKER, **OF_KFAC}[flavour]
+    posterior_fn, found = laplax.laplace(
+        model_fn, params, data, loss_fn=LOSS, curv_type=curv_type, **options
+    )
+    refined = {"ekfac": "eigenvalue_correction", "kfoc": "optimal_factors"}
+    refinement = {refined[curv_type]: True} if curv_type in refined else {}
+    direct = fitted("mlp", **options, **refinement)
+    np.testing.assert_allclose(found.to_dense(), direct.to_dense(), **CLOSE)
+    precision = np.asarray(direct.to_dense()) + 3 * np.eye(direct.space.size)
+    posterior = posterior_fn({"prior_prec": 3.0})
+    column = posterior.cov_mv(posterior.state)(jax.tree.map(jnp.ones_like, params))
+    expected = np.linalg.solve(precision, np.ones(direct.space.size))
+    flat = jax.flatten_util.ravel_pytree(column)[0]
+    np.testing.assert_allclose(flat, expected, **CLOSE)
 
 
 # -- options that contradict each other --------------------------------------------------------
