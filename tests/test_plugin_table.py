@@ -32,7 +32,7 @@ from laplax.eval.pushforward import (
 )
 from laplax.eval.utils import transfer_entry
 
-from laplax_kfac.plugin import CURVATURE_TYPES
+from laplax_kfac import plugin
 
 RELATIVE = {"float32": 1e-5, "float64": 1e-10}
 PRIOR = {"prior_prec": 0.3}
@@ -283,12 +283,12 @@ def test_kfac_agrees_with_full(entry, task, dtype):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", list(CURVATURE_TYPES))
+@pytest.mark.parametrize("name", list(plugin.CURVATURE_TYPES))
 def test_names_are_accepted_in_any_case_and_as_members(name, monkeypatch):
     task = in_precision(REGRESSION, "float64")
     curvature = fit(task, "kfac")[1]
     # Only the way to the function matters here.
-    monkeypatch.setitem(CURVATURE_TYPES, name, lambda *_, **__: curvature)
+    monkeypatch.setitem(plugin.CURVATURE_TYPES, name, lambda *_, **__: curvature)
     member = CurvApprox[name.upper()]
     assert member is CurvApprox(name)
     assert member == name
