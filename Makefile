@@ -26,7 +26,7 @@ quickstart: $(EXAMPLES) ## run examples/quickstart.py
 
 test: $(DEV) ## run every test, the slow ones too
 	@echo ">> running the tests"
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist loadfile  # tests of a file share what they fit
 
 lint: $(DEV) ## check style and formatting
 	@echo ">> ruff"
