@@ -15,7 +15,9 @@ MODES = {"type2": "fisher_exact", "mc": "fisher_gradients", "empirical": "fisher
 
 
 def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jax", "kfac-jax")}
+    """Those of an environment of its own, whose jax is not that of the others."""
+    of = importlib.metadata.version
+    return {"kfac-jax": of("kfac-jax"), "jax under kfac-jax": of("jax")}
 
 
 class Estimator:

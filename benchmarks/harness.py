@@ -303,6 +303,7 @@ class Session:
             "seconds": round(time.perf_counter() - self.began),
         }
         lines = [json.dumps(entry) for entry in [head, *self.records]]
+        path.parent.mkdir(exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
 
 

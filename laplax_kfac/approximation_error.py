@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key, Num, PyTree
 from laplax_kfac.blocks import Block, BlockDiagonal, apply
 from laplax_kfac.capture import ParameterRecord, Record, UseRecord
 from laplax_kfac.curvature import DEFAULT_BATCH_SIZE, Accumulator, Options
-from laplax_kfac.data import batches, even_batches, first_example
+from laplax_kfac.data import batches, even_batches, first_example, positive_integer
 from laplax_kfac.factors import sum_into_rows
 from laplax_kfac.layers import Layer
 from laplax_kfac.layout import ParameterSpace
@@ -91,9 +91,7 @@ def relative_error(
     Raises:
         ValueError: If the curvature is of another model, or ``num_probes`` is not positive.
     """
-    if num_probes < 1:
-        msg = f"`num_probes` must be a positive integer, found {num_probes!r}."
-        raise ValueError(msg)
+    num_probes = positive_integer("num_probes", num_probes)
     stream = even_batches(batches(data), batch_size)
     first = next(stream)
     program = parse_like(

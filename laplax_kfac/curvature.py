@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import operator
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from laplax_kfac.data import (
     even_batches,
     first_example,
     pad,
+    positive_integer,
     require_several_passes,
     same_number,
     to_arrays,
@@ -114,9 +114,9 @@ class Options:
         pairs = kfac_approx.items() if isinstance(kfac_approx, Mapping) else [("*", kfac_approx)]
         for _, value in pairs:
             _check_choice("kfac_approx", value, KFAC_APPROXIMATIONS)
-        mc_samples = _positive("mc_samples", mc_samples)
+        mc_samples = positive_integer("mc_samples", mc_samples)
         if sketches is not None:
-            sketches = _positive("sketches", sketches)
+            sketches = positive_integer("sketches", sketches)
             if fisher_type != "type2":
                 msg = (
                     "`sketches` combines the columns of the loss Hessian's root, which only "
@@ -157,17 +157,6 @@ class Options:
             if not any(matches(name, [pattern]) for name in names):
                 msg = f"`kfac_approx` names {pattern!r}, which matches none of the layers {names}."
                 raise ValueError(msg)
-
-
-def _positive(name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        msg = f"`{name}` must be a positive integer, found {value!r}."
-        raise ValueError(msg)
-    return number
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -655,8 +644,8 @@ def kfac(
         separate_weight_and_bias=separate_weight_and_bias, vmap_over_data=vmap_over_data,
     )  # fmt: skip
     batch_size, iterations = (
-        _positive("batch_size", batch_size),
-        _positive("iterations", iterations),
+        positive_integer("batch_size", batch_size),
+        positive_integer("iterations", iterations),
     )
     _check_refinements(
         fisher_type, curvature, eigenvalue_correction=eigenvalue_correction,
