@@ -16,16 +16,18 @@ table that a lookup picks (``Picked``) are the case of ``Outer`` in which a is a
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from laplax_kfac.blocks import Block, rotate
-from laplax_kfac.capture import ParameterRecord, Record
+from laplax_kfac.capture import ParameterRecord, Record, capture, unit_vectors
 from laplax_kfac.factors import gradient_matrices, rotated_records
 from laplax_kfac.layers import Layer
+from laplax_kfac.parser import Program
 from laplax_kfac.resolve import Resolved
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -58,6 +60,36 @@ class Picked:
 
 
 Jacobian = Matrices | Outer | Picked
+
+
+def of_example(
+    program: Program,
+    leaves: Sequence[Array],
+    blocks: Sequence[Block],
+    x: PyTree,
+    *,
+    consts: Sequence[Array],
+    sequential: bool = False,
+) -> tuple[PyTree, dict[int, Jacobian]]:
+    """The model's output at one input, and the Jacobians of the layers that influence it.
+
+    Args:
+        program: The parsed model.
+        leaves: Leaves of the parameters.
+        blocks: A block of every layer, for the bases.
+        x: One input, without a batch axis.
+        consts: Values of ``program.consts``.
+        sequential: Whether to do without vmap.
+
+    Returns:
+        The output, and the Jacobians by number of the layer.
+    """
+    output, records = capture(program, leaves, consts, x, unit_vectors, sequential=sequential)
+    return output, {
+        number: layer_jacobian(program.resolved[number], record, blocks[number])
+        for number, record in enumerate(records)
+        if record is not None
+    }
 
 
 def layer_jacobian(resolved: Resolved, record: Record, block: Block) -> Jacobian:

@@ -18,11 +18,11 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from laplax_kfac import jaxprs
 from laplax_kfac.blocks import BlockDiagonal
-from laplax_kfac.capture import capture, map_examples, record_size, unit_vectors
+from laplax_kfac.capture import map_examples, record_size
 from laplax_kfac.curvature import DEFAULT_BATCH_SIZE, RECORD_BYTES
 from laplax_kfac.data import batch_size as size_of
 from laplax_kfac.data import first_example, pad, positive_integer, to_arrays
-from laplax_kfac.jacobians import Jacobian, covariance, layer_jacobian, numbers, variance
+from laplax_kfac.jacobians import Jacobian, covariance, numbers, of_example, variance
 from laplax_kfac.matching import parse_like
 from laplax_kfac.parser import ModelFn, Program, per_example
 from laplax_kfac.posterior import make_posterior
@@ -407,15 +407,10 @@ def _jacobians(
     """Outputs of a batch, and Jacobians of the layers that influence them, by number."""
 
     def one(x: PyTree, *, sequential: bool = False) -> tuple[Array, dict[int, Jacobian]]:
-        output, records = capture(
-            program, arrays.leaves, arrays.consts, x, unit_vectors, sequential=sequential
+        output, jacobians = of_example(
+            program, arrays.leaves, arrays.blocks, x, consts=arrays.consts, sequential=sequential
         )
-        flat = jnp.concatenate([jnp.ravel(o) for o in jax.tree.leaves(output)])
-        return flat, {
-            number: layer_jacobian(program.resolved[number], record, arrays.blocks[number])
-            for number, record in enumerate(records)
-            if record is not None
-        }
+        return jnp.concatenate([jnp.ravel(o) for o in jax.tree.leaves(output)]), jacobians
 
     return map_examples(one, inputs)
 

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from laplax_kfac.blocks import BlockDiagonal
-from laplax_kfac.capture import capture, map_examples, record_size, unit_vectors
+from laplax_kfac.capture import map_examples, record_size
 from laplax_kfac.data import Batch, batch_size
-from laplax_kfac.jacobians import Jacobian, covariance, layer_jacobian, numbers, variance
+from laplax_kfac.jacobians import Jacobian, covariance, numbers, of_example, variance
 from laplax_kfac.matching import parse_like
 from laplax_kfac.parser import ModelFn, Program
 from laplax_kfac.posterior import Posterior
@@ -122,14 +122,9 @@ def _linearise(
     *,
     sequential: bool = False,
 ) -> Linearised:
-    _, records = capture(program, leaves, program.consts, x, unit_vectors, sequential=sequential)
-    layers = zip(program.resolved, records, matrix.blocks, strict=True)
+    consts = program.consts
     return Linearised(
-        {
-            number: layer_jacobian(resolved, record, block)
-            for number, (resolved, record, block) in enumerate(layers)
-            if record is not None
-        }
+        of_example(program, leaves, matrix.blocks, x, consts=consts, sequential=sequential)[1]
     )
 
 
