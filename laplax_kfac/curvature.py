@@ -242,7 +242,7 @@ class Accumulator:
             return most
         batch = to_arrays(as_batch(batch))
         program = self._compiled(batch).program
-        sums = sum(_sum_bytes(layer) for layer in program.layers)
+        sums = sum(sum_bytes(layer) for layer in program.layers)
         room = max(REUSED_BYTES, 4 * sums)
         return max(1, min(most, room // max(1, _record_bytes(program, self.options, batch))))
 
@@ -405,16 +405,17 @@ class _Compiled:
         )  # fmt: skip
 
 
-def _compiled(
-    model_fn: ModelFn, program: Program, options: Options, target: PyTree
-) -> _Compiled:
+def _compiled(model_fn: ModelFn, program: Program, options: Options, target: PyTree) -> _Compiled:
     """The passes of a model; those of an earlier fit where nothing they depend on has changed."""
     settings = options.fisher_type, options.mc_samples, options.kfac_approx, options.sketches
     # The selection is part of the program, the random key an argument.
     key = (fingerprint.of_program(program), _of_loss(program, options, target), settings)
     without_arrays = replace(program, consts=[])  # they are arguments: the latest ones
     found = fingerprint.kept(
-        model_fn, program.consts, (*key, RECORD_BYTES), lambda: _Compiled.of(without_arrays, options)
+        model_fn,
+        program.consts,
+        (*key, RECORD_BYTES),
+        lambda: _Compiled.of(without_arrays, options),
     )
     return replace(found, program=program)
 
@@ -454,8 +455,8 @@ def _record_bytes(program: Program, options: Options, batch: Batch) -> int:
     return 4 * sum(record_size(layer, pulled) for layer in program.layers)
 
 
-def _sum_bytes(layer: Layer) -> int:
-    """Memory for the sums of a Kronecker layer."""
+def sum_bytes(layer: Layer) -> int:
+    """Memory for the sums of a Kronecker layer, and for its bases."""
     sides = zip((layer.rows, layer.out_features), layer.diagonal, strict=True)
     entries = sum(size if diagonal else size**2 for size, diagonal in sides)
     return 4 * layer.stack * entries if layer.block == "kronecker" else 0

@@ -20,7 +20,6 @@ from jaxtyping import Array
 from laplax_kfac import jaxprs
 from laplax_kfac.parser import Program
 
-
 Made = TypeVar("Made")
 
 MOST_KEPT = 16
@@ -30,9 +29,7 @@ _KEPT: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDict
 """What was made for a model, as long as the model lives: see `kept`."""
 
 
-def kept(
-    model_fn: Any, consts: Sequence[Array], key: Hashable, make: Callable[[], Made]
-) -> Made:
+def kept(model_fn: Any, consts: Sequence[Array], key: Hashable, make: Callable[[], Made]) -> Made:
     """What was made for a model under an equal key before; made now if there is no such thing.
 
     Args:
