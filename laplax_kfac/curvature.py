@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 from tqdm import tqdm
 
@@ -35,6 +36,7 @@ from laplax_kfac.factors import KFAC_APPROXIMATIONS, KfacApprox, Statistics
 from laplax_kfac.layers import Layer
 from laplax_kfac.likelihood import (
     FISHER_TYPES,
+    NAMED,
     FisherType,
     Likelihood,
     columns,
@@ -222,7 +224,7 @@ class Accumulator:
         arrays = self._arrays(compiled.program, batch, weights, state.num_updates)
         new = jax.eval_shape(compiled.statistics, arrays)
         if not state.layers:
-            state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), new)
+            state = _zeros(new)
         factors.require_same_blocks(state, new)
         add = compiled.add_in_place if in_place and not _traced(arrays) else compiled.add
         leaves, treedef = jax.tree.flatten(state)
@@ -330,7 +332,7 @@ class Accumulator:
             arrays = self._arrays(compiled.program, batch, weights, number)
             if total is None:
                 shapes = jax.eval_shape(compiled.total, of_records, arrays, *operands)
-                total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+                total = _zeros(shapes)
             if _traced((arrays, operands)):
                 new = compiled.total(of_records, arrays, *operands)
                 total = jax.tree.map(jnp.add, total, new)
@@ -425,6 +427,8 @@ def _of_loss(program: Program, options: Options, target: PyTree) -> Hashable:
     if options.fisher_type == "forward_only":
         return None
     likelihood, kind = options.likelihood, options.fisher_type
+    if any(likelihood is known for known in NAMED.values()):
+        return likelihood.name
 
     def vectors(f: PyTree, y: PyTree, key: Key[Array, ""]) -> PyTree:
         return columns(
@@ -460,6 +464,11 @@ def sum_bytes(layer: Layer) -> int:
     sides = zip((layer.rows, layer.out_features), layer.diagonal, strict=True)
     entries = sum(size if diagonal else size**2 for size, diagonal in sides)
     return 4 * layer.stack * entries if layer.block == "kronecker" else 0
+
+
+def _zeros(shapes: Any) -> Any:
+    """Arrays of zeros; made without JAX, which compiles a program for every shape."""
+    return jax.tree.map(lambda s: jnp.array(np.zeros(s.shape, s.dtype)), shapes)
 
 
 def _traced(arrays: Any) -> bool:
