@@ -6,6 +6,7 @@ eigendecomposition serves every prior, so everything is differentiable in the hy
 Frozen parameters have infinite precision: no variance, and no part in the determinant.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -109,27 +110,41 @@ class Posterior:
         precision = self.precision
         leaves = precision.space.flatten(mean, name="params")
 
-        def one(number: Array) -> PyTree:
-            noise = _noise(jax.random.fold_in(key, number), precision)
-            parts = [
-                rotate_back(b, z / jnp.sqrt(b.eigenvalues))
-                for b, z in zip(precision.blocks, noise, strict=True)
-            ]
-            drawn = [
-                (x + d).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
-                for x, d in zip(leaves, jax.tree.leaves(precision.write(parts)), strict=True)
-            ]
-            return precision.space.unflatten(drawn)
-
-        numbers = start + jnp.arange(num_samples)
         together = max(1, NUMBERS_TOGETHER // precision.space.size)
         if "rbg" in str(jax.random.key_impl(key)):
             together = 1  # its numbers under vmap are those of another key
-        if together == 1:
-            return jax.lax.map(one, numbers)
-        if together >= num_samples:
-            return jax.vmap(one)(numbers)
-        return jax.lax.map(one, numbers, batch_size=together)
+        drawn = _draw(precision, leaves, key, start, num_samples, together)
+        return precision.space.unflatten(drawn)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _draw(
+    precision: BlockDiagonal,
+    mean: list[Array],
+    key: Key[Array, ""],
+    start: int | Array,
+    num_samples: int,
+    together: int,
+) -> list[Array]:
+    """Samples of all leaves, ``together`` at once."""
+
+    def one(number: Array) -> list[Array]:
+        noise = _noise(jax.random.fold_in(key, number), precision)
+        parts = [
+            rotate_back(b, z / jnp.sqrt(b.eigenvalues))
+            for b, z in zip(precision.blocks, noise, strict=True)
+        ]
+        return [
+            (x + d).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+            for x, d in zip(mean, jax.tree.leaves(precision.write(parts)), strict=True)
+        ]
+
+    numbers = start + jnp.arange(num_samples)
+    if together == 1:
+        return jax.lax.map(one, numbers)
+    if together >= num_samples:
+        return jax.vmap(one)(numbers)
+    return jax.lax.map(one, numbers, batch_size=together)
 
 
 def _noise(key: Key[Array, ""], precision: BlockDiagonal) -> list[Array]:

@@ -121,3 +121,120 @@ def test_constants_inside_a_jaxpr_count():
 
     assert inside(1.0) == inside(1.0)
     assert inside(1.0) != inside(2.0)
+
+
+# -- losses --------------------------------------------------------------------------------------
+
+SCALE = 1.0
+
+
+def squares(factor):
+    """A loss made anew."""
+    return lambda f, y: factor * SCALE * jnp.sum((f - y) ** 2)
+
+
+def test_a_loss_that_is_made_anew_uses_the_same_passes(monkeypatch):
+    model = Changing()
+
+    def found(factor):
+        accumulator = laplax_kfac.accumulator(model, PARAMS, loss_fn=squares(factor))
+        return accumulator._compiled(DATA).statistics
+
+    assert found(1.0) is found(1.0)
+    assert found(2.0) is not found(1.0)
+    assert found(jnp.asarray(3.0)) is not found(jnp.asarray(4.0))
+    before = found(1.0)
+    monkeypatch.setitem(globals(), "SCALE", 5.0)
+    assert found(1.0) is not before
+
+
+def test_targets_of_another_shape_are_traced_with_their_own_loss():
+    model = Changing()
+
+    def found(loss_fn, columns):
+        data = {"input": DATA["input"], "target": jnp.ones((4, columns))}
+        return laplax_kfac.kfac(model, PARAMS, data, loss_fn=loss_fn).trace()
+
+    def narrow(f, y):  # the same as `wide` where a target has one entry
+        return jnp.sum((f - y[0]) ** 2)
+
+    def wide(f, y):
+        return jnp.sum((f - y[0]) ** 2) * y.size
+
+    assert found(narrow, 1) == found(wide, 1)
+    np.testing.assert_allclose(found(wide, 2), 2 * found(narrow, 2), rtol=1e-6)
+
+
+# -- predictions and samples ---------------------------------------------------------------------
+
+
+def predictions(model, curvature):
+    """What the predictive functions return, in two parts each where they are in parts."""
+    arguments = curvature, model, PARAMS, DATA["input"]
+    options = {"prior_prec": 0.5, "batch_size": 2}
+    samples = laplax_kfac.predictive_samples(*arguments, jax.random.key(0), 3, **options)
+    return [
+        laplax_kfac.predictive_covariance(*arguments, **options).covariance,
+        laplax_kfac.predictive_variance(*arguments, **options).variance,
+        laplax_kfac.joint_covariance(*arguments, **options),
+        samples,
+        laplax_kfac.predictive_samples(
+            *arguments, jax.random.key(0), 3, linearised=False, **options
+        ),
+    ]
+
+
+def assert_all_close(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+
+
+def test_predictions_are_compiled_once_and_follow_the_model(caplog):
+    model = Changing()
+    curvature = laplax_kfac.kfac(model, PARAMS, DATA, loss_fn="mse", separate_weight_and_bias=True)
+
+    def predict():
+        caplog.clear()
+        with jax.log_compiles():
+            found = predictions(model, curvature)
+        return found, [m for m in caplog.messages if m.startswith("Finished XLA compilation")]
+
+    first, compiled = predict()
+    assert compiled
+    again, compiled = predict()
+    assert not compiled
+    assert_all_close(again, first)
+    for change in ({"gain": jnp.array([2.0, -1.0])}, {"shift": np.ones(3)}, {"steep": 2.0}):
+        vars(model).update(change)
+        other = Changing()
+        vars(other).update(vars(model))
+        changed, _ = predict()
+        assert_all_close(changed, predictions(other, curvature))
+        assert not np.allclose(changed[0], first[0])
+
+
+def test_constants_of_a_transformation_are_not_kept():
+    model = Changing()
+    curvature = laplax_kfac.kfac(model, PARAMS, DATA, loss_fn="mse")
+
+    @jax.jit
+    def moved(shift):
+        def shifted(input, params):
+            return model(input + shift, params)
+
+        return predictions(shifted, curvature)
+
+    expected = Changing()
+    for shift in (0.0, 1.0):
+        expected.shift = np.full(3, shift, np.float32)
+        assert_all_close(moved(jnp.full(3, shift)), predictions(expected, curvature))
+
+
+def test_weight_samples_are_compiled_once():
+    curvature = laplax_kfac.kfac(Changing(), PARAMS, DATA, loss_fn="mse")
+    draws = [curvature.sample(jax.random.key(k), 2, PARAMS, prior_prec=0.5) for k in (0, 0, 1)]
+    assert_all_close(jax.tree.leaves(draws[0]), jax.tree.leaves(draws[1]))
+    assert not np.allclose(draws[0]["w"], draws[2]["w"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("laplax_kfac.posterior._noise", None)  # what a new trace would call
+        curvature.sample(jax.random.key(2), 2, PARAMS, prior_prec=1.5)
