@@ -147,13 +147,15 @@ def predictive(contender: str, case: dict[str, Any]) -> Task:
     s = setting(case)
     if contender == "laplax":
         return predictive_of_laplax(s, case)
-    curv, inputs = fitted(s), s.x[: case["variant"]]
+    curv = fitted(s)
+    inputs = jnp.asarray(workloads.data(s.workload.sized(case["variant"], 1))[0])
 
-    @jax.jit
-    def covariance(curv: Any, params: Any, inputs: Array) -> Any:
-        return laplax_kfac.predictive_covariance(curv, s.model_fn, params, inputs, prior_prec=PRIOR)
+    def run() -> Any:
+        found = laplax_kfac.predictive_covariance(
+            curv, s.model_fn, s.params, inputs, prior_prec=PRIOR
+        )
+        return jax.block_until_ready(found)
 
-    run = lambda: jax.block_until_ready(covariance(curv, s.params, inputs))  # noqa: E731
     return Task(run, lambda out: mean_variance(out.covariance))
 
 

@@ -4,13 +4,13 @@ import functools
 import itertools
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 from tqdm import tqdm
 
@@ -36,8 +36,10 @@ from laplax_kfac.factors import KFAC_APPROXIMATIONS, KfacApprox, Statistics
 from laplax_kfac.layers import Layer
 from laplax_kfac.likelihood import (
     FISHER_TYPES,
+    NAMED,
     FisherType,
     Likelihood,
+    columns,
     num_columns,
     resolve_likelihood,
 )
@@ -51,8 +53,6 @@ KFOC_ITERATIONS = 30
 OfRecords = Callable[..., Any]
 RECORD_BYTES = 2**30
 """Most memory for the records of a batch; larger batches are worked on in parts."""
-MOST_KEPT = 8
-"""Most programs of one model that are kept compiled, for other fits of it."""
 REUSED_BYTES = 2**25
 """Memory for records that a CPU gets from one batch to the next without new pages."""
 
@@ -222,7 +222,7 @@ class Accumulator:
     def _pass(
         self, state: Statistics, batch: Batch, weights: Float[Array, " N"]
     ) -> tuple["_Compiled", "_Arrays"]:
-        compiled = self._compiled(first_example(batch))
+        compiled = self._compiled(batch)
         return compiled, self._arrays(compiled.program, batch, weights, state.num_updates)
 
     def merge(self, first: Statistics, second: Statistics) -> Statistics:
@@ -238,8 +238,8 @@ class Accumulator:
         if jax.default_backend() != "cpu":
             return most
         batch = to_arrays(as_batch(batch))
-        program = self._compiled(first_example(batch)).program
-        sums = sum(_sum_bytes(layer) for layer in program.layers)
+        program = self._compiled(batch).program
+        sums = sum(sum_bytes(layer) for layer in program.layers)
         room = max(REUSED_BYTES, 4 * sums)
         return max(1, min(most, room // max(1, _record_bytes(program, self.options, batch))))
 
@@ -323,11 +323,11 @@ class Accumulator:
         """
         total: Any = None
         for number, (batch, weights) in enumerate(weighted_batch(*part) for part in data):
-            compiled = self._compiled(first_example(batch))
+            compiled = self._compiled(batch)
             arrays = self._arrays(compiled.program, batch, weights, number)
             if total is None:
                 shapes = jax.eval_shape(compiled.total, of_records, arrays, *operands)
-                total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+                total = _zeros(shapes)
             if _traced((arrays, operands)):
                 new = compiled.total(of_records, arrays, *operands)
                 total = jax.tree.map(jnp.add, total, new)
@@ -345,9 +345,10 @@ class Accumulator:
     def _programs(self) -> dict[Any, "_Compiled"]:
         return {}
 
-    def _compiled(self, example: PyTree) -> "_Compiled":
+    def _compiled(self, batch: Batch) -> "_Compiled":
         """The parsed model and its compiled statistics, for one shape of examples."""
-        leaves, treedef = jax.tree.flatten(example)
+        example, target = first_example(batch), first_example(batch, "target")
+        leaves, treedef = jax.tree.flatten((example, target))
         shapes = (treedef, tuple((x.shape, x.dtype) for x in leaves))
         if shapes not in self._programs:
             program = parse(
@@ -358,7 +359,7 @@ class Accumulator:
                 selection=self.options.selection,
             )
             self.options.check_layers(program.layers)
-            self._programs[shapes] = _compiled(self.model_fn, program, self.options)
+            self._programs[shapes] = _compiled(self.model_fn, program, self.options, target)
         return self._programs[shapes]
 
 
@@ -406,30 +407,36 @@ class _Compiled:
         )  # fmt: skip
 
 
-_KEPT: weakref.WeakKeyDictionary[Any, dict[Hashable, _Compiled]] = weakref.WeakKeyDictionary()
-"""What was compiled for a model, as long as the model lives: see `_compiled`."""
-
-
-def _compiled(model_fn: ModelFn, program: Program, options: Options) -> _Compiled:
+def _compiled(model_fn: ModelFn, program: Program, options: Options, target: PyTree) -> _Compiled:
     """The passes of a model; those of an earlier fit where nothing they depend on has changed."""
+    settings = options.fisher_type, options.mc_samples, options.kfac_approx, options.sketches
+    # The selection is part of the program, the random key an argument.
+    key = (fingerprint.of_program(program), _of_loss(program, options, target), settings)
     without_arrays = replace(program, consts=[])  # they are arguments: the latest ones
-    if _traced(program.consts):
-        return _Compiled.of(program, options)
-    settings = {
-        f.name: getattr(options, f.name)
-        for f in fields(options)
-        if f.name not in ("key", "selection")  # an argument, and part of the program
-    }
-    key = (fingerprint.of_program(program), *settings.items(), RECORD_BYTES)
-    try:
-        kept = _KEPT.setdefault(model_fn, {})
-    except TypeError:  # a model that cannot be referred to weakly, or has no hash
-        return _Compiled.of(program, options)
-    if key not in kept:
-        while len(kept) >= MOST_KEPT:
-            kept.pop(next(iter(kept)))
-        kept[key] = _Compiled.of(without_arrays, options)
-    return replace(kept[key], program=program)
+    found = fingerprint.kept(
+        model_fn,
+        program.consts,
+        (*key, RECORD_BYTES),
+        lambda: _Compiled.of(without_arrays, options),
+    )
+    return replace(found, program=program)
+
+
+def _of_loss(program: Program, options: Options, target: PyTree) -> Hashable:
+    """Equal for losses with the same vectors to pull back; they may be other functions."""
+    if options.fisher_type == "forward_only":
+        return None
+    likelihood, kind = options.likelihood, options.fisher_type
+    if any(likelihood is known for known in NAMED.values()):
+        return likelihood.name
+
+    def vectors(f: PyTree, y: PyTree, key: Key[Array, ""]) -> PyTree:
+        return columns(
+            likelihood, kind, f, y,
+            key=key, mc_samples=options.mc_samples, sketches=options.sketches,
+        )  # fmt: skip
+
+    return fingerprint.of_function(vectors, program.output, target, options.key)
 
 
 def _added(
@@ -441,7 +448,7 @@ def _added(
     """A state and the statistics of one batch more."""
     new = jax.eval_shape(statistics, arrays)
     if not state.layers:
-        state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), new)
+        state = _zeros(new)
     factors.require_same_blocks(state, new)
     leaves, treedef = jax.tree.flatten(state)
     if _traced((leaves, arrays)):  # nothing can be changed in place
@@ -471,11 +478,16 @@ def _record_bytes(program: Program, options: Options, batch: Batch) -> int:
     return 4 * sum(record_size(layer, pulled) for layer in program.layers)
 
 
-def _sum_bytes(layer: Layer) -> int:
-    """Memory for the sums of a Kronecker layer."""
+def sum_bytes(layer: Layer) -> int:
+    """Memory for the sums of a Kronecker layer, and for its bases."""
     sides = zip((layer.rows, layer.out_features), layer.diagonal, strict=True)
     entries = sum(size if diagonal else size**2 for size, diagonal in sides)
     return 4 * layer.stack * entries if layer.block == "kronecker" else 0
+
+
+def _zeros(shapes: Any) -> Any:
+    """Arrays of zeros; made without JAX, which compiles a program for every shape."""
+    return jax.tree.map(lambda s: jnp.array(np.zeros(s.shape, s.dtype)), shapes)
 
 
 def _traced(arrays: Any) -> bool:

@@ -264,9 +264,9 @@ def even_batches(stream: Iterable[Batch], most: int) -> Iterator[WeightedBatch]:
             yield pad(jax.tree.map(operator.itemgetter(here), arrays), size)
 
 
-def first_example(batch: Batch) -> PyTree:
-    """Shapes and dtypes of one input, without the batch axis."""
+def first_example(batch: Batch, part: str = "input") -> PyTree:
+    """Shapes and dtypes of one input, or target, without the batch axis."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], jax.dtypes.canonicalize_dtype(x.dtype)),
-        batch["input"],
+        batch[part],
     )

@@ -1,35 +1,81 @@
 """What tells two programs apart, so that one that was compiled before is not compiled again.
 
 A model is traced anew at every fit, for it may have changed; what was compiled for it is used
-again only if everything that went into the compilation is the same.
+again only if everything that went into the compilation is the same. So is a loss: what its code
+refers to may have changed as well.
 """
 
 import dataclasses
 import hashlib
 import types
-from collections.abc import Hashable, Mapping
-from typing import Any
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn
+from jaxtyping import Array
 
 from laplax_kfac import jaxprs
 from laplax_kfac.parser import Program
+
+Made = TypeVar("Made")
+
+MOST_KEPT = 16
+"""Most compiled functions of one model that are kept, for other calls with it."""
+
+_KEPT: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
+"""What was made for a model, as long as the model lives: see `kept`."""
+
+
+def kept(model_fn: Any, consts: Sequence[Array], key: Hashable, make: Callable[[], Made]) -> Made:
+    """What was made for a model under an equal key before; made now if there is no such thing.
+
+    Args:
+        model_fn: The model; what is made for it is kept no longer than it lives.
+        consts: Arrays that it closes over. Where they belong to a transformation, which ends,
+            nothing is kept.
+        key: All that it depends on: `of_program`, and what else there is.
+        make: Makes it; not with ``consts``, which may be others when it is used again.
+    """
+    if any(isinstance(c, jax.core.Tracer) for c in consts):
+        return make()
+    try:
+        mine = _KEPT.setdefault(model_fn, {})
+    except TypeError:  # a model that cannot be referred to weakly, or has no hash
+        return make()
+    if key not in mine:
+        while len(mine) >= MOST_KEPT:
+            mine.pop(next(iter(mine)))
+        mine[key] = make()
+    return mine[key]
 
 
 def of_program(program: Program) -> Hashable:
     """Equal for programs that compile to the same; values of ``program.consts`` play no part."""
     outputs, treedef = jax.tree.flatten(program.output)
     return (
-        str(program.jaxpr),
-        _inner_constants(program.jaxpr),
-        tuple((c.shape, str(c.dtype)) for c in program.consts),
+        of_jaxpr(program.jaxpr, program.consts),
         program.space,
         program.space.paths,
         (treedef, tuple((o.shape, str(o.dtype)) for o in outputs)),
         of_value((program.resolved, program.uses, program.custom_vjp)),
     )
+
+
+def of_jaxpr(jaxpr: Jaxpr, consts: Sequence[Any]) -> Hashable:
+    """Equal for jaxprs that compute the same from constants of the same shapes."""
+    return str(jaxpr), _inner_constants(jaxpr), tuple((c.shape, str(c.dtype)) for c in consts)
+
+
+def of_function(function: Callable[..., Any], *args: Any) -> Hashable:
+    """Equal for functions that compute the same at arguments of these shapes and dtypes.
+
+    The function is traced, so whatever it refers to counts as it is at this moment.
+    """
+    jaxpr, consts, output = jaxprs.trace(function, *args)
+    return of_jaxpr(jaxpr, consts), of_value(consts), jax.tree.structure(output)
 
 
 def _inner_constants(jaxpr: Jaxpr) -> Hashable:

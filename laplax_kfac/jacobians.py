@@ -16,18 +16,30 @@ table that a lookup picks (``Picked``) are the case of ``Outer`` in which a is a
 """
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from laplax_kfac import fingerprint
 from laplax_kfac.blocks import Block, rotate
-from laplax_kfac.capture import ParameterRecord, Record, capture, unit_vectors
+from laplax_kfac.capture import (
+    ParameterRecord,
+    Record,
+    capture,
+    map_examples,
+    record_size,
+    unit_vectors,
+)
+from laplax_kfac.curvature import RECORD_BYTES, REUSED_BYTES, sum_bytes
+from laplax_kfac.data import batch_size, even_batches, pad, positive_integer
 from laplax_kfac.factors import gradient_matrices, rotated_records
 from laplax_kfac.layers import Layer
-from laplax_kfac.parser import Program
+from laplax_kfac.parser import ModelFn, Program
 from laplax_kfac.resolve import Resolved
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -62,34 +74,46 @@ class Picked:
 Jacobian = Matrices | Outer | Picked
 
 
-def of_example(
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Linearised:
+    """The model around one input; no prior. Of many inputs with a leading axis everywhere.
+
+    Attributes:
+        output: The model's output, raveled.
+        jacobians: Jacobians of the layers that influence it, by number of the layer.
+    """
+
+    output: Float[Array, " C"]
+    jacobians: dict[int, Jacobian]
+
+
+def linearise(
     program: Program,
     leaves: Sequence[Array],
+    consts: Sequence[Array],
     blocks: Sequence[Block],
     x: PyTree,
     *,
-    consts: Sequence[Array],
     sequential: bool = False,
-) -> tuple[PyTree, dict[int, Jacobian]]:
-    """The model's output at one input, and the Jacobians of the layers that influence it.
+) -> Linearised:
+    """The model around one input.
 
     Args:
         program: The parsed model.
         leaves: Leaves of the parameters.
+        consts: Values of ``program.consts``.
         blocks: A block of every layer, for the bases.
         x: One input, without a batch axis.
-        consts: Values of ``program.consts``.
         sequential: Whether to do without vmap.
-
-    Returns:
-        The output, and the Jacobians by number of the layer.
     """
     output, records = capture(program, leaves, consts, x, unit_vectors, sequential=sequential)
-    return output, {
+    jacobians = {
         number: layer_jacobian(program.resolved[number], record, blocks[number])
         for number, record in enumerate(records)
         if record is not None
     }
+    return Linearised(jnp.concatenate([o.ravel() for o in jax.tree.leaves(output)]), jacobians)
 
 
 def layer_jacobian(resolved: Resolved, record: Record, block: Block) -> Jacobian:
@@ -203,3 +227,142 @@ def _weighted(
         picked = variances[jnp.arange(stack), first.rows]
         weights = picked[:, None] * same[..., None]
     return _einsum("ctko,tuko->cuko", first.gradients, weights)
+
+
+# -- all layers --------------------------------------------------------------------------------
+
+
+def output_covariance(
+    first: Linearised, second: Linearised, variances: Sequence[Array]
+) -> Float[Array, "C C"]:
+    """Covariance between the outputs at two inputs.
+
+    Args:
+        first: The model around one input.
+        second: The same around the other.
+        variances: Posterior variances of every layer, in the basis of its block.
+    """
+    total = jnp.zeros((first.output.size, second.output.size))
+    for number, jacobian in first.jacobians.items():
+        total = total + covariance(jacobian, second.jacobians[number], variances[number])
+    return total
+
+
+def output_variance(linear: Linearised, variances: Sequence[Array]) -> Float[Array, " C"]:
+    """Diagonal of the `output_covariance` of an input with itself."""
+    total = jnp.zeros(linear.output.size)
+    for number, jacobian in linear.jacobians.items():
+        total = total + variance(jacobian, variances[number])
+    return total
+
+
+@functools.partial(jax.jit, static_argnames="diagonal")
+def output_covariances(
+    linear: Linearised, variances: Sequence[Array], *, diagonal: bool
+) -> Float[Array, "N C *C"]:
+    """Covariances of the outputs at many inputs, or their diagonals."""
+    if diagonal:
+        return jax.vmap(output_variance, in_axes=(0, None))(linear, variances)
+    return jax.vmap(output_covariance, in_axes=(0, 0, None))(linear, linear, variances)
+
+
+@jax.jit
+def joint_output_covariances(
+    first: Linearised, second: Linearised, variances: Sequence[Array]
+) -> Float[Array, "M N C C"]:
+    """Covariances between the outputs at any of M ``second`` and of N ``first`` inputs."""
+    by_first = jax.vmap(output_covariance, in_axes=(0, None, None))
+    return jax.vmap(by_first, in_axes=(None, 0, None))(first, second, variances)
+
+
+# -- many inputs -------------------------------------------------------------------------------
+
+
+class Expansion(NamedTuple):
+    """What a model is linearised with, apart from the inputs: arguments of what is compiled."""
+
+    leaves: list[Array]
+    consts: list[Array]
+    blocks: Sequence[Block]
+
+
+def compiled_linearise(
+    model_fn: ModelFn, program: Program
+) -> Callable[[Expansion, PyTree], Linearised]:
+    """`linearise` for many inputs, compiled once for a model that stays the same."""
+
+    def make() -> Callable[[Expansion, PyTree], Linearised]:
+        fixed = replace(program, consts=[])
+
+        def linearise_all(expansion: Expansion, inputs: PyTree) -> Linearised:
+            return map_examples(functools.partial(linearise, fixed, *expansion), inputs)
+
+        return jax.jit(linearise_all)
+
+    key = ("linearise", fingerprint.of_program(program))
+    return fingerprint.kept(model_fn, program.consts, key, make)
+
+
+def is_traced(arrays: PyTree) -> bool:
+    """Whether a transformation is at work."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
+
+
+def most_inputs(program: Program, most: int, *, traced: bool, pairs: bool = False) -> int:
+    """Most inputs that are worked on at once: at least one, and at most ``most``.
+
+    Their Jacobians and products fit into `RECORD_BYTES`. On a CPU they fit into memory that is
+    used again for the next inputs, for new pages take as long as the work; but not in a compiled
+    loop, where XLA's convolutions are slower by more than that.
+
+    Args:
+        program: The parsed model.
+        most: The user's limit.
+        traced: Whether the loop over the inputs is compiled.
+        pairs: Whether Jacobians are multiplied for every pair of inputs.
+    """
+    outputs = sum(math.prod(o.shape) for o in jax.tree.leaves(program.output))
+    linear = square = bases = 0
+    for resolved in program.resolved:
+        jacobian, product = numbers(resolved, outputs)
+        linear += record_size(resolved.layer, outputs) + jacobian
+        square += product
+        bases += sum_bytes(resolved.layer)
+    room = numbers_that_fit(RECORD_BYTES)
+    if jax.default_backend() == "cpu" and not traced:
+        room = min(room, numbers_that_fit(max(REUSED_BYTES, 4 * bases)))  # bases are read anew
+    if pairs:  # n on either side: 2 linear n + square n^2 numbers
+        fitting = (math.sqrt(linear**2 + square * room) - linear) / max(square, 1)
+    else:
+        fitting = room / max(linear + square, 1)
+    return max(1, min(positive_integer("batch_size", most), int(fitting)))
+
+
+def numbers_that_fit(size: int) -> int:
+    """How many floating-point numbers fit into so many bytes."""
+    return size // jnp.dtype(jnp.result_type(float)).itemsize
+
+
+def in_parts(function: Callable[[PyTree], Any], inputs: PyTree, most: int, *, traced: bool) -> Any:
+    """Apply a function of many inputs to equal parts of at most ``most`` of them, in turn.
+
+    Args:
+        function: Of a pytree with a leading axis.
+        inputs: The pytree.
+        most: Largest part.
+        traced: Whether a transformation is at work: the loop is then compiled as well.
+    """
+    count = batch_size({"input": inputs})
+    parts = math.ceil(count / most)
+    if parts == 1:
+        return function(inputs)
+    if not traced:
+        stream = even_batches([{"input": inputs}], most)
+        found = [function(part["input"]) for part, _ in stream]
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs)[:count], *found)
+    each = math.ceil(count / parts)
+    padded, _ = pad({"input": inputs}, each * parts)
+    split = jax.tree.map(lambda x: x.reshape(parts, each, *x.shape[1:]), padded["input"])
+    # Recomputed in the backward pass, so that a gradient takes the memory of one part as well.
+    results = jax.lax.map(jax.checkpoint(function, prevent_cse=False), split)
+    return jax.tree.map(lambda x: x.reshape(parts * each, *x.shape[2:])[:count], results)

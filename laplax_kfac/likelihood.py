@@ -233,13 +233,13 @@ def resolve_likelihood(loss_fn: Any) -> Likelihood:
         return loss_fn
     if isinstance(loss_fn, str):
         name = str(loss_fn).lower()
-        if name not in _NAMED:
+        if name not in NAMED:
             msg = (
-                f"`loss_fn` is {loss_fn!r}; expected one of {sorted(_NAMED)}, a callable, or a "
+                f"`loss_fn` is {loss_fn!r}; expected one of {sorted(NAMED)}, a callable, or a "
                 "`Likelihood`."
             )
             raise ValueError(msg)
-        return _NAMED[name]
+        return NAMED[name]
     if callable(loss_fn):
         return _from_callable(loss_fn)
     msg = (
@@ -732,7 +732,7 @@ def _by_differentiation(
     return Likelihood(name, losses, root, sample_gradient, sketch)
 
 
-_NAMED = {
+NAMED = {
     "mse": _squared_error(),
     "cross_entropy": categorical(),
     "binary_cross_entropy": bernoulli(),

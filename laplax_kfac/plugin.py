@@ -178,7 +178,9 @@ def laplace_kfac(
     curvature = laplax.curv.cov.CURVATURE_METHODS[curv_type](
         None, layout=params, model_fn=model_fn, data=data, loss_fn=loss_fn,
         vmap_over_data=vmap_over_data, **options,
-    ).map(lambda eigenvalues: factor * eigenvalues)  # fmt: skip
+    )  # fmt: skip
+    if factor != 1.0:  # each product is a compilation
+        curvature = curvature.map(lambda eigenvalues: factor * eigenvalues)
     return laplax.curv.cov.set_posterior_fn(curv_type, curvature, layout=params), curvature
 
 

@@ -5,27 +5,38 @@ the blocks (`jacobians`). Functional samples need no Jacobian: one product with 
 """
 
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import eval_jaxpr
+from jax.extend.core import Jaxpr
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
-from laplax_kfac import jaxprs
+from laplax_kfac import fingerprint, jaxprs
 from laplax_kfac.blocks import BlockDiagonal
-from laplax_kfac.capture import map_examples, record_size
+from laplax_kfac.capture import map_examples
 from laplax_kfac.curvature import DEFAULT_BATCH_SIZE, RECORD_BYTES
 from laplax_kfac.data import batch_size as size_of
-from laplax_kfac.data import first_example, pad, positive_integer, to_arrays
-from laplax_kfac.jacobians import Jacobian, covariance, numbers, of_example, variance
+from laplax_kfac.data import first_example, positive_integer, to_arrays
+from laplax_kfac.jacobians import (
+    Expansion,
+    Linearised,
+    compiled_linearise,
+    in_parts,
+    is_traced,
+    joint_output_covariances,
+    most_inputs,
+    numbers_that_fit,
+    output_covariances,
+)
 from laplax_kfac.matching import parse_like
 from laplax_kfac.parser import ModelFn, Program, per_example
-from laplax_kfac.posterior import make_posterior
+from laplax_kfac.posterior import Posterior, make_posterior
 from laplax_kfac.prior import PriorPrecision, Scalar, require_positive
 
 EVALUATIONS = 2048
@@ -124,11 +135,10 @@ def predictive_covariance(
     Raises:
         ValueError: If the curvature is of another model.
     """
-    program, arrays = _linearised(
+    model = _Model.of(
         curvature, model_fn, params, inputs, prior_prec, sigma_squared, vmap_over_data
     )
-    size = _part_size(program, batch_size)
-    return _compiled(_covariances, program, size)(arrays, to_arrays({"input": inputs})["input"])
+    return Predictive(*model.spreads(batch_size, diagonal=False))
 
 
 def predictive_variance(
@@ -159,11 +169,10 @@ def predictive_variance(
     Raises:
         ValueError: If the curvature is of another model.
     """
-    program, arrays = _linearised(
+    model = _Model.of(
         curvature, model_fn, params, inputs, prior_prec, sigma_squared, vmap_over_data
     )
-    size = _part_size(program, batch_size)
-    return _compiled(_variances, program, size)(arrays, to_arrays({"input": inputs})["input"])
+    return Marginals(*model.spreads(batch_size, diagonal=True))
 
 
 def joint_covariance(
@@ -199,20 +208,19 @@ def joint_covariance(
     Raises:
         ValueError: If the curvature is of another model, or ``others`` are not like ``inputs``.
     """
-    program, arrays = _linearised(
+    model = _Model.of(
         curvature, model_fn, params, inputs, prior_prec, sigma_squared, vmap_over_data
     )
-    mine = to_arrays({"input": inputs})
-    theirs = mine if others is None else to_arrays({"input": others})
-    if others is not None and _shapes(first_example(theirs)) != _shapes(first_example(mine)):
-        msg = (
-            "`others` must be like `inputs`, apart from their number: expected examples "
-            f"{first_example(mine)}, found {first_example(theirs)}."
-        )
-        raise ValueError(msg)
-    size = _part_size(program, batch_size, pairs=True)
-    function = _compiled(_joint_covariances, program, size)
-    return function(arrays, mine["input"], None if others is None else theirs["input"])
+    if others is not None:
+        others = to_arrays({"input": others})["input"]
+        mine, theirs = (first_example({"input": x}) for x in (model.inputs, others))
+        if _shapes(mine) != _shapes(theirs):
+            msg = (
+                "`others` must be like `inputs`, apart from their number: expected examples "
+                f"{mine}, found {theirs}."
+            )
+            raise ValueError(msg)
+    return model.joint(others, batch_size)
 
 
 def predictive_samples(
@@ -260,46 +268,58 @@ def predictive_samples(
     posterior = make_posterior(curvature, prior_prec, sigma_squared=sigma_squared)
     curvature.space.flatten(params, name="params")
     batch = to_arrays({"input": inputs})
-    function = _raveled(per_example(model_fn, vmap_over_data=vmap_over_data))
+    function = per_example(model_fn, vmap_over_data=vmap_over_data)
+    jaxpr, consts, _ = jaxprs.trace(function, params, first_example(batch))
+    each = min(
+        numbers_that_fit(RECORD_BYTES) // (3 * curvature.space.size),
+        EVALUATIONS // min(size_of(batch), batch_size),
+    )
+    sizes = num_samples, max(1, each), batch_size
+    draw = fingerprint.kept(
+        model_fn,
+        consts,
+        ("samples", fingerprint.of_jaxpr(jaxpr, consts), linearised, sizes),
+        lambda: jax.jit(functools.partial(_draw, jaxpr, linearised, sizes)),
+    )
+    return draw(posterior, consts, params, batch["input"], key)
+
+
+def _draw(
+    jaxpr: Jaxpr,
+    linearised: bool,
+    sizes: tuple[int, int, int],
+    posterior: Posterior,
+    consts: Sequence[Array],
+    params: PyTree,
+    inputs: PyTree,
+    key: Key[Array, ""],
+) -> Float[Array, "n N C"]:
+    num_samples, together, batch_size = sizes
+
+    def function(params: PyTree, x: PyTree) -> Array:
+        found = eval_jaxpr(jaxpr, [], *consts, *jax.tree.leaves(params), *jax.tree.leaves(x))
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in found])
+
     if linearised:
-        closed = jaxprs.trace(function, params, first_example(batch))[0]
-        push = _push_by_vjp if jaxprs.has_custom_vjp(closed) else _push_forward
+        push = _push_by_vjp if jaxprs.has_custom_vjp(jaxpr) else _push_forward
         of_samples = functools.partial(push, function)
     else:
         of_samples = functools.partial(_evaluate, function)
-    count = size_of(batch)
-    each = min(
-        _numbers_that_fit() // (3 * curvature.space.size), EVALUATIONS // min(count, batch_size)
-    )
+    # Deviations from the mean: the samples themselves would have them rounded.
+    mean = jax.tree.map(jnp.zeros_like, params) if linearised else params
 
-    @jax.jit
-    def draw(posterior: Any, params: PyTree, inputs: PyTree, key: Key[Array, ""]) -> Array:
-        # Deviations from the mean: the samples themselves would have them rounded.
-        mean = jax.tree.map(jnp.zeros_like, params) if linearised else params
+    def some(numbers: Array) -> Array:
+        samples = posterior.sample(key, len(numbers), mean, start=numbers[0])
 
-        def some(numbers: Array) -> Array:
-            samples = posterior.sample(key, len(numbers), mean, start=numbers[0])
+        def at(part: PyTree) -> Array:
+            return map_examples(functools.partial(of_samples, params, samples), part)
 
-            def at(part: PyTree) -> Array:
-                one = functools.partial(of_samples, params, samples)
-                return map_examples(one, part)
+        return in_parts(at, inputs, batch_size, traced=True).swapaxes(0, 1)
 
-            return _in_parts(at, inputs, batch_size).swapaxes(0, 1)
-
-        return _in_parts(some, jnp.arange(num_samples), max(1, each))
-
-    return draw(posterior, params, batch["input"], key)
+    return in_parts(some, jnp.arange(num_samples), together, traced=True)
 
 
 # -- functions of weight samples, for one example ------------------------------------------------
-
-
-def _raveled(single: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree], Array]:
-    def function(params: PyTree, x: PyTree) -> Array:
-        leaves = jax.tree.leaves(single(params, x))
-        return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
-
-    return function
 
 
 def _map_samples(function: Callable[[PyTree], Array], samples: PyTree, sequential: bool) -> Array:
@@ -368,131 +388,73 @@ def _inexact(
 # -- passes over the inputs ----------------------------------------------------------------------
 
 
-class _Arrays(NamedTuple):
-    """What a pass works on; arguments, so that nothing is compiled in."""
+@dataclass(frozen=True)
+class _Model:
+    """The model, linearised at its inputs, and its posterior."""
 
-    leaves: list[Array]
-    consts: list[Array]
+    program: Program
+    linearise: Callable[[Expansion, PyTree], Linearised]
+    expansion: Expansion
     variances: list[Array]  # in the bases of the blocks
-    blocks: tuple[Any, ...]
+    inputs: PyTree
 
-
-def _compiled(function: Callable[..., Any], program: Program, size: int) -> Callable[..., Any]:
-    return jax.jit(functools.partial(function, program, size))
-
-
-def _linearised(
-    curvature: BlockDiagonal,
-    model_fn: ModelFn,
-    params: PyTree,
-    inputs: PyTree,
-    prior_prec: PriorPrecision,
-    sigma_squared: Scalar,
-    vmap_over_data: bool,
-) -> tuple[Program, _Arrays]:
-    """The parsed model and the arrays of its posterior."""
-    precision = make_posterior(curvature, prior_prec, sigma_squared=sigma_squared).precision
-    batch = to_arrays({"input": inputs})
-    size_of(batch)
-    program = parse_like(
-        curvature, model_fn, params, first_example(batch), vmap_over_data=vmap_over_data
-    )
-    variances = [1.0 / block.eigenvalues for block in precision.blocks]
-    return program, _Arrays(jax.tree.leaves(params), program.consts, variances, precision.blocks)
-
-
-def _jacobians(
-    program: Program, arrays: _Arrays, inputs: PyTree
-) -> tuple[Float[Array, "n C"], dict[int, Jacobian]]:
-    """Outputs of a batch, and Jacobians of the layers that influence them, by number."""
-
-    def one(x: PyTree, *, sequential: bool = False) -> tuple[Array, dict[int, Jacobian]]:
-        output, jacobians = of_example(
-            program, arrays.leaves, arrays.blocks, x, consts=arrays.consts, sequential=sequential
+    @classmethod
+    def of(
+        cls,
+        curvature: BlockDiagonal,
+        model_fn: ModelFn,
+        params: PyTree,
+        inputs: PyTree,
+        prior_prec: PriorPrecision,
+        sigma_squared: Scalar,
+        vmap_over_data: bool,
+    ) -> "_Model":
+        """Parse the model and make its posterior."""
+        precision = make_posterior(curvature, prior_prec, sigma_squared=sigma_squared).precision
+        batch = to_arrays({"input": inputs})
+        size_of(batch)
+        program = parse_like(
+            curvature, model_fn, params, first_example(batch), vmap_over_data=vmap_over_data
         )
-        return jnp.concatenate([jnp.ravel(o) for o in jax.tree.leaves(output)]), jacobians
+        return cls(
+            program,
+            compiled_linearise(model_fn, program),
+            Expansion(jax.tree.leaves(params), program.consts, precision.blocks),
+            [1.0 / block.eigenvalues for block in precision.blocks],
+            batch["input"],
+        )
 
-    return map_examples(one, inputs)
+    def at(self, inputs: PyTree) -> Linearised:
+        """Outputs and Jacobians at some inputs."""
+        return self.linearise(self.expansion, inputs)
 
+    def spreads(self, batch_size: int, *, diagonal: bool) -> tuple[Array, Array]:
+        """Outputs, and their covariances or variances."""
+        traced = is_traced((self.expansion, self.variances, self.inputs))
+        most = most_inputs(self.program, batch_size, traced=traced)
 
-def _covariances(program: Program, size: int, arrays: _Arrays, inputs: PyTree) -> Predictive:
-    def of_part(part: PyTree) -> Predictive:
-        mean, jacobians = _jacobians(program, arrays, part)
-        total = jnp.zeros((*mean.shape, mean.shape[-1]))
-        for number, jacobian in jacobians.items():
-            product = functools.partial(covariance, variances=arrays.variances[number])
-            total = total + jax.vmap(product)(jacobian, jacobian)
-        return Predictive(mean, total)
+        def of_part(part: PyTree) -> tuple[Array, Array]:
+            linear = self.at(part)
+            return linear.output, output_covariances(linear, self.variances, diagonal=diagonal)
 
-    return _in_parts(of_part, inputs, size)
+        return in_parts(of_part, self.inputs, most, traced=traced)
 
+    def joint(self, others: PyTree | None, batch_size: int) -> Float[Array, "N C M C"]:
+        """Covariances between inputs."""
+        traced = is_traced((self.expansion, self.variances, self.inputs, others))
+        most = most_inputs(self.program, batch_size, traced=traced, pairs=True)
 
-def _variances(program: Program, size: int, arrays: _Arrays, inputs: PyTree) -> Marginals:
-    def of_part(part: PyTree) -> Marginals:
-        mean, jacobians = _jacobians(program, arrays, part)
-        total = jnp.zeros(mean.shape)
-        for number, jacobian in jacobians.items():
-            product = functools.partial(variance, variances=arrays.variances[number])
-            total = total + jax.vmap(product)(jacobian)
-        return Marginals(mean, total)
+        def of_rows(part: PyTree) -> Float[Array, "n M C C"]:
+            mine = self.at(part)
 
-    return _in_parts(of_part, inputs, size)
+            def of_columns(other: PyTree) -> Float[Array, "m n C C"]:
+                theirs = mine if other is part else self.at(other)
+                return joint_output_covariances(mine, theirs, self.variances)
 
+            columns = self.inputs if others is None else others
+            return in_parts(of_columns, columns, most, traced=traced).swapaxes(0, 1)
 
-def _joint_covariances(
-    program: Program, size: int, arrays: _Arrays, inputs: PyTree, others: PyTree | None
-) -> Float[Array, "N C M C"]:
-    def of_rows(part: PyTree) -> Float[Array, "n M C C"]:
-        mean, mine = _jacobians(program, arrays, part)
-
-        def of_columns(other: PyTree) -> Float[Array, "m n C C"]:
-            theirs = mine if other is part else _jacobians(program, arrays, other)[1]
-            total = jnp.zeros(())
-            for number, jacobian in mine.items():
-                product = functools.partial(covariance, variances=arrays.variances[number])
-                by_row = jax.vmap(product, in_axes=(0, None))
-                total = total + jax.vmap(by_row, in_axes=(None, 0))(jacobian, theirs[number])
-            shape = (size_of({"input": other}), *mean.shape, mean.shape[-1])
-            return jnp.broadcast_to(total, shape)
-
-        columns = inputs if others is None else others
-        return _in_parts(of_columns, columns, size).swapaxes(0, 1)
-
-    return _in_parts(of_rows, inputs, size).swapaxes(1, 2)
-
-
-def _in_parts(function: Callable[[PyTree], Any], batch: PyTree, most: int) -> Any:
-    """Apply a function of a batch to equal parts of at most ``most`` examples, in turn."""
-    count = size_of({"input": batch})
-    parts = math.ceil(count / most)
-    if parts == 1:
-        return function(batch)
-    each = math.ceil(count / parts)
-    padded, _ = pad({"input": batch}, each * parts)
-    split = jax.tree.map(lambda x: x.reshape(parts, each, *x.shape[1:]), padded["input"])
-    # Recomputed in the backward pass, so that a gradient takes the memory of one part as well.
-    results = lax.map(jax.checkpoint(function, prevent_cse=False), split)
-    return jax.tree.map(lambda x: x.reshape(parts * each, *x.shape[2:])[:count], results)
-
-
-def _part_size(program: Program, batch_size: int, *, pairs: bool = False) -> int:
-    """Most inputs whose Jacobians and products fit into `RECORD_BYTES`; at least one."""
-    outputs = sum(math.prod(o.shape) for o in jax.tree.leaves(program.output))
-    linear = square = 0
-    for resolved in program.resolved:
-        jacobian, product = numbers(resolved, outputs)
-        linear += record_size(resolved.layer, outputs) + jacobian
-        square += product
-    room = _numbers_that_fit()
-    if pairs:  # n on either side: 2 linear n + square n^2 numbers
-        fitting = (math.sqrt(linear**2 + square * room) - linear) / max(square, 1)
-    else:
-        fitting = room / max(linear + square, 1)
-    return max(1, min(positive_integer("batch_size", batch_size), int(fitting)))
-
-
-def _numbers_that_fit() -> int:
-    return RECORD_BYTES // jnp.dtype(jnp.result_type(float)).itemsize
+        return in_parts(of_rows, self.inputs, most, traced=traced).swapaxes(1, 2)
 
 
 def _shapes(example: PyTree) -> Any:

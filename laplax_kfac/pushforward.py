@@ -8,8 +8,7 @@ whole grid of priors.
 """
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,18 +17,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from laplax_kfac.blocks import BlockDiagonal
-from laplax_kfac.capture import map_examples, record_size
+from laplax_kfac.capture import map_examples
+from laplax_kfac.curvature import DEFAULT_BATCH_SIZE
 from laplax_kfac.data import Batch, batch_size
-from laplax_kfac.jacobians import Jacobian, covariance, numbers, of_example, variance
+from laplax_kfac.jacobians import (
+    Expansion,
+    Linearised,
+    compiled_linearise,
+    in_parts,
+    is_traced,
+    linearise,
+    most_inputs,
+    output_covariance,
+    output_covariances,
+    output_variance,
+)
 from laplax_kfac.matching import parse_like
 from laplax_kfac.parser import ModelFn, Program
 from laplax_kfac.posterior import Posterior
 
 TABLE_BYTES = 2**28
 """Most memory for the predictions of a dataset, and for the Jacobians kept for a grid of priors."""
-
-MOST_INPUTS = 64
-"""Most inputs that are worked on at once; fewer if their Jacobians are large."""
 
 LINEARISED = "laplax_kfac_linearised"
 """The prior argument that carries the linearised model along a grid of priors."""
@@ -64,14 +72,6 @@ class OutputCovariance:
         return dense.reshape(len(dense), *self.shape).transpose()
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Linearised:
-    """The Jacobian at one input in the bases of the blocks, by number of the layer; no prior."""
-
-    jacobians: dict[int, Jacobian]
-
-
 def closed_form(
     posterior: Posterior, model_fn: ModelFn, params: PyTree, x: PyTree
 ) -> OutputCovariance | None:
@@ -90,15 +90,15 @@ def closed_form(
     program = program_of(posterior.precision, model_fn, params, x)
     if program is None:
         return None
-    leaves = jax.tree.leaves(params)
+    blocks = posterior.precision.blocks
     linear = _with_or_without_vmap(
-        functools.partial(_linearise, program, leaves, posterior.precision), x
+        functools.partial(linearise, program, jax.tree.leaves(params), program.consts, blocks), x
     )
-    values = posterior.precision.map(jnp.reciprocal)
+    variances = [1.0 / block.eigenvalues for block in blocks]
     return OutputCovariance(
         program.output.shape,
-        lambda: _contract(program, linear, values, diagonal=True),
-        lambda: _contract(program, linear, values, diagonal=False),
+        lambda: output_variance(linear, variances),
+        lambda: output_covariance(linear, linear, variances),
     )
 
 
@@ -112,34 +112,6 @@ def program_of(
     except ValueError:
         return None
     return program if hasattr(program.output, "shape") else None
-
-
-def _linearise(
-    program: Program,
-    leaves: Sequence[Array],
-    matrix: BlockDiagonal,
-    x: PyTree,
-    *,
-    sequential: bool = False,
-) -> Linearised:
-    consts = program.consts
-    return Linearised(
-        of_example(program, leaves, matrix.blocks, x, consts=consts, sequential=sequential)[1]
-    )
-
-
-def _contract(
-    program: Program, linear: Linearised, values: BlockDiagonal, *, diagonal: bool
-) -> Float[Array, "C *C"]:
-    """``J Sigma J^T`` or its diagonal, with Sigma in the bases of the Jacobians."""
-    total = jnp.zeros((program.output.size,) * (1 if diagonal else 2))
-    for number, jacobian in linear.jacobians.items():
-        eigenvalues = values.blocks[number].eigenvalues
-        if diagonal:
-            total = total + variance(jacobian, eigenvalues)
-        else:
-            total = total + covariance(jacobian, jacobian, eigenvalues)
-    return total
 
 
 def _with_or_without_vmap(function: Callable[..., Any], x: PyTree) -> Any:
@@ -219,14 +191,17 @@ class Dataset:
     def outputs(self) -> Float[Array, "N *shape"]:
         """The model's outputs at all inputs."""
 
+        @jax.jit
         def outputs(params: PyTree, xs: PyTree) -> Array:
             def one(x: PyTree, *, sequential: bool = False) -> Array:
                 del sequential
                 return self.model_fn(input=x, params=params)
 
-            return map_examples(one, xs, MOST_INPUTS)
+            return map_examples(one, xs)
 
-        return jax.jit(outputs)(self.params, self.batch["input"])
+        most = self._most(traced=False)
+        of_part = functools.partial(outputs, self.params)
+        return in_parts(of_part, self.batch["input"], most, traced=False)
 
     def predict(self, input: Any, params: PyTree) -> Any:
         """The model, on inputs and on their numbers."""
@@ -239,25 +214,26 @@ class Dataset:
 
         It goes to `posterior_fn` as the prior argument `LINEARISED`.
         """
-        xs, leaves = self.batch["input"], jax.tree.leaves(self.params)
-
-        def linearise(leaves: list[Array], matrix: BlockDiagonal, xs: PyTree) -> Linearised:
-            function = functools.partial(_linearise, self.program, leaves, matrix)
-            return map_examples(function, xs, self._part)
-
-        kept = jax.eval_shape(linearise, leaves, self.matrix, xs)
+        xs, at = self.batch["input"], functools.partial(self._linearise, self._expansion)
+        kept = jax.eval_shape(at, xs)
         if sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept)) > TABLE_BYTES:
             return xs
-        return jax.jit(linearise)(leaves, self.matrix, xs)
+        return in_parts(at, xs, self._most(traced=False), traced=False)
+
+    @functools.cached_property
+    def _linearise(self) -> Callable[[Expansion, PyTree], Linearised]:
+        return compiled_linearise(self.model_fn, self.program)
+
+    @property
+    def _expansion(self) -> Expansion:
+        return Expansion(jax.tree.leaves(self.params), self.program.consts, self.matrix.blocks)
 
     def posterior_fn(self, prior_arguments: Any, loss_scaling_factor: Any = 1.0) -> Any:
         """laplax's posterior, with the predictions at all inputs in its state."""  # noqa: D403
         arguments = dict(prior_arguments)
         linear = arguments.pop(LINEARISED, self.batch["input"])
         posterior = self.own_posterior_fn(arguments, loss_scaling_factor)
-        spreads = jax.jit(self._spreads)(
-            jax.tree.leaves(self.params), posterior.state.precision, linear
-        )
+        spreads = self._spreads(posterior.state.precision, linear)
         return replace(
             posterior,
             state=Tabulated(posterior.state, spreads),
@@ -265,28 +241,21 @@ class Dataset:
             scale_mv=lambda state: posterior.scale_mv(state.posterior),
         )
 
-    def _spreads(
-        self, leaves: list[Array], precision: BlockDiagonal, linear: PyTree
-    ) -> Float[Array, "N C *C"]:
+    def _spreads(self, precision: BlockDiagonal, linear: PyTree) -> Float[Array, "N C *C"]:
         """Variances or covariances, from the linearised model or from the inputs."""
-        values = precision.map(jnp.reciprocal)
-        contract = functools.partial(_contract, self.program, values=values, diagonal=self.diagonal)
+        variances = [1.0 / block.eigenvalues for block in precision.blocks]
+        expansion = self._expansion._replace(blocks=precision.blocks)
+        traced = is_traced((expansion, variances, linear))
 
-        def one(x: PyTree, *, sequential: bool = False) -> Array:
-            if isinstance(x, Linearised):
-                return contract(x)
-            return contract(_linearise(self.program, leaves, precision, x, sequential=sequential))
+        def of_part(part: PyTree) -> Array:
+            known = part if isinstance(part, Linearised) else self._linearise(expansion, part)
+            return output_covariances(known, variances, diagonal=self.diagonal)
 
-        return map_examples(one, linear, self._part)
+        return in_parts(of_part, linear, self._most(traced=traced), traced=traced)
 
-    @property
-    def _part(self) -> int:
+    def _most(self, *, traced: bool) -> int:
         """How many inputs are worked on at once."""
-        outputs = self.program.output.size
-        each = sum(
-            record_size(r.layer, outputs) + sum(numbers(r, outputs)) for r in self.program.resolved
-        )
-        return max(1, min(MOST_INPUTS, len(self), math.floor(TABLE_BYTES / (_ITEM * max(each, 1)))))
+        return most_inputs(self.program, DEFAULT_BATCH_SIZE, traced=traced)
 
 
 _ITEM = 8  # bytes of a number, at most

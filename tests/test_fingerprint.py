@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import laplax_kfac
-from laplax_kfac import curvature, fingerprint, patterns
-from laplax_kfac.data import first_example
+from laplax_kfac import fingerprint, patterns
 
 PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
 DATA = {"input": jnp.arange(12.0).reshape(4, 3), "target": jnp.ones((4, 2))}
@@ -33,7 +32,7 @@ class Changing:
 def passes(model_fn, params=PARAMS, **options):
     """The compiled passes that a new accumulator finds for a model."""
     accumulator = laplax_kfac.accumulator(model_fn, params, loss_fn="mse", **options)
-    return accumulator._compiled(first_example(DATA)).statistics
+    return accumulator._compiled(DATA).statistics
 
 
 def diagonal(model_fn):
@@ -85,9 +84,9 @@ def test_what_is_kept_is_bounded_and_dies_with_the_model():
     def model_fn(input, params):
         return input @ params["w"] + params["b"]
 
-    for samples in range(1, 12):
+    for samples in range(1, fingerprint.MOST_KEPT + 3):
         passes(model_fn, fisher_type="mc", mc_samples=samples)
-    assert len(curvature._KEPT[model_fn]) == curvature.MOST_KEPT
+    assert len(fingerprint._KEPT[model_fn]) == fingerprint.MOST_KEPT
     reference = weakref.ref(model_fn)
     del model_fn
     gc.collect()

@@ -292,15 +292,19 @@ GENERIC = {"pushforward_fns": [GENERIC_SETUP, lin_pred_mean, lin_pred_std]}
 
 @pytest.fixture
 def linearised(monkeypatch):
-    """Counts how often the model is linearised, while tracing."""
+    """Counts how often the model is linearised: for one input while tracing, or for many."""
     count = []
-    original = closed._linearise
 
-    def counting(*args, **kwargs):
-        count.append(1)
-        return original(*args, **kwargs)
+    def counting(function):
+        def counted(*args, **kwargs):
+            count.append(1)
+            return function(*args, **kwargs)
 
-    monkeypatch.setattr(closed, "_linearise", counting)
+        return counted
+
+    compiled = closed.compiled_linearise
+    monkeypatch.setattr(closed, "compiled_linearise", lambda *args: counting(compiled(*args)))
+    monkeypatch.setattr(closed, "linearise", counting(closed.linearise))
     return count
 
 
