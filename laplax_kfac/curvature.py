@@ -204,7 +204,8 @@ class Accumulator:
             ValueError: If its arrays disagree about the number of examples.
         """
         batch, weights = weighted_batch(to_arrays(as_batch(batch)), weights)
-        return self._added(state, batch, weights, in_place=False)
+        compiled, arrays = self._pass(state, batch, weights)
+        return _added(state, compiled.whole_statistics, compiled.add, arrays)
 
     def collect(self, data: Iterable[WeightedBatch]) -> Statistics:
         """Statistics of all data: updates from the first, but in place.
@@ -214,21 +215,15 @@ class Accumulator:
         """
         state = self.init()
         for part in data:
-            state = self._added(state, *weighted_batch(*part), in_place=True)
-        return state
+            compiled, arrays = self._pass(state, *weighted_batch(*part))
+            state = _added(state, compiled.statistics, compiled.add_in_place, arrays)
+        return factors.mirrored(state)
 
-    def _added(
-        self, state: Statistics, batch: Batch, weights: Float[Array, " N"], *, in_place: bool
-    ) -> Statistics:
+    def _pass(
+        self, state: Statistics, batch: Batch, weights: Float[Array, " N"]
+    ) -> tuple["_Compiled", "_Arrays"]:
         compiled = self._compiled(batch)
-        arrays = self._arrays(compiled.program, batch, weights, state.num_updates)
-        new = jax.eval_shape(compiled.statistics, arrays)
-        if not state.layers:
-            state = _zeros(new)
-        factors.require_same_blocks(state, new)
-        add = compiled.add_in_place if in_place and not _traced(arrays) else compiled.add
-        leaves, treedef = jax.tree.flatten(state)
-        return jax.tree.unflatten(treedef, add(leaves, arrays))
+        return compiled, self._arrays(compiled.program, batch, weights, state.num_updates)
 
     def merge(self, first: Statistics, second: Statistics) -> Statistics:
         """Statistics of the data of both."""
@@ -374,17 +369,20 @@ class _Compiled:
 
     Attributes:
         program: The parsed model.
-        statistics: Arrays -> the statistics of one batch.
-        add: (leaves of statistics, arrays) -> leaves with one batch more.
-        add_in_place: The same; the leaves must not be used again.
+        statistics: Arrays -> the statistics of one batch, of wide matrices the upper tiles.
+        add_in_place: (leaves of these, arrays) -> the leaves with one batch more; the old ones must
+            not be used again.
+        whole_statistics: Arrays -> the statistics of one batch.
+        add: (leaves of these, arrays) -> leaves with one batch more.
         total: (function, arrays, *operands) -> sum of a function of the records of one batch.
         add_total: (function, total, arrays, *operands) -> the total, in place, with a batch more.
     """
 
     program: Program
     statistics: Callable[..., Statistics]
-    add: Callable[..., list[Array]]
     add_in_place: Callable[..., list[Array]]
+    whole_statistics: Callable[..., Statistics]
+    add: Callable[..., list[Array]]
     total: Callable[..., Any]
     add_total: Callable[..., Any]
 
@@ -392,17 +390,19 @@ class _Compiled:
     def of(cls, program: Program, options: Options) -> "_Compiled":
         """The passes of a model; `add` and its like have their traces from what they add."""
         statistics = jax.jit(functools.partial(_statistics, program, options))
+        whole_statistics = jax.jit(lambda arrays: factors.mirrored(statistics(arrays)))
         total = jax.jit(functools.partial(_total, program, options), static_argnums=0)
 
-        def add(leaves: list[Array], arrays: "_Arrays") -> list[Array]:
-            new = jax.tree.leaves(statistics(arrays))
-            return [old + more for old, more in zip(leaves, new, strict=True)]
+        def add(of: Callable[..., Any], leaves: list[Array], arrays: "_Arrays") -> list[Array]:
+            return list(map(jnp.add, leaves, jax.tree.leaves(of(arrays))))
 
         def add_total(of_records: OfRecords, old: Any, arrays: "_Arrays", *operands: Any) -> Any:
             return jax.tree.map(jnp.add, old, total(of_records, arrays, *operands))
 
         return cls(
-            program, statistics, jax.jit(add), jax.jit(add, donate_argnums=0),
+            program,
+            statistics, jax.jit(functools.partial(add, statistics), donate_argnums=0),
+            whole_statistics, jax.jit(functools.partial(add, whole_statistics)),
             total, jax.jit(add_total, static_argnums=0, donate_argnums=1),
         )  # fmt: skip
 
@@ -439,6 +439,25 @@ def _of_loss(program: Program, options: Options, target: PyTree) -> Hashable:
     return fingerprint.of_function(vectors, program.output, target, options.key)
 
 
+def _added(
+    state: Statistics,
+    statistics: Callable[..., Statistics],
+    add: Callable[..., list[Array]],
+    arrays: "_Arrays",
+) -> Statistics:
+    """A state and the statistics of one batch more."""
+    new = jax.eval_shape(statistics, arrays)
+    if not state.layers:
+        state = _zeros(new)
+    factors.require_same_blocks(state, new)
+    leaves, treedef = jax.tree.flatten(state)
+    if _traced((leaves, arrays)):  # nothing can be changed in place
+        leaves = list(map(jnp.add, leaves, jax.tree.leaves(statistics(arrays))))
+    else:
+        leaves = add(leaves, arrays)
+    return jax.tree.unflatten(treedef, leaves)
+
+
 class _Arrays(NamedTuple):
     """What a pass over a batch works on; arguments, so that nothing is compiled in."""
 
@@ -472,7 +491,7 @@ def _zeros(shapes: Any) -> Any:
 
 
 def _traced(arrays: Any) -> bool:
-    """Whether a transformation is at work: nothing can then be changed in place."""
+    """Whether a transformation is at work."""
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
 
 

@@ -14,11 +14,9 @@ Sums are taken in float32, or float64 where x64 is on, at full matrix-product pr
 are sums, so they may be accumulated in any order, over any split of the data.
 """
 
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +28,11 @@ from laplax_kfac.layers import Layer
 from laplax_kfac.layout import ParameterSpace
 from laplax_kfac.patterns import one_hot
 from laplax_kfac.resolve import Member, Resolved
+from laplax_kfac.symmetric import Symmetric, UpperTiles, self_product, upper_tiles, whole
 
 KfacApprox = Literal["expand", "reduce"]
 KFAC_APPROXIMATIONS = ("expand", "reduce")
 _HIGHEST = jax.lax.Precision.HIGHEST
-_WIDE = 512
-"""Width from which products x^T x are formed by `_BLOCK_ROWS` rows of blocks."""
-_BLOCK_ROWS = 3
-_ALIGNED = 16
-"""Blocks start at multiples of this: slices are then as fast as the whole."""
 
 _UNROTATED = Block((None, None), jnp.ones(()))
 
@@ -130,13 +124,26 @@ def require_same_blocks(first: Statistics, second: Statistics) -> None:
         raise ValueError(msg)
 
 
+def mirrored(statistics: Statistics) -> Statistics:
+    """Statistics with all entries of the matrices of which sums keep the upper tiles."""
+    leaves, treedef = jax.tree.flatten(statistics, is_leaf=_is_tiled)
+    return jax.tree.unflatten(treedef, [whole(leaf) for leaf in leaves])
+
+
+def _is_tiled(x: Any) -> bool:
+    return isinstance(x, UpperTiles)
+
+
 def batch_sums(
     resolved: Sequence[Resolved],
     records: Sequence[Record],
     weights: Float[Array, " N"],
     kfac_approx: Callable[[Layer], KfacApprox] = lambda _: "expand",
 ) -> tuple[Sums, ...]:
-    """Sums of every layer over one batch of records, whose leaves have a leading axis N."""
+    """Sums of every layer over one batch of records, whose leaves have a leading axis N.
+
+    Wide matrices are given by their upper tiles; see `mirrored`.
+    """
     return tuple(
         _layer_sums(r, record, weights, kfac_approx(r.layer))
         for r, record in zip(resolved, records, strict=True)
@@ -168,7 +175,8 @@ def _probed_sums(
     weights = weights.astype(gradients.dtype)
     dense = layer.block == "dense"
     if gradients.shape[1] == 0:
-        return ParameterSums(_identity(jnp.sum(weights)[None], layer.size, diagonal=not dense)[0])
+        identity = _identity(jnp.sum(weights)[None], layer.size, diagonal=not dense)
+        return ParameterSums(jax.tree.map(lambda x: x[0], identity))
     weights = weights[:, None, None]
     if dense:
         return ParameterSums(_gram(gradients, weights))
@@ -183,13 +191,11 @@ def _gradients(members: Sequence[Member], record: tuple[UseRecord, ...]) -> Floa
     return matrices.reshape(*matrices.shape[:2], -1)
 
 
-def _identity(
-    counts: Float[Array, " stack"], size: int, *, diagonal: bool
-) -> Float[Array, "stack size *size"]:
+def _identity(counts: Float[Array, " stack"], size: int, *, diagonal: bool) -> Any:
     """A multiple of the identity for every stack index."""
     if diagonal:
         return counts[:, None] * jnp.ones(size, counts.dtype)
-    return counts[:, None, None] * jnp.eye(size, dtype=counts.dtype)
+    return upper_tiles(counts[:, None, None] * jnp.eye(size, dtype=counts.dtype))
 
 
 def _use_sums(
@@ -229,7 +235,7 @@ def _use_sums(
 
 def _second_moment(
     x: Float[Array, "*n stack p"], weights: Float[Array, "..."], *, diagonal: bool
-) -> Float[Array, "stack p *p"]:
+) -> Any:
     """Weighted sum of x x^T for every stack index, or its diagonal."""
     if diagonal:
         return jnp.sum(weights * x * x, axis=tuple(range(x.ndim - 2)))
@@ -256,52 +262,34 @@ def _accumulate(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 @jax.custom_jvp
-def _gram(x: Float[Array, "*n p"], weights: Float[Array, "..."]) -> Float[Array, "p p"]:
+def _gram(x: Float[Array, "*n p"], weights: Float[Array, "..."]) -> Any:
     """Weighted sum of x x^T; the weights are not negative.
 
     Both operands of the product are one array, with the square roots of the weights multiplied in:
     of a tall x a second copy would take longer than the product.
     """
-    return _self_product((jnp.sqrt(weights) * x).reshape(-1, x.shape[-1]))
+    return self_product((jnp.sqrt(weights) * x).reshape(-1, x.shape[-1]))
 
 
 @_gram.defjvp
-def _gram_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _gram_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Symmetric, Symmetric]:
     """The derivative is that of the plain formula, for a root has none at a weight of zero."""
 
-    def plain(x: Array, weights: Array) -> Array:
-        n = math.prod(x.shape[:-1])
-        return jnp.matmul((weights * x).reshape(n, -1).T, x.reshape(n, -1), precision=_HIGHEST)
+    def plain(x: Array, weights: Array) -> Symmetric:
+        y, x = ((v * x).reshape(-1, x.shape[-1]) for v in (weights, 1.0))
+        return upper_tiles(jnp.matmul(y.T, x, precision=_HIGHEST))
 
     return _gram(*primals), jax.jvp(plain, primals, tangents)[1]
 
 
-def _self_product(x: Float[Array, "n p"]) -> Float[Array, "p p"]:
-    """x^T x, of a wide x by rows of blocks: what is left of the diagonal is mirrored."""
-    width = x.shape[1]
-    count = 1 if width < _WIDE else _BLOCK_ROWS
-    edges = [width * k // count for k in range(count + 1)]
-    edges = [-(-e // _ALIGNED) * _ALIGNED for e in edges[:-1]] + [width]
-    spans = list(itertools.pairwise(edges))
-    rows = [jnp.matmul(x[:, low:high].T, x[:, low:], precision=_HIGHEST) for low, high in spans]
-    full = []
-    for k, (low, high) in enumerate(spans):
-        mirrored = [
-            row[:, low - first : high - first].T
-            for row, (first, _) in zip(rows[:k], spans, strict=False)
-        ]
-        full.append(jnp.concatenate([*mirrored, rows[k]], axis=1))
-    return jnp.concatenate(full)
-
-
-def _stacked_gram(
-    x: Float[Array, "*n stack p"], weights: Float[Array, "..."]
-) -> Float[Array, "stack p p"]:
+def _stacked_gram(x: Float[Array, "*n stack p"], weights: Float[Array, "..."]) -> Symmetric:
     """Weighted sum of x[n, k] x[n, k]^T for every stack index k."""
     if x.shape[-2] == 1:  # a plain matrix product is faster than a batch of one
-        return _gram(x[..., 0, :], weights[..., 0, :])[None]
+        return jax.tree.map(lambda tile: tile[None], _gram(x[..., 0, :], weights[..., 0, :]))
     y = (weights * x).reshape(-1, *x.shape[-2:])
-    return jnp.einsum("nkp,nkq->kpq", y, x.reshape(y.shape), precision=_HIGHEST)
+    return upper_tiles(jnp.einsum("nkp,nkq->kpq", y, x.reshape(y.shape), precision=_HIGHEST))
 
 
 # -- eigenvalue correction ---------------------------------------------------------------------
@@ -466,14 +454,16 @@ def _contracted(
             sizes = jnp.sum(_form(gradients, factor, diagonal=contracted), axis=1)
             return sum_into_rows(layer.rows, rows, sizes * shares)
         shares = shares * factor[jnp.arange(layer.stack), rows]
-        return _second_moment(gradients, shares[:, None, ..., None], diagonal=kept)
+        return whole(_second_moment(gradients, shares[:, None, ..., None], diagonal=kept))
     if has_one_position(record):  # G = a g^T
         a, g = _accumulate(record[0].inputs), _accumulate(record[0].gradients)
         if side == 0:
             sizes = jnp.sum(_form(g, factor, diagonal=contracted), axis=1)
-            return _second_moment(a, (weights[:, None, None] * sizes)[..., None], diagonal=kept)
+            return whole(
+                _second_moment(a, (weights[:, None, None] * sizes)[..., None], diagonal=kept)
+            )
         sizes = weights[:, None, None] * _form(a, factor, diagonal=contracted)
-        return _second_moment(g, sizes[:, None, ..., None], diagonal=kept)
+        return whole(_second_moment(g, sizes[:, None, ..., None], diagonal=kept))
 
     def add(total: Array, example: tuple[RotatedUses, Array]) -> tuple[Array, None]:
         pairs, weight = example
