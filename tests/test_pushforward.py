@@ -34,7 +34,7 @@ from laplax.eval.utils import transfer_entry
 from laplax.util.tree import normal_like
 
 import laplax_kfac
-from laplax_kfac import plugin
+from laplax_kfac import jacobians, plugin
 from laplax_kfac import pushforward as closed
 from laplax_kfac.posterior import Posterior
 
@@ -302,9 +302,9 @@ def linearised(monkeypatch):
 
         return counted
 
-    compiled = closed.compiled_linearise
+    compiled = jacobians.compiled_linearise
     monkeypatch.setattr(closed, "compiled_linearise", lambda *args: counting(compiled(*args)))
-    monkeypatch.setattr(closed, "linearise", counting(closed.linearise))
+    monkeypatch.setattr(closed, "linearise", counting(jacobians.linearise))
     return count
 
 
