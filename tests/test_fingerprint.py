@@ -170,7 +170,7 @@ def test_targets_of_another_shape_are_traced_with_their_own_loss():
 
 def predictions(model, curvature):
     """What the predictive functions return, in two parts each where they are in parts."""
-    arguments: Any = curvature, model, PARAMS, DATA["input"]
+    arguments: tuple[Any, Any, Any, Any] = curvature, model, PARAMS, DATA["input"]
     options: Any = {"prior_prec": 0.5, "batch_size": 2}
     samples = laplax_kfac.predictive_samples(*arguments, jax.random.key(0), 3, **options)
     return [
