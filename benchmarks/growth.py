@@ -20,8 +20,7 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
         {"name": "mlp", "sizes": (784, WIDTH, c), "examples": 256} for c in (10, 32, 100, 316, 1000)
     ],
     "tokens": [
-        {"name": "transformer", "tokens": t, "examples": 32, "batch": 32}
-        for t in (32, 64, 128, 256)
+        {"name": "transformer", "tokens": t, "examples": 8, "batch": 8} for t in (32, 64, 128, 256)
     ],
 }
 FISHER_TYPES = ("mc", "type2")

@@ -92,6 +92,7 @@ def title(description: dict[str, Any]) -> str:
     return (
         f"{name}: {workload.num_params:,} parameters, {workload.num_examples:,} examples, "
         f"batches of {workload.batch_size}"
+        + (f"; a run has {workload.run_examples}" if workload.fraction < 1 else "")
     )
 
 
