@@ -82,8 +82,12 @@ class Workload:
 
     def sized(self, num_examples: int, batch_size: int, run: int | None = None) -> "Workload":
         """The same network with other data; a run does all of them, or ``run``."""
-        sizes = {"num_examples": num_examples, "batch_size": batch_size}
-        return replace(self, **sizes, run_examples=run or num_examples)
+        return replace(
+            self,
+            num_examples=num_examples,
+            batch_size=batch_size,
+            run_examples=run or num_examples,
+        )
 
 
 def mlp(sizes: tuple[int, ...] = (784, 1024, 1024, 10)) -> Workload:
