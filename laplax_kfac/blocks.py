@@ -15,6 +15,7 @@ diagonal                       (None,)         (p,)
 =============================  ==============  ==========================================
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -94,8 +95,8 @@ def eigh(
 def eigh_each(matrices: Sequence[Float[Array, "*stack n n"]]) -> list[Side]:
     """`eigh` of several matrices.
 
-    Small ones of one width are decomposed together: one call is compiled, and one is dispatched.
-    Of large ones the copies would take memory and save nothing.
+    Small ones of one width are decomposed together, by one call that is compiled. Of large ones
+    the copies would take memory and save nothing.
     """
     found: dict[int, Side] = {}
     for n in {x.shape[-1] for x in matrices if x.shape[-1] <= _SMALL}:
@@ -111,8 +112,20 @@ def eigh_each(matrices: Sequence[Float[Array, "*stack n n"]]) -> list[Side]:
 
 @jax.custom_jvp
 def _eigh(matrix: Float[Array, "*stack n n"]) -> tuple[Array, Array]:
-    eigenvalues, vectors = jnp.linalg.eigh(matrix)
-    return eigenvalues, vectors
+    if matrix.ndim == 2:
+        return _eigh_of_one(matrix)
+    # On a CPU, XLA spreads a batch over the threads that it also waits for it with: two batches
+    # at once can stop for ever (jaxlib 0.10.2). A loop has one matrix at a time.
+    flat = matrix.reshape(-1, *matrix.shape[-2:])
+    values, vectors = jax.lax.platform_dependent(
+        flat, cpu=functools.partial(jax.lax.map, _eigh_of_one), default=_eigh_of_one
+    )
+    return values.reshape(matrix.shape[:-1]), vectors.reshape(matrix.shape)
+
+
+def _eigh_of_one(matrix: Float[Array, "*stack n n"]) -> tuple[Array, Array]:
+    values, vectors = jnp.linalg.eigh(matrix)
+    return values, vectors
 
 
 @_eigh.defjvp
