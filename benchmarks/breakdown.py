@@ -1,6 +1,7 @@
 """Where the time goes: forward passes, pullbacks, factors, eigendecompositions, by workload."""
 
 import harness
+import workloads
 
 CONTENDERS = (harness.MACHINE, harness.OURS)
 WORKLOADS = ("mlp", "lenet", "conv8", "transformer")
@@ -17,5 +18,10 @@ ROUNDS = 3
 if __name__ == "__main__":
     session = harness.Session("breakdown")
     for name in session.chosen("workload", WORKLOADS):
-        session.compare(session.description(name), CONTENDERS, PARTS, rounds=ROUNDS)
+        session.compare(
+            session.description(name, **workloads.PART.get(name, {})),
+            CONTENDERS,
+            PARTS,
+            rounds=ROUNDS,
+        )
     session.finish()

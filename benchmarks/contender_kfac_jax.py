@@ -37,7 +37,7 @@ class Estimator:
         x, y = (jnp.asarray(a) for a in workloads.data(workload))
         size = workload.batch_size
         self.batches = [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
-        self.num_examples = len(x)
+        self.fraction = workload.fraction
         estimator = kfac_jax.BlockDiagonalCurvature(loss)
         arguments = (self.params, self.batches[0])
         estimator.finalize(arguments)
@@ -69,7 +69,8 @@ class Estimator:
 
 
 def factors(_: str, case: dict[str, Any]) -> Task:
-    return Task(Estimator(case, MODES[case["variant"]]).factors)
+    estimator = Estimator(case, MODES[case["variant"]])
+    return Task(estimator.factors, fraction=estimator.fraction)
 
 
 def eigen(_: str, case: dict[str, Any]) -> Task:

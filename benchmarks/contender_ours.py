@@ -82,7 +82,7 @@ def factors(_: str, case: dict[str, Any]) -> Task:
             state = accumulator.update(state, batch)
         return jax.block_until_ready(state)
 
-    return Task(run, trace)
+    return Task(run, trace, s.workload.fraction)
 
 
 def trace(state: Any) -> float:
@@ -270,7 +270,8 @@ def breakdown(_: str, case: dict[str, Any]) -> Task:
         return jax.vmap(pullback)(vectors)
 
     step = jax.jit(jax.vmap(forward if part == "forward" else pulled, in_axes=(None, 0)))
-    return Task(lambda: [jax.block_until_ready(step(s.params, x)) for x, _ in s.batches])
+    run = lambda: [jax.block_until_ready(step(s.params, x)) for x, _ in s.batches]  # noqa: E731
+    return Task(run, fraction=s.workload.fraction)
 
 
 QUESTIONS = {

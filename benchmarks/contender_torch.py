@@ -80,7 +80,7 @@ def factors(contender: str, case: dict[str, Any]) -> Task:
         operator.compute_kronecker_factors()
         return operator
 
-    return Task(run, lambda operator: float(operator.trace))
+    return Task(run, lambda operator: float(operator.trace), s.workload.fraction)
 
 
 def ekfac(_: str, case: dict[str, Any]) -> Task:
@@ -133,7 +133,7 @@ def factors_of_laplace(contender: str, s: Setting, fisher_type: str) -> Task:
             total += kron
         return total
 
-    return Task(run, lambda kron: float(kron.diag().sum()))
+    return Task(run, lambda kron: float(kron.diag().sum()), s.workload.fraction)
 
 
 def eigen(contender: str, case: dict[str, Any]) -> Task:

@@ -29,8 +29,9 @@ SHARE = 4.0
 """Seconds of timed runs after which a contender sits out further rounds."""
 FRESH_SHARE = 30.0
 """The same, where rounds have new processes and the first runs count."""
-LIMIT = 150.0
+LIMIT = 60.0
 """Seconds after which a run is given up."""
+TOO_LONG = f"takes more than {LIMIT:.0f} s"
 PAUSE = 0.1
 """Seconds between runs: threads that wait actively go to sleep."""
 
@@ -83,7 +84,7 @@ class Worker:
             return {"error": self.last_words()}
         if not select.select([self.process.stdout], [], [], LIMIT)[0]:
             self.process.kill()
-            return {"error": f"takes more than {LIMIT:.0f} s"}
+            return {"error": TOO_LONG}
         line = self.process.stdout.readline()
         return json.loads(line) if line else {"error": self.last_words()}
 
@@ -185,6 +186,8 @@ class Session:
             description |= {"examples": examples, "batch": batch}
         if self.options.examples:
             description["examples"] = self.options.examples
+        if self.options.quick or self.options.examples:
+            description.pop("run", None)
         return description
 
     def chosen(self, option: str, names: Iterable[str]) -> list[str]:
@@ -211,6 +214,8 @@ class Session:
     ) -> None:
         """Measure all contenders on one workload, variant by variant.
 
+        One that takes too long for a variant is not asked for the others.
+
         Args:
             workload: Its description.
             contenders: Their names.
@@ -220,11 +225,16 @@ class Session:
         """
         names = self.installed(contenders)
         workers = {name: Worker(name) for name in names}
+        slow: dict[str, Reply] = {}
         for variant in self.chosen("variant", variants):
             case = self.case(workload, variant, more)
-            found = [Runs(n, self.prepare(workers[n], n, case)) for n in names]
+            found = [Runs(n, slow.get(n) or self.prepare(workers[n], n, case)) for n in names]
             self.interleave(found, workers, 1 if self.options.quick else rounds)
             self.keep(case, found, workers)
+            for runs in found:
+                if runs.error == TOO_LONG:
+                    reason = f"not asked, for `{variant}` {TOO_LONG}" if variant else TOO_LONG
+                    slow[runs.contender] = {"error": reason}
             for name in names:
                 if workers[name].process.poll() is not None:  # it was stopped, or failed
                     workers[name].stop()

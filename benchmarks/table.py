@@ -35,7 +35,7 @@ def read(path: Path) -> Results:
 
 def number(value: float) -> str:
     """Three digits, without exponents."""
-    if value >= 100:
+    if value >= 100 or value == 0:
         return f"{value:,.0f}"
     digits = 1 if value >= 10 else 2 if value >= 1 else 3 if value >= 0.01 else 5
     return f"{value:.{digits}f}"
@@ -92,6 +92,7 @@ def title(description: dict[str, Any]) -> str:
     return (
         f"{name}: {workload.num_params:,} parameters, {workload.num_examples:,} examples, "
         f"batches of {workload.batch_size}"
+        + (f"; a run has {workload.run_examples}" if workload.fraction < 1 else "")
     )
 
 

@@ -56,6 +56,7 @@ class Workload:
         layers: Its layers, in the order of evaluation.
         num_examples: Size N of the data.
         batch_size: Examples a batch.
+        run_examples: How many of the examples a run does where its time is linear in them.
         other_products: Multiply-adds of one forward pass outside the layers (attention).
         classes: Number of outputs C.
     """
@@ -65,17 +66,28 @@ class Workload:
     layers: tuple[Layer, ...]
     num_examples: int
     batch_size: int
+    run_examples: int
     other_products: int = 0
     classes: int = CLASSES
+
+    @property
+    def fraction(self) -> float:
+        """Part of the data that a run does."""
+        return self.run_examples / self.num_examples
 
     @property
     def num_params(self) -> int:
         """Weights and biases."""
         return sum((layer.inputs + 1) * layer.outputs for layer in self.layers)
 
-    def sized(self, num_examples: int, batch_size: int) -> "Workload":
-        """The same network with other data."""
-        return replace(self, num_examples=num_examples, batch_size=batch_size)
+    def sized(self, num_examples: int, batch_size: int, run: int | None = None) -> "Workload":
+        """The same network with other data; a run does all of them, or ``run``."""
+        return replace(
+            self,
+            num_examples=num_examples,
+            batch_size=batch_size,
+            run_examples=run or num_examples,
+        )
 
 
 def mlp(sizes: tuple[int, ...] = (784, 1024, 1024, 10)) -> Workload:
@@ -84,7 +96,7 @@ def mlp(sizes: tuple[int, ...] = (784, 1024, 1024, 10)) -> Workload:
         Layer(f"dense{i}", pair, reads_data=i == 0)
         for i, pair in enumerate(itertools.pairwise(sizes))
     )
-    return Workload("mlp", sizes[:1], layers, 4096, 256, classes=sizes[-1])
+    return Workload("mlp", sizes[:1], layers, 4096, 256, 4096, classes=sizes[-1])
 
 
 def lenet() -> Workload:
@@ -96,7 +108,7 @@ def lenet() -> Workload:
         Layer("dense1", (120, 84)),
         Layer("dense2", (84, CLASSES)),
     )
-    return Workload("lenet", (28, 28, 1), layers, 4096, 256)
+    return Workload("lenet", (28, 28, 1), layers, 4096, 256, 4096)
 
 
 CONV8_CHANNELS = (32, 32, 64, 64, 128, 128, 256, 256)
@@ -111,7 +123,7 @@ def conv8() -> Workload:
         layers.append(Layer(f"conv{i}", (3, 3, channels, out), size**2, reads_data=i == 0))
         channels = out
     layers.append(Layer("dense0", (channels, CLASSES)))
-    return Workload("conv8", (32, 32, 3), tuple(layers), 512, 64)
+    return Workload("conv8", (32, 32, 3), tuple(layers), 512, 64, 512)
 
 
 HEADS = 8
@@ -132,11 +144,15 @@ def transformer(
     layers.append(Layer("dense0", (width, CLASSES)))
     attention = 2 * tokens**2 * width * depth
     return Workload(
-        "transformer", (tokens, width), tuple(layers), 512, 64, other_products=attention
+        "transformer", (tokens, width), tuple(layers), 512, 64, 512, other_products=attention
     )
 
 
 WORKLOADS = {"mlp": mlp(), "lenet": lenet(), "conv8": conv8(), "transformer": transformer()}
+PART = {"conv8": {"run": 128}, "transformer": {"run": 64}}
+"""Parts of the data that runs do, by workload, where their time is linear in the examples."""
+FEW = {"conv8": {"examples": 128}, "transformer": {"examples": 64}}
+"""Smaller data of the two large networks, where it is not."""
 QUICK = {
     "mlp": (64, 32),
     "small": (64, 32),
@@ -160,10 +176,10 @@ def weights(workload: Workload) -> dict[str, np.ndarray]:
 
 
 def data(workload: Workload) -> tuple[np.ndarray, np.ndarray]:
-    """Random inputs and labels."""
+    """Random inputs and labels, as many as a run does."""
     rng = np.random.default_rng(SEED + 1)
-    x = rng.standard_normal((workload.num_examples, *workload.shape)).astype(np.float32)
-    return x, rng.integers(workload.classes, size=workload.num_examples)
+    x = rng.standard_normal((workload.run_examples, *workload.shape)).astype(np.float32)
+    return x, rng.integers(workload.classes, size=workload.run_examples)
 
 
 def columns(workload: Workload, fisher_type: str) -> int:
@@ -198,7 +214,8 @@ def operations(workload: Workload, pulled: int) -> dict[str, float]:
 def from_description(description: dict[str, Any]) -> Workload:
     """The workload that a JSON description names, with the sizes it gives.
 
-    Keys: ``name``; ``examples`` and ``batch``; ``sizes`` of an MLP; ``tokens`` of a transformer.
+    Keys: ``name``; ``examples`` and ``batch``; ``run``, the examples that a run does; ``sizes`` of
+    an MLP; ``tokens`` of a transformer.
     """
     if "sizes" in description:
         workload = mlp(tuple(description["sizes"]))
@@ -209,4 +226,5 @@ def from_description(description: dict[str, Any]) -> Workload:
     return workload.sized(
         description.get("examples", workload.num_examples),
         description.get("batch", workload.batch_size),
+        description.get("run"),
     )

@@ -15,6 +15,7 @@ diagonal                       (None,)         (p,)
 =============================  ==============  ==========================================
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -43,6 +44,12 @@ class Block:
     eigenvalues: Float[Array, "*stack_and_axes"]
 
 
+Side = tuple[Float[Array, "*stack n"], Float[Array, "*stack n n"] | None]
+"""Eigenvalues and eigenvectors of a symmetric matrix; None: those of a diagonal one."""
+_SMALL = 512
+"""Width up to which matrices of one shape are decomposed together."""
+
+
 def kronecker_block(
     inputs: Float[Array, "..."],
     outputs: Float[Array, "..."],
@@ -55,15 +62,21 @@ def kronecker_block(
         outputs: Shape (stack..., out, out), or (stack..., out) if it is diagonal.
         diagonal: Whether each of the two is diagonal.
     """
-    alpha, u_inputs = (inputs, None) if diagonal[0] else eigh(inputs)
-    beta, u_outputs = (outputs, None) if diagonal[1] else eigh(outputs)
-    return Block((u_inputs, u_outputs), alpha[..., :, None] * beta[..., None, :])
+    pairs = zip((inputs, outputs), diagonal, strict=True)
+    return block_of_sides([(x, None) if is_diagonal else eigh(x) for x, is_diagonal in pairs])
+
+
+def block_of_sides(sides: Sequence[Side]) -> Block:
+    """The Kronecker product of one or two matrices from their eigendecompositions."""
+    (eigenvalues, _), *rest = sides
+    for more, _ in rest:
+        eigenvalues = eigenvalues[..., :, None] * more[..., None, :]
+    return Block(tuple(basis for _, basis in sides), eigenvalues)
 
 
 def dense_block(matrix: Float[Array, "*stack p p"]) -> Block:
     """The block of a dense positive semi-definite matrix."""
-    eigenvalues, basis = eigh(matrix)
-    return Block((basis,), eigenvalues)
+    return block_of_sides([eigh(matrix)])
 
 
 def diagonal_block(diagonal: Float[Array, "*stack p"]) -> Block:
@@ -79,10 +92,40 @@ def eigh(
     return jnp.clip(eigenvalues, 0.0), vectors
 
 
+def eigh_each(matrices: Sequence[Float[Array, "*stack n n"]]) -> list[Side]:
+    """`eigh` of several matrices.
+
+    Small ones of one width are decomposed together, by one call that is compiled. Of large ones
+    the copies would take memory and save nothing.
+    """
+    found: dict[int, Side] = {}
+    for n in {x.shape[-1] for x in matrices if x.shape[-1] <= _SMALL}:
+        numbers = [k for k, x in enumerate(matrices) if x.shape[-1] == n]
+        stacks = [matrices[k].reshape(-1, n, n) for k in numbers]
+        cuts = np.cumsum([len(x) for x in stacks])[:-1]
+        parts = zip(*(jnp.split(y, cuts) for y in eigh(jnp.concatenate(stacks))), strict=True)
+        for k, (values, vectors) in zip(numbers, parts, strict=True):
+            shape = matrices[k].shape
+            found[k] = values.reshape(shape[:-1]), vectors.reshape(shape)
+    return [found[k] if k in found else eigh(x) for k, x in enumerate(matrices)]
+
+
 @jax.custom_jvp
 def _eigh(matrix: Float[Array, "*stack n n"]) -> tuple[Array, Array]:
-    eigenvalues, vectors = jnp.linalg.eigh(matrix)
-    return eigenvalues, vectors
+    if matrix.ndim == 2:
+        return _eigh_of_one(matrix)
+    # On a CPU, XLA spreads a batch over the threads that it also waits for it with: two batches
+    # at once can stop for ever (jaxlib 0.10.2). A loop has one matrix at a time.
+    flat = matrix.reshape(-1, *matrix.shape[-2:])
+    values, vectors = jax.lax.platform_dependent(
+        flat, cpu=functools.partial(jax.lax.map, _eigh_of_one), default=_eigh_of_one
+    )
+    return values.reshape(matrix.shape[:-1]), vectors.reshape(matrix.shape)
+
+
+def _eigh_of_one(matrix: Float[Array, "*stack n n"]) -> tuple[Array, Array]:
+    values, vectors = jnp.linalg.eigh(matrix)
+    return values, vectors
 
 
 @_eigh.defjvp

@@ -14,15 +14,16 @@ Sums are taken in float32, or float64 where x64 is on, at full matrix-product pr
 are sums, so they may be accumulated in any order, over any split of the data.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
-from laplax_kfac.blocks import Block, dense_block, diagonal_block, kronecker_block
+from laplax_kfac.blocks import Block, Side, block_of_sides, diagonal_block, eigh_each, rotate
 from laplax_kfac.capture import ParameterRecord, Record, UseRecord
 from laplax_kfac.layers import Layer
 from laplax_kfac.layout import ParameterSpace
@@ -33,6 +34,10 @@ from laplax_kfac.symmetric import Symmetric, UpperTiles, self_product, upper_til
 KfacApprox = Literal["expand", "reduce"]
 KFAC_APPROXIMATIONS = ("expand", "reduce")
 _HIGHEST = jax.lax.Precision.HIGHEST
+_FORMED = 2**23
+"""Numbers that are formed at once from the records of several examples."""
+_STORED = 200
+"""Multiply-adds of a large product in the time of writing a number to memory and reading it."""
 
 _UNROTATED = Block((None, None), jnp.ones(()))
 
@@ -186,8 +191,7 @@ def _probed_sums(
 
 def _gradients(members: Sequence[Member], record: tuple[UseRecord, ...]) -> Float[Array, "N R p"]:
     """Per-example gradients of all parameters of a layer."""
-    pairs = rotated_records(members, record)
-    matrices = jax.vmap(lambda pairs: gradient_matrices(members, pairs))(pairs)
+    matrices = gradient_matrices(members, rotated_records(members, record))
     return matrices.reshape(*matrices.shape[:2], -1)
 
 
@@ -323,22 +327,88 @@ def _second_moments(
         squares = jnp.sum(gradients**2, axis=1) * (shares * weights[:, None, None])[..., None]
         moments = sum_into_rows(resolved.layer.rows, rows, squares)
         return moments.reshape(resolved.layer.shape)
-    rotated = rotated_records(resolved.members, record, block)
-    a, g = rotated[0]
-    weights = weights.astype(g.dtype)
-    if has_one_position(record):  # G = a g^T: its squares are a product of squares
-        squares = jnp.sum(g[:, :, 0] ** 2, axis=1) * weights[:, None, None]
-        moments = jnp.einsum("nki,nko->kio", a[:, 0] ** 2, squares, precision=_HIGHEST)
-        return moments.reshape(resolved.layer.shape)
+    members, layer = resolved.members, resolved.layer
+    weights = _accumulate(weights)
+    if _in_pairs(resolved, record):
+        uses = rotated_records(members, record, block)
+        numbers = _num_positions(record) ** 2 * layer.stack * (layer.rows + layer.out_features)
+        moments = _sum_in_parts(_moments_by_pairs, (uses, weights), numbers)
+        return moments.reshape(layer.shape)
+    before, after = _rotations(layer, record, block)
 
-    def add(total: Array, example: tuple[RotatedUses, Array]) -> tuple[Array, None]:
-        pairs, weight = example
-        return total + weight * jnp.sum(gradient_matrices(resolved.members, pairs) ** 2, 0), None
+    def by_matrices(uses: RotatedUses, weights: Float[Array, " n"]) -> Array:
+        matrices = rotate(after, gradient_matrices(members, uses))
+        return jnp.einsum("n,nrkio->kio", weights, matrices**2, precision=_HIGHEST)
 
-    # One example at a time: R gradient matrices of it are all that is ever formed.
-    zero = jnp.zeros((resolved.layer.stack, resolved.layer.rows, resolved.layer.out_features))
-    moments, _ = jax.lax.scan(add, zero.astype(g.dtype), (rotated, weights))
-    return moments.reshape(resolved.layer.shape)
+    uses = rotated_records(members, record, before)
+    numbers = layer.size * record[0].gradients.shape[1]
+    return _sum_in_parts(by_matrices, (uses, weights), numbers).reshape(layer.shape)
+
+
+def _in_pairs(resolved: Resolved, record: tuple[UseRecord, ...]) -> bool:
+    """Whether to multiply pairs of positions out, and not the positions' outer products.
+
+    ``sum_r G_rio^2 = sum_tu (a_ti a_ui) (sum_r g_rto g_ruo)`` is one product over pairs, for all
+    examples and columns: at S^2 multiply-adds an entry of the weight instead of R S, and no numbers
+    of the size of the weight. With one position the pairs are squares.
+    """
+    if any(m.claim.transposed for m in resolved.members):
+        return False
+    layer, columns = resolved.layer, record[0].gradients.shape[1]
+    positions = _num_positions(record)
+    entries = layer.rows * layer.out_features
+    pairs = positions**2 * (entries + _STORED * (layer.rows + 2 * columns * layer.out_features))
+    return pairs <= columns * entries * (positions + 3 * _STORED)
+
+
+def _moments_by_pairs(
+    uses: RotatedUses, weights: Float[Array, " n"]
+) -> Float[Array, "stack rows out"]:
+    a = jnp.concatenate([a for a, _ in uses], axis=1)
+    g = jnp.concatenate([g for _, g in uses], axis=2)
+    inputs = weights[:, None, None, None, None] * a[:, :, None] * a[:, None]
+    outputs = jnp.sum(g[:, :, :, None] * g[:, :, None], axis=1)
+    moments = jnp.einsum("ntuki,ntuko->kio", inputs, outputs, precision=_HIGHEST)
+    return jnp.maximum(moments, 0.0)  # sums of squares, up to rounding
+
+
+def _rotations(layer: Layer, record: tuple[UseRecord, ...], block: Block) -> tuple[Block, Block]:
+    """What to rotate first, inputs and cotangents, and what later, matrices that are smaller."""
+    positions, columns = _num_positions(record), record[0].gradients.shape[1]
+    fewer = positions < columns * layer.out_features, positions < layer.rows
+    pairs = list(zip(block.basis, fewer, strict=True))
+    before = tuple(basis if first else None for basis, first in pairs)
+    after = tuple(None if first else basis for basis, first in pairs)
+    return replace(block, basis=before), replace(block, basis=after)
+
+
+def _sum_in_parts(
+    function: Callable[..., Array], examples: tuple[PyTree, ...], numbers: int
+) -> Array:
+    """Sum a function over examples, few enough at once for memory that is used again.
+
+    Args:
+        function: Takes examples and their weights, and returns a sum over them.
+        examples: Its arguments; examples with weight zero count nothing.
+        numbers: How many numbers it forms for an example.
+    """
+    count = jax.tree.leaves(examples)[0].shape[0]
+    parts = min(count, math.ceil(count * numbers / _FORMED))
+    if parts <= 1:
+        return function(*examples)
+    each = math.ceil(count / parts)
+    parts = math.ceil(count / each)
+
+    def split(x: Array) -> Array:
+        padding = [(0, each * parts - count), *[(0, 0)] * (x.ndim - 1)]
+        return jnp.pad(x, padding).reshape(parts, each, *x.shape[1:])
+
+    def add(total: Array, part: tuple[PyTree, ...]) -> tuple[Array, None]:
+        return total + function(*part), None
+
+    split_examples = jax.tree.map(split, examples)
+    first = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], split_examples))
+    return jax.lax.scan(add, jnp.zeros(first.shape, first.dtype), split_examples)[0]
 
 
 def is_lookup(resolved: Resolved) -> bool:
@@ -360,9 +430,9 @@ def lookup_gradients(
     return rows, gradients, 1.0 / jnp.sum(same, axis=1)
 
 
-def has_one_position(record: tuple[UseRecord, ...]) -> bool:
-    """Whether per-example gradients of a layer are a single outer product a g^T."""
-    return len(record) == 1 and record[0].inputs.shape[-3] == 1
+def _num_positions(record: tuple[UseRecord, ...]) -> int:
+    """Over all uses: per-example gradients of a layer are sums of so many outer products a g^T."""
+    return sum(use.inputs.shape[-3] for use in record)
 
 
 def rotated_records(
@@ -386,11 +456,12 @@ def rotated_records(
 
 def gradient_matrices(
     members: Sequence[Member], pairs: RotatedUses
-) -> Float[Array, "R stack rows out"]:
-    """``sum_t a_t g_rt^T`` of one example, over all uses of a layer."""
+) -> Float[Array, "*n R stack rows out"]:
+    """``sum_t a_t g_rt^T`` of one example, or of many, over all uses of a layer."""
     total = jnp.zeros(())
     for member, (a, g) in zip(members, pairs, strict=True):
-        equation = "sko,rski->rkio" if member.claim.transposed else "ski,rsko->rkio"
+        transposed = member.claim.transposed
+        equation = "...sko,...rski->...rkio" if transposed else "...ski,...rsko->...rkio"
         total = total + jnp.einsum(equation, a, g, precision=_HIGHEST)
     return total
 
@@ -455,7 +526,7 @@ def _contracted(
             return sum_into_rows(layer.rows, rows, sizes * shares)
         shares = shares * factor[jnp.arange(layer.stack), rows]
         return whole(_second_moment(gradients, shares[:, None, ..., None], diagonal=kept))
-    if has_one_position(record):  # G = a g^T
+    if _num_positions(record) == 1:  # G = a g^T
         a, g = _accumulate(record[0].inputs), _accumulate(record[0].gradients)
         if side == 0:
             sizes = jnp.sum(_form(g, factor, diagonal=contracted), axis=1)
@@ -465,31 +536,63 @@ def _contracted(
         sizes = weights[:, None, None] * _form(a, factor, diagonal=contracted)
         return whole(_second_moment(g, sizes[:, None, ..., None], diagonal=kept))
 
-    def add(total: Array, example: tuple[RotatedUses, Array]) -> tuple[Array, None]:
-        pairs, weight = example
-        matrices = gradient_matrices(resolved.members, pairs)  # (R, stack, rows, out)
+    def by_matrices(uses: RotatedUses, weights: Float[Array, " n"]) -> Array:
+        matrices = gradient_matrices(resolved.members, uses)  # (n, R, stack, rows, out)
         matrices = matrices if side == 0 else matrices.swapaxes(-1, -2)
+        products = weights[:, None, None, None, None] * matrices
         if contracted:
-            products = matrices * factor[:, None]
+            products = products * factor[:, None]
         else:
-            products = jnp.matmul(matrices, factor, precision=_HIGHEST)
-        equation = "rkip,rkip->ki" if kept else "rkip,rkjp->kij"
-        new = jnp.einsum(equation, products, matrices, precision=_HIGHEST)
-        return total + weight * new, None
+            products = jnp.matmul(products, factor, precision=_HIGHEST)
+        equation = "nrkip,nrkip->ki" if kept else "nrkip,nrkjp->kij"
+        return jnp.einsum(equation, products, matrices, precision=_HIGHEST)
 
-    pairs = rotated_records(resolved.members, record)
-    size = (layer.rows, layer.out_features)[side]
-    zero = jnp.zeros((layer.stack, size) if kept else (layer.stack, size, size), factor.dtype)
-    return jax.lax.scan(add, zero, (pairs, weights.astype(factor.dtype)))[0]
+    def by_pairs(uses: RotatedUses, weights: Float[Array, " n"]) -> Array:
+        """``G B G^T = sum_tu a_t (sum_r g_rt^T B g_ru) a_u^T``, and the other way round."""
+        a = jnp.concatenate([a for a, _ in uses], axis=1)[:, None]
+        g = jnp.concatenate([g for _, g in uses], axis=2)
+        inner, outer = (g, a) if side == 0 else (a, g)
+        products = weights[:, None, None, None, None] * _times(inner, factor, diagonal=contracted)
+        kernel = jnp.einsum("nrtkp,nrukp->nktu", products, inner, precision=_HIGHEST)
+        moved = jnp.einsum("nktu,nrukp->nrtkp", kernel, outer, precision=_HIGHEST)
+        equation = "nrtkp,nrtkp->kp" if kept else "nrtkp,nrtkq->kpq"
+        return jnp.einsum(equation, outer, moved, precision=_HIGHEST)
+
+    uses = rotated_records(resolved.members, record)
+    columns, positions = record[0].gradients.shape[1], _num_positions(record)
+    numbers = {
+        by_matrices: 2 * columns * layer.size,
+        by_pairs: positions * layer.stack * (positions + layer.rows + columns * layer.out_features),
+    }
+    function = by_pairs if _contracts_in_pairs(resolved, record) else by_matrices
+    return _sum_in_parts(function, (uses, weights.astype(factor.dtype)), numbers[function])
+
+
+def _contracts_in_pairs(resolved: Resolved, record: tuple[UseRecord, ...]) -> bool:
+    """Whether to go over pairs of positions, and not over gradients: what takes less."""
+    if any(m.claim.transposed for m in resolved.members):
+        return False
+    layer, columns = resolved.layer, record[0].gradients.shape[1]
+    positions, rows, out = _num_positions(record), layer.rows, layer.out_features
+    widths = rows + columns * out
+    pairs = positions * (rows**2 + columns * out**2 + positions * (widths + _STORED))
+    sizes = positions + rows + out + 2 * _STORED
+    return pairs <= columns * rows * out * sizes
 
 
 def _form(
     x: Float[Array, "*n stack p"], factor: Float[Array, "stack p *p"], *, diagonal: bool
 ) -> Float[Array, "*n stack"]:
     """Quadratic forms ``x^T factor x``."""
+    return jnp.sum(_times(x, factor, diagonal=diagonal) * x, axis=-1)
+
+
+def _times(
+    x: Float[Array, "*n stack p"], factor: Float[Array, "stack p *p"], *, diagonal: bool
+) -> Float[Array, "*n stack p"]:
     if diagonal:
-        return jnp.sum(factor * x * x, axis=-1)
-    return jnp.sum(jnp.einsum("...kp,kpq->...kq", x, factor, precision=_HIGHEST) * x, axis=-1)
+        return factor * x
+    return jnp.einsum("...kp,kpq->...kq", x, factor, precision=_HIGHEST)
 
 
 def kronecker_factors(statistics: Statistics) -> tuple[list[Array | None], list[Array | None]]:
@@ -562,19 +665,28 @@ def require_data(statistics: Statistics) -> None:
 
 @jax.jit
 def _blocks(statistics: Statistics) -> tuple[Block, ...]:
-    pairs = zip(statistics.layers, statistics.sums, strict=True)
-    return tuple(_block(layer, sums) for layer, sums in pairs)
+    pairs = list(zip(statistics.layers, statistics.sums, strict=True))
+    matrices = [x for pair in pairs for x, diagonal in _sides(*pair) if not diagonal]
+    decomposed = iter(eigh_each(matrices))
+    return tuple(_block(layer, sums, decomposed) for layer, sums in pairs)
 
 
-def _block(layer: Layer, sums: Sums) -> Block:
+def _sides(layer: Layer, sums: Sums) -> list[tuple[Array, bool]]:
+    """Matrices whose Kronecker product is the layer's block, and whether each is diagonal."""
+    if isinstance(sums, KroneckerSums):
+        factors = _factors(sums)
+        factors = factors if layer.stack > 1 else (factors[0][0], factors[1][0])
+        return list(zip(factors, layer.diagonal, strict=True))
+    return [(sums.gradients, False)] if sums is not None and layer.block == "dense" else []
+
+
+def _block(layer: Layer, sums: Sums, decomposed: Iterator[Side]) -> Block:
+    if sides := _sides(layer, sums):
+        return block_of_sides([(x, None) if diag else next(decomposed) for x, diag in sides])
     if sums is None:
         return diagonal_block(jnp.zeros(layer.size))
-    if isinstance(sums, ParameterSums):
-        if layer.block == "dense":
-            return dense_block(sums.gradients)
-        return Block((None, None) if layer.is_matrix else (None,), sums.gradients)
-    block = kronecker_block(*_factors(sums), layer.diagonal)
-    return block if layer.stack > 1 else jax.tree.map(lambda x: x[0], block)
+    assert isinstance(sums, ParameterSums)
+    return Block((None, None) if layer.is_matrix else (None,), sums.gradients)
 
 
 def _factors(sums: KroneckerSums) -> tuple[Array, Array]:

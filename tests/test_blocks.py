@@ -25,6 +25,7 @@ from matrices import (
     tree,
 )  # fmt: skip
 
+from laplax_kfac import blocks
 from laplax_kfac.blocks import (
     Block,
     BlockDiagonal,
@@ -33,6 +34,7 @@ from laplax_kfac.blocks import (
     diagonal,
     diagonal_block,
     eigh,
+    eigh_each,
     kronecker_block,
     rotate,
     rotate_back,
@@ -117,6 +119,17 @@ def test_eigenvalues_of_a_semidefinite_matrix_are_never_negative():
         noisy = jnp.asarray(LOW_RANK, jnp.float32)
         assert jnp.linalg.eigvalsh(noisy).min() < 0  # rounding
         assert eigh(noisy)[0].min() == 0
+
+
+def test_small_matrices_of_one_width_are_decomposed_together(monkeypatch):
+    monkeypatch.setattr(blocks, "_SMALL", 4)
+    matrices = [A, AS, P, 2 * A, B]
+    jaxpr = jax.make_jaxpr(lambda *m: eigh_each(m))(*matrices)
+    assert str(jaxpr).count("= eigh[") == 2 * 2 + 1  # A's, B: each for a CPU and others; P: alone
+    for one, (values, vectors) in zip(matrices, jax.jit(eigh_each)(matrices), strict=True):
+        assert values.shape == one.shape[:-1]
+        again = np.einsum("...ij,...j,...kj->...ik", vectors, values, vectors)
+        np.testing.assert_allclose(again, one, **tolerance(jnp.float64))
 
 
 def test_the_asymmetric_part_of_a_matrix_is_ignored():

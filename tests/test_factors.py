@@ -7,15 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tolerance
+from matrices import normal, positive
 
 import laplax_kfac
+from laplax_kfac import factors
+from laplax_kfac.blocks import Block
 from laplax_kfac.factors import nearest_kronecker
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 def sums_of(model_fn, params, data, **options) -> Any:
@@ -44,6 +43,45 @@ def output_jacobians():
     """d f / d z for every example, shape (N, C, S, OUT), and the outputs f."""
     z = X @ PARAMS["w"] + PARAMS["b"]
     return np.asarray(jax.vmap(jax.jacrev(attend))(z)), np.asarray(jax.vmap(attend)(z))
+
+
+# What is computed is the same by either order of summation, whatever is rotated first, and in any
+# parts: with 12 positions the matrices are smaller than the positions, with 3 they are not.
+@pytest.mark.parametrize("positions", [3, 12])
+@pytest.mark.parametrize("by_pairs", [False, True])
+@pytest.mark.parametrize("formed", [factors._FORMED, 80], ids=["at once", "in parts"])
+def test_gradients_enter_alike_in_every_order(positions, by_pairs, formed, monkeypatch):
+    monkeypatch.setattr(factors, "_FORMED", formed)
+    for choice in ("_in_pairs", "_contracts_in_pairs"):
+        monkeypatch.setattr(factors, choice, lambda *_: by_pairs)
+    x = normal(N, positions, IN)
+
+    def of_outputs(z):
+        return jnp.sum(jnp.tanh(z) * jnp.arange(1.0, positions + 1)[:, None], axis=0) + z[0] * z[1]
+
+    def model_fn(input, params):
+        return of_outputs(input @ params["w"] + params["b"])
+
+    cotangents = np.sqrt(2.0) * jax.vmap(jax.jacrev(of_outputs))(x @ PARAMS["w"] + PARAMS["b"])
+    inputs = np.concatenate([x, np.ones((N, positions, 1))], axis=-1)
+    weights = np.arange(1.0, N + 1)
+    gradients = np.einsum("nti,nrto->nrio", inputs, cotangents)  # examples, columns, rows, outputs
+    acc = laplax_kfac.accumulator(model_fn, PARAMS, loss_fn="mse")
+    data = [({"input": x, "target": Y}, jnp.asarray(weights))]
+    u, v = (np.linalg.qr(normal(k, k))[0] for k in (IN + 1, OUT))
+    block = Block((jnp.asarray(u), jnp.asarray(v)), jnp.zeros(()))
+    a, b = positive(IN + 1), positive(OUT)
+
+    rotated = np.einsum("ij,nrio,op->nrjp", u, gradients, v)
+    (found,) = acc.total(factors.corrected_eigenvalues, data, (block,))
+    expected = np.einsum("n,nrio->io", weights, rotated**2)
+    np.testing.assert_allclose(found, expected, **tolerance(jnp.float64))
+    (found,) = acc.total(factors.over_outputs, data, (b[None],))
+    expected = np.einsum("n,nrio,op,nrjp->ij", weights, gradients, b, gradients)
+    np.testing.assert_allclose(found[0], expected, **tolerance(jnp.float64))
+    (found,) = acc.total(factors.over_inputs, data, (a[None],))
+    expected = np.einsum("n,nrio,ij,nrjp->op", weights, gradients, a, gradients)
+    np.testing.assert_allclose(found[0], expected, **tolerance(jnp.float64))
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
@@ -122,11 +160,6 @@ def test_weights_choose_the_examples_that_count():
 # -- nearest Kronecker product -----------------------------------------------------------------
 
 
-def positive(*shape, seed) -> Any:
-    root = normal(*shape, seed=seed)
-    return root @ root.swapaxes(-1, -2)
-
-
 def rearranged(inputs, outputs):
     """sum_u vec(A_u) vec(B_u)^T: its best rank-one matrix is the nearest Kronecker product."""
     return np.einsum("uij,ukl->ijkl", inputs, outputs).reshape(inputs[0].size, outputs[0].size)
@@ -134,7 +167,7 @@ def rearranged(inputs, outputs):
 
 @pytest.mark.parametrize("uses", [1, 2, 5])
 def test_nearest_kronecker_is_the_best_rank_one_of_the_rearranged_sum(uses):
-    inputs, outputs = positive(uses, 4, 4, seed=0), positive(uses, 3, 3, seed=1)
+    inputs, outputs = positive(uses, 4, seed=0), positive(uses, 3, seed=1)
     a, b = nearest_kronecker(inputs[:, None], outputs[:, None])
     u, s, vt = np.linalg.svd(rearranged(inputs, outputs))
     np.testing.assert_allclose(
@@ -145,7 +178,7 @@ def test_nearest_kronecker_is_the_best_rank_one_of_the_rearranged_sum(uses):
 
 
 def test_nearest_kronecker_of_a_stack_is_that_of_each():
-    inputs, outputs = positive(3, 2, 4, 4, seed=0), positive(3, 2, 3, 3, seed=1)
+    inputs, outputs = positive(3, 2, 4, seed=0), positive(3, 2, 3, seed=1)
     a, b = nearest_kronecker(inputs, outputs)
     for k in range(2):
         alone = nearest_kronecker(inputs[:, k, None], outputs[:, k, None])
@@ -155,7 +188,7 @@ def test_nearest_kronecker_of_a_stack_is_that_of_each():
 
 
 def test_nearest_kronecker_of_equal_directions_is_exact():
-    a, b = positive(1, 4, 4, seed=0), positive(1, 3, 3, seed=1)
+    a, b = positive(1, 4, seed=0), positive(1, 3, seed=1)
     scales = np.asarray([0.5, 2.0, 3.0])[:, None, None]
     found = nearest_kronecker((scales * a)[:, None], jnp.repeat(b, 3, axis=0)[:, None])
     expected = np.kron(5.5 * a[0], b[0])
@@ -164,7 +197,7 @@ def test_nearest_kronecker_of_equal_directions_is_exact():
 
 @pytest.mark.parametrize("zero", [(0, 1, 2), (1,)], ids=["all", "one"])
 def test_uses_without_curvature_contribute_nothing(zero):
-    inputs, outputs = positive(3, 1, 4, 4, seed=0), positive(3, 1, 3, 3, seed=1)
+    inputs, outputs = positive(3, 1, 4, seed=0), positive(3, 1, 3, seed=1)
     outputs[list(zero)] = 0.0
     a, b = nearest_kronecker(inputs, outputs)
     assert np.isfinite(a).all()
