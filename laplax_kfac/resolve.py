@@ -163,9 +163,7 @@ def _weight_claim(number: int, use: Use) -> Claim | str:
     ids = _take_first(use.ids, shared)
     place = use.pattern.outputs(use.eqn, use.operand, jaxprs.numbered(use.eqn.outvars[0]))
     positions = place.shape[0] * _shared_size(use, use.ids.shape[-3], shared)
-    claim = Claim(
-        number, ids, shared, positions, indexed=use.pattern.indexed, moments=use.moments
-    )
+    claim = Claim(number, ids, shared, positions, indexed=use.pattern.indexed, moments=use.moments)
     problem = _not_a_matrix(claim)
     if problem:
         return problem

@@ -138,7 +138,9 @@ def _sum_over_tiles(
     """Sum over every window of its entry at a place; transposed, it repeats and masks."""
     tiled = [n for pair in zip(place.shape, windows.size, strict=True) for n in pair]
     whole = [n * w for n, w in zip(place.shape, windows.size, strict=True)]
-    places = np.arange(math.prod(windows.size), dtype=np.int8).reshape([n for w in windows.size for n in (1, w)])
+    places = np.arange(math.prod(windows.size), dtype=np.int8).reshape(
+        [n for w in windows.size for n in (1, w)]
+    )
     chosen = place.reshape([n for size in place.shape for n in (size, 1)]) == places
     tiles = lax.slice(x, [0] * x.ndim, whole).reshape(tiled)
     return jnp.sum(jnp.where(chosen, tiles, 0), axis=range(1, 2 * x.ndim, 2))
