@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from laplax_kfac import jaxprs
 from laplax_kfac.data import Batch, as_batch, batch_size, first_example, to_arrays
@@ -35,7 +35,8 @@ from laplax_kfac.rewrites import has_rewrite, rewrite
 from laplax_kfac.walk import Use
 
 Probes = dict[int, Array]
-Inputs = dict[int, tuple[Array, Array]]  # use -> (inputs, 1 where its equation ran)
+Inputs = dict[int, tuple[Array, Array, tuple[Array, ...]]]
+"""Use -> its inputs, 1 where its equation ran, and what sums of inputs are formed from, if so."""
 
 
 @jax.tree_util.register_dataclass
@@ -48,11 +49,13 @@ class UseRecord:
             (S, stack, 1) where the use is indexed, -1 for none: they stand for one-hot inputs.
         gradients: Cotangents g of the layer's output, shape (R, S, stack, out).
         active: 1 where the use was evaluated, 0 where a cond did not take it; (S, stack).
+        operands: The equation's other operands, where sums of inputs are formed from them.
     """
 
     inputs: Float[Array, "*batch S stack rows"]
     gradients: Float[Array, "*batch R S stack out"]
     active: Float[Array, "*batch S stack"]
+    operands: tuple[Shaped[Array, "..."], ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -224,7 +227,7 @@ def _records(
 
 def _use_record(program: Program, member: Member, inputs: Inputs, at_uses: Probes) -> UseRecord:
     claim, use = member.claim, program.uses[member.claim.use]
-    values, active = inputs[claim.use]
+    values, active, operands = inputs[claim.use]
     positions = use.pattern.outputs(
         use.eqn, use.operand, np.empty(jaxprs.shape(use.eqn.outvars[0]), bool)
     ).shape[0]
@@ -247,7 +250,7 @@ def _use_record(program: Program, member: Member, inputs: Inputs, at_uses: Probe
         g = g * jnp.asarray(claim.output_scale, g.dtype)
     if member.joint_bias is not None:
         a = jnp.concatenate([a, member.joint_bias * active.astype(a.dtype)], axis=-1)
-    return UseRecord(a, g, active[..., 0])
+    return UseRecord(a, g, active[..., 0], operands)
 
 
 def _canonical(x: Array, shared: tuple[bool, ...]) -> Array:
@@ -337,6 +340,7 @@ def run(
             inputs[key] = (
                 use.pattern.inputs(eqn, use.operand, others),
                 active(eqn, use.operand, others),
+                others if use.moments else (),
             )
         if number in plan.probes:
             outputs[0] = outputs[0] + probes[plan.probes[number]]

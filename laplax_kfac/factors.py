@@ -28,7 +28,7 @@ from laplax_kfac.capture import ParameterRecord, Record, UseRecord
 from laplax_kfac.layers import Layer
 from laplax_kfac.layout import ParameterSpace
 from laplax_kfac.patterns import one_hot
-from laplax_kfac.resolve import Member, Resolved
+from laplax_kfac.resolve import Claim, Member, Resolved
 from laplax_kfac.symmetric import Symmetric, UpperTiles, self_product, upper_tiles, whole
 
 KfacApprox = Literal["expand", "reduce"]
@@ -223,11 +223,13 @@ def _use_sums(
         else:
             a = jnp.sum(a, axis=1, keepdims=True) / positions[..., None]
         counts = jnp.max(active, axis=1, keepdims=True)
+    count = jnp.einsum("n,nsk->k", weights, counts.astype(weights.dtype))
     if claim.indexed:
         inputs = sum_into_rows(claim.ids.shape[1], a[..., 0], weights[:, None, None] * shares)
+    elif kfac_approx == "expand" and _has_moments(claim) and not diagonal[0]:
+        inputs = upper_tiles(_moment_of_operands(member, record.operands, weights, count))
     else:
         inputs = _second_moment(a, weights[:, None, None, None], diagonal=diagonal[0])
-    count = jnp.einsum("n,nsk->k", weights, counts.astype(weights.dtype))
     if g.shape[1] == 0:
         outputs = _identity(count, g.shape[-1], diagonal=diagonal[1])
     else:
@@ -244,6 +246,26 @@ def _second_moment(
     if diagonal:
         return jnp.sum(weights * x * x, axis=tuple(range(x.ndim - 2)))
     return _stacked_gram(x, weights)
+
+
+def _has_moments(claim: Claim) -> bool:
+    return claim.moments is not None and claim.input_scale is None
+
+
+def _moment_of_operands(
+    member: Member,
+    operands: tuple[Array, ...],
+    weights: Float[Array, " N"],
+    count: Float[Array, " stack"],
+) -> Float[Array, "stack rows rows"]:
+    """Weighted sum of a a^T for every stack index, where the inputs a need not be formed."""
+    assert member.claim.moments is not None
+    second, first = member.claim.moments(tuple(map(_accumulate, operands)), weights)
+    if member.joint_bias is None:
+        return second
+    edge = member.joint_bias * first[..., None]
+    corner = member.joint_bias**2 * count[:, None, None]
+    return jnp.block([[second, edge], [edge.swapaxes(1, 2), corner]])
 
 
 def _same_row(rows: Int[Array, "N S stack"]) -> Float[Array, "N S S stack"]:

@@ -32,9 +32,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
-from laplax_kfac import jaxprs
+from laplax_kfac import jaxprs, windows
+
+_HIGHEST = lax.Precision.HIGHEST
+
+Moments = Callable[[tuple[Any, ...], Float[Array, " N"]], tuple[Array, Array]]
+"""(Other operands with examples in front, their weights) -> see `Pattern.moments`."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ class Pattern:
             for those, and inputs of the others are zero.
         indexed: Whether an input picks one row of the weight. ``inputs`` then returns row numbers
             ``(positions, stack, 1)``, -1 for none; they stand for one-hot rows.
+        moments: (equation, operand) -> a function of the other operands of several examples,
+            stacked in front, and of the examples' weights. It gives the weighted sums of
+            ``a a^T``, ``(stack, in, in)``, and of ``a``, ``(stack, in)``, over all examples and
+            positions, in less time than it takes from ``inputs``. None where there is no such way.
     """
 
     name: str
@@ -64,6 +73,7 @@ class Pattern:
         None
     )
     indexed: bool = False
+    moments: Callable[[JaxprEqn, int], Moments | None] | None = None
 
 
 _REGISTRY: dict[str, Pattern] = {}
@@ -231,26 +241,56 @@ def _conv_weight(eqn: JaxprEqn, operand: int, w: Any) -> Any:
     if operand == 0:  # jnp.convolve exchanges its arguments: the weight is moved over the data
         w = w.transpose(eqn.params["dimension_numbers"].lhs_spec)  # (batch, in, *space)
         return w.reshape(1, w.shape[0], math.prod(w.shape[1:])).transpose(0, 2, 1)
-    w = w.transpose(eqn.params["dimension_numbers"].rhs_spec)  # (out, in / groups, *kernel)
+    out, features, *kernel = eqn.params["dimension_numbers"].rhs_spec
+    w = w.transpose(out, *kernel, features)  # (out, *kernel, in / groups)
     return w.reshape(groups, w.shape[0] // groups, math.prod(w.shape[1:])).transpose(0, 2, 1)
 
 
 def _conv_inputs(eqn: JaxprEqn, operand: int, others: tuple[Any, ...]) -> Any:
-    params, (x,) = eqn.params, others
+    (x,), groups = others, eqn.params["feature_group_count"]
     if operand == 0:
         return _responses(eqn, x)
-    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    kernel = tuple(jaxprs.shape(eqn.invars[1])[d] for d in numbers.rhs_spec[2:])
-    patches = lax.conv_general_dilated_patches(
-        x.transpose(numbers.lhs_spec),
-        filter_shape=kernel,
-        window_strides=params["window_strides"],
-        padding=params["padding"],
-        lhs_dilation=params["lhs_dilation"],
-        rhs_dilation=params["rhs_dilation"],
-        precision=lax.Precision.HIGHEST,  # a selection of entries must not round them
+    x = _channels_last(eqn, x)
+    # Groups in front of windows: then each group has its own.
+    x = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups), -2, 1)
+    patches = windows.windows(_axes(eqn), x, first=2)  # (batch, groups, *positions, in)
+    patches = jnp.moveaxis(patches, 1, -2)
+    return patches.reshape(math.prod(patches.shape[:-2]), *patches.shape[-2:])
+
+
+def _channels_last(eqn: JaxprEqn, x: Any) -> Any:
+    """Images as (batch, *space, channels)."""
+    batch, features, *space = eqn.params["dimension_numbers"].lhs_spec
+    return x.transpose(batch, *space, features)
+
+
+def _axes(eqn: JaxprEqn) -> tuple[windows.Axis, ...]:
+    """The windows that a convolution applies its kernel to."""
+    params = eqn.params
+    image, kernel = (
+        [jaxprs.shape(atom)[d] for d in spec[2:]]
+        for atom, spec in zip(eqn.invars, params["dimension_numbers"], strict=False)
     )
-    return _channels_last_by_group(patches, groups)
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+    options = (params[name] for name in names)
+    return tuple(windows.Axis(*axis) for axis in zip(image, kernel, *options, strict=True))
+
+
+def _conv_moments(eqn: JaxprEqn, operand: int) -> Moments | None:
+    axes = _axes(eqn)
+    plain = operand == 1 and eqn.params["feature_group_count"] == 1
+    if jax.default_backend() != "cpu" or not plain or not windows.has_cheap_moment(axes):
+        return None
+
+    def moments(others: tuple[Any, ...], weights: Any) -> tuple[Any, Any]:
+        (x,) = others
+        total = _conv_inputs(eqn, operand, (jnp.tensordot(weights, x, 1, precision=_HIGHEST),))
+        images = jax.vmap(lambda x: _channels_last(eqn, x))(x)
+        weights = jnp.repeat(weights, images.shape[1])
+        second = windows.second_moment(axes, images.reshape(-1, *images.shape[2:]), weights)
+        return second[None], jnp.sum(total, axis=0)
+
+    return moments
 
 
 def _responses(eqn: JaxprEqn, x: Any) -> Any:
@@ -284,7 +324,9 @@ def _channels_last_by_group(x: Any, groups: int) -> Any:
     return x.reshape(batch * space, groups, channels // groups)
 
 
-CONV = Pattern("conv", _conv_operands, _conv_weight, _conv_inputs, _conv_outputs)
+CONV = Pattern(
+    "conv", _conv_operands, _conv_weight, _conv_inputs, _conv_outputs, moments=_conv_moments
+)
 
 
 # -- embedding: gather or dynamic_slice of whole rows, with indices that depend on data --------

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from laplax_kfac import jaxprs
 from laplax_kfac.layers import FROZEN, BlockKind, Layer, unique_names
 from laplax_kfac.layout import Contiguous, ParameterSpace, Segment, make_segment
+from laplax_kfac.patterns import Moments
 from laplax_kfac.selection import DENSE_LIMIT, CurvatureKind, Selection
 from laplax_kfac.structure import FOREIGN
 from laplax_kfac.walk import Findings, Opaque, Shift, Use
@@ -43,6 +44,7 @@ class Claim:
         bias: None for a weight. For a bias, its constant input: d(use's output) / d(bias).
         indexed: Whether inputs are row numbers.
         transposed: Whether ids are those of the layer with in and out exchanged.
+        moments: How sums over the inputs are formed without them, or None.
     """
 
     use: int
@@ -54,6 +56,7 @@ class Claim:
     bias: float | None = None
     indexed: bool = False
     transposed: bool = False
+    moments: Moments | None = None
 
     @functools.cached_property
     def segment(self) -> Segment:
@@ -160,7 +163,7 @@ def _weight_claim(number: int, use: Use) -> Claim | str:
     ids = _take_first(use.ids, shared)
     place = use.pattern.outputs(use.eqn, use.operand, jaxprs.numbered(use.eqn.outvars[0]))
     positions = place.shape[0] * _shared_size(use, use.ids.shape[-3], shared)
-    claim = Claim(number, ids, shared, positions, indexed=use.pattern.indexed)
+    claim = Claim(number, ids, shared, positions, indexed=use.pattern.indexed, moments=use.moments)
     problem = _not_a_matrix(claim)
     if problem:
         return problem

@@ -9,15 +9,16 @@ spends on copies on a CPU, become matrix products along whole rows of an image.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Jaxpr, JaxprEqn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from laplax_kfac import jaxprs
 
@@ -37,8 +38,8 @@ def rewrite(eqn: JaxprEqn, *, layer: bool = False) -> Evaluate | None:
     """
     if eqn.primitive.name == "reduce_window_max":
         return _max_pooling(eqn)
-    if eqn.primitive.name == "conv_general_dilated" and layer:
-        return _convolution(eqn)
+    if eqn.primitive.name == "conv_general_dilated":
+        return _convolution(eqn, layer=layer)
     return None
 
 
@@ -101,11 +102,11 @@ def _max_pool_jvp(
     """The tangent of a window is that of its first maximum, as JAX has it."""
     (x,), (tangent,) = primals, tangents
     y = _max_pool(windows, x)
-    firsts = _first_maxima(_entries(windows, x, -np.inf, y.shape), y)
+    first = _first_maxima(_entries(windows, x, -np.inf, y.shape))
     if windows.are_tiles():
-        return y, _sum_over_tiles(windows, tangent, firsts)
+        return y, _sum_over_tiles(windows, tangent, first)
     moved = _entries(windows, tangent, 0.0, y.shape)
-    terms = [jnp.where(first, t, 0) for first, t in zip(firsts, moved, strict=True)]
+    terms = [jnp.where(first == place, t, 0) for place, t in enumerate(moved)]
     return y, functools.reduce(jnp.add, terms)
 
 
@@ -123,42 +124,115 @@ def _entries(
     return entries
 
 
-def _first_maxima(
-    entries: Sequence[Float[Array, "..."]], maximum: Float[Array, "..."]
-) -> list[Bool[Array, "..."]]:
-    taken, firsts = jnp.zeros(maximum.shape, bool), []
-    for entry in entries:
-        firsts.append((entry == maximum) & ~taken)
-        taken = taken | firsts[-1]
-    return firsts
+def _first_maxima(entries: Sequence[Float[Array, "..."]]) -> Int[Array, "..."]:
+    """The place of the first maximum in every window.
+
+    A reduction, which XLA does not do anew for every pullback, as it does a chain of comparisons.
+    """
+    return lax.argmax(jnp.stack(entries), 0, jnp.int8)
 
 
 def _sum_over_tiles(
-    windows: _Windows, x: Float[Array, "..."], masks: Sequence[Bool[Array, "..."]]
+    windows: _Windows, x: Float[Array, "..."], place: Int[Array, "..."]
 ) -> Float[Array, "..."]:
-    """Sum over every window of what its mask keeps; transposed, it repeats and masks."""
-    shape = masks[0].shape
-    tiled = [n for pair in zip(shape, windows.size, strict=True) for n in pair]
-    whole = [n * w for n, w in zip(shape, windows.size, strict=True)]
-    mask = jnp.stack(masks).reshape(*windows.size, *shape)
-    mask = mask.transpose([a for d in range(x.ndim) for a in (x.ndim + d, d)])
+    """Sum over every window of its entry at a place; transposed, it repeats and masks."""
+    tiled = [n for pair in zip(place.shape, windows.size, strict=True) for n in pair]
+    whole = [n * w for n, w in zip(place.shape, windows.size, strict=True)]
+    places = np.arange(math.prod(windows.size), dtype=np.int8).reshape(
+        [n for w in windows.size for n in (1, w)]
+    )
+    chosen = place.reshape([n for size in place.shape for n in (size, 1)]) == places
     tiles = lax.slice(x, [0] * x.ndim, whole).reshape(tiled)
-    return jnp.sum(jnp.where(mask, tiles, 0), axis=range(1, 2 * x.ndim, 2))
+    return jnp.sum(jnp.where(chosen, tiles, 0), axis=range(1, 2 * x.ndim, 2))
 
 
 # -- convolution -------------------------------------------------------------------------------
 
 
-def _convolution(eqn: JaxprEqn) -> Evaluate | None:
-    """A convolution of images as a product along their rows, where that is cheaper on a CPU."""
-    params, spec = eqn.params, eqn.params["dimension_numbers"]
+@dataclass(frozen=True)
+class _Options:
+    """Options of a convolution, as JAX has them."""
+
+    window_strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+    precision: Any
+    preferred_element_type: Any
+
+    @classmethod
+    def of(cls, params: dict[str, Any]) -> "_Options":
+        """Those of an equation."""
+        return cls(**{field.name: params[field.name] for field in fields(cls)})
+
+    def along(self, axis: int) -> "_Options":
+        """Those along one axis of space."""
+        names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+        return replace(self, **{name: (getattr(self, name)[axis],) for name in names})
+
+
+def _convolution(eqn: JaxprEqn, *, layer: bool) -> Evaluate | None:
+    """A convolution in a form that a CPU does well, in a loop too."""
+    params = eqn.params
     groups = params["feature_group_count"] * params["batch_group_count"]
-    plain = groups == 1 and set(params["lhs_dilation"]) == {1}
-    if len(spec.lhs_spec) != 4 or not plain or min(map(min, params["padding"])) < 0:
+    if groups > 1 or jax.default_backend() != "cpu" or not jaxprs.is_inexact(eqn.outvars[0]):
         return None
-    if jax.default_backend() != "cpu" or not _rows_are_cheaper(eqn):
-        return None
-    return lambda values: [_row_convolution(eqn, *values)]
+    along_rows = layer and _has_rows(eqn) and _rows_are_cheaper(eqn)
+    convolve = functools.partial(_row_convolution if along_rows else _convolve, _Options.of(params))
+    (batch, features, *space), (out, into, *kernel), y_spec = params["dimension_numbers"]
+
+    def evaluate(values: Sequence[Any]) -> list[Any]:
+        x, w = values
+        y = convolve(x.transpose(batch, *space, features), w.transpose(*kernel, into, out))
+        return [y.transpose(np.argsort([y_spec[0], *y_spec[2:], y_spec[1]]))]
+
+    return evaluate
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _convolve(
+    options: _Options, x: Float[Array, "n *space in"], kernel: Float[Array, "*window in out"]
+) -> Float[Array, "n *positions out"]:
+    """A convolution whose pullback has its kernel in the layout that XLA has a fast product for.
+
+    In the body of a loop, XLA leaves a kernel as it is, and moves over the images by plain loops.
+    The pullback exchanges the kernel's last axes; so they are exchanged before.
+    """
+    return _convolve_plainly(options, x, kernel)
+
+
+@functools.partial(_convolve.defjvp, symbolic_zeros=True)
+def _convolve_jvp(
+    options: _Options, primals: tuple[Array, Array], tangents: tuple[Any, Any]
+) -> tuple[Array, Any]:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    y = _convolve(options, x, kernel)
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        exchanged = kernel.swapaxes(-1, -2)
+        terms.append(_convolve_plainly(options, dx, exchanged, exchanged=True))
+    if not isinstance(dkernel, SymbolicZero):
+        terms.append(_convolve_plainly(options, x, dkernel))
+    return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
+
+
+def _convolve_plainly(
+    options: _Options, x: Array, kernel: Array, *, exchanged: bool = False
+) -> Array:
+    last = x.ndim - 1
+    space = tuple(range(last - 1))
+    images = (0, last, *(axis + 1 for axis in space))
+    channels = (last - 1, last) if exchanged else (last, last - 1)
+    numbers = lax.ConvDimensionNumbers(images, (*channels, *space), images)
+    options_by_name = {field.name: getattr(options, field.name) for field in fields(options)}
+    return lax.conv_general_dilated(x, kernel, **options_by_name, dimension_numbers=numbers)
+
+
+def _has_rows(eqn: JaxprEqn) -> bool:
+    """Whether it is one of plain images, not cropped and without zeros between their entries."""
+    params = eqn.params
+    plain = set(params["lhs_dilation"]) == {1}
+    return len(params["window_strides"]) == 2 and plain and min(map(min, params["padding"])) >= 0
 
 
 def _rows_are_cheaper(eqn: JaxprEqn) -> bool:
@@ -176,38 +250,23 @@ def _rows_are_cheaper(eqn: JaxprEqn) -> bool:
     return products < 0.7 * copied
 
 
-def _row_convolution(eqn: JaxprEqn, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Array:
+def _row_convolution(
+    options: _Options, x: Float[Array, "n height width in"], kernel: Float[Array, "h w in out"]
+) -> Float[Array, "n rows columns out"]:
     """A convolution over the rows, with all channels of all columns of a row as its channels."""
-    params, spec = eqn.params, eqn.params["dimension_numbers"]
-    x = x.transpose([spec.lhs_spec[k] for k in (0, 2, 3, 1)])  # (batch, height, width, in)
-    kernel = kernel.transpose([spec.rhs_spec[k] for k in (2, 3, 1, 0)])
-    *_, rows, columns = (jaxprs.shape(eqn.outvars[0])[d] for d in spec.out_spec)
-    y = lax.conv_general_dilated(
-        x.reshape(*x.shape[:2], -1),
-        _row_kernel(params, kernel, x.shape[2], columns),
-        params["window_strides"][:1],
-        params["padding"][:1],
-        rhs_dilation=params["rhs_dilation"][:1],
-        dimension_numbers=("NWC", "WIO", "NWC"),
-        precision=params["precision"],
-        preferred_element_type=params["preferred_element_type"],
-    ).reshape(x.shape[0], rows, columns, -1)
-    return y.transpose(np.argsort([spec.out_spec[k] for k in (0, 2, 3, 1)]))
+    rows = x.reshape(*x.shape[:2], -1)
+    y = _convolve(options.along(0), rows, _row_kernel(options.along(1), kernel, x.shape[2]))
+    return y.reshape(*y.shape[:2], -1, kernel.shape[-1])
 
 
 def _row_kernel(
-    params: dict[str, Any], kernel: Float[Array, "h w in out"], width: int, columns: int
+    options: _Options, kernel: Float[Array, "h w in out"], width: int
 ) -> Float[Array, "h wide_in wide_out"]:
     """(kernel row; column, channel of an input row; column, channel of an output row)."""
     kernel_rows, kernel_columns, inputs, outputs = kernel.shape
     units = jnp.eye(width * inputs, dtype=kernel.dtype).reshape(-1, width, inputs)
-    responses = lax.conv_general_dilated(
-        units,
-        kernel.transpose(1, 2, 0, 3).reshape(kernel_columns, inputs, kernel_rows * outputs),
-        params["window_strides"][1:],
-        params["padding"][1:],
-        rhs_dilation=params["rhs_dilation"][1:],
-        dimension_numbers=("NWC", "WIO", "NWC"),
-        precision=lax.Precision.HIGHEST,
-    ).reshape(-1, columns, kernel_rows, outputs)
+    columns_first = kernel.transpose(1, 2, 0, 3).reshape(kernel_columns, inputs, -1)
+    exact = replace(options, precision=lax.Precision.HIGHEST, preferred_element_type=None)
+    responses = _convolve_plainly(exact, units, columns_first)
+    responses = responses.reshape(len(units), -1, kernel_rows, outputs)
     return responses.transpose(2, 0, 1, 3).reshape(kernel_rows, width * inputs, -1)

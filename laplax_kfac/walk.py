@@ -75,6 +75,13 @@ class Use:
     scale: Float[np.ndarray, "..."] | None
     regular: bool = True
 
+    @functools.cached_property
+    def moments(self) -> patterns.Moments | None:
+        """How sums over the inputs are formed without them; None in a scan."""
+        if self.pattern.moments is None or self.lanes:
+            return None
+        return self.pattern.moments(self.eqn, self.operand)
+
 
 @dataclass(frozen=True)
 class Shift:

@@ -275,7 +275,7 @@ def patches(x):
     """What a 3 x 3 filter of stride 2 sees of images (N, 5, 4, C) padded as "SAME" does."""
     padded = np.pad(x, ((0, 0), (1, 1), (0, 1), (0, 0)))  # the larger part of a pad is at the end
     rows = [padded[:, i : i + 3, j : j + 3] for i in (0, 2, 4) for j in (0, 2)]
-    return np.stack([np.moveaxis(r, -1, 1).reshape(len(x), -1) for r in rows], axis=1)
+    return np.stack([r.reshape(len(x), -1) for r in rows], axis=1)
 
 
 def losses(n):

@@ -157,6 +157,42 @@ def test_weights_choose_the_examples_that_count():
     assert state.num_examples == weights.sum()
 
 
+@pytest.mark.parametrize("separate", [False, True], ids=["joint", "separate"])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_input_factor_of_a_convolution_in_a_branch(approx, separate):
+    """Patches are not formed for `expand`; weights, biases and branches are as elsewhere."""
+    images, weights = normal(N, 5, 4, 2), jnp.asarray([1.0, 3.0, 2.0, 0.0, 1.0])
+    params = {"b": normal(3, seed=1), "w": normal(3, 2, 2, 3, seed=2)}
+
+    def convolve(x, params):
+        y = jax.lax.conv_general_dilated(
+            x[None], params["w"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.tanh(y[0] + 2.0 * params["b"]).sum((0, 1))
+
+    def model_fn(input, params):
+        taken = input[0, 0, 0] > 0
+        return jax.lax.cond(taken, convolve, lambda x, _: x[0, 0, :1].repeat(3), input, params)
+
+    acc: Any = laplax_kfac.accumulator(
+        model_fn, params, loss_fn="mse", kfac_approx=approx, separate_weight_and_bias=separate
+    )
+    state = acc.update(acc.init(), (images, normal(N, 3), weights))
+    places = [(i, j) for i in range(3) for j in range(3)]
+    a = np.stack([images[:, i : i + 3, j : j + 2].reshape(N, -1) for i, j in places], axis=1)
+    if not separate:
+        a = np.concatenate([a, np.full((*a.shape[:2], 1), 2.0)], axis=-1)
+    if approx == "reduce":
+        a = a.mean(axis=1, keepdims=True)
+    taken = images[:, 0, 0, 0] > 0
+    assert 0 < (taken * weights).sum() < weights.sum()
+    expected = np.einsum("n,nsp,nsq->pq", weights * taken, a, a)
+    names = [layer.name for layer in state.layers]
+    sums = state.sums[names.index("w") if separate else 0]
+    np.testing.assert_allclose(sums.inputs[0, 0], expected, **tolerance(jnp.float64))
+    np.testing.assert_allclose(sums.count, (weights * taken).sum() * a.shape[1])
+
+
 # -- nearest Kronecker product -----------------------------------------------------------------
 
 

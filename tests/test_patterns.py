@@ -227,8 +227,59 @@ def test_conv_has_a_position_for_every_pixel_and_a_stack_for_the_groups():
     assert pattern.outputs(eqn, 1, function(x, w)).shape == (pixels, 2, 3)
 
 
+on_a_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="from the inputs elsewhere")
+WITH_MOMENTS = [
+    c for c in CONVS
+    if c.groups == 1 and c.kernel and c.strides[0] < c.kernel[0] < c.space[0]
+]  # fmt: skip
+
+
+@on_a_cpu
+@pytest.mark.parametrize("case", WITH_MOMENTS, ids=lambda c: c.name)
+def test_moments_of_a_conv_are_those_of_its_inputs(case):
+    function, x, w = case.operands()
+    (eqn,) = jax.make_jaxpr(function)(x, w).eqns
+    pattern = pattern_of(eqn)
+    assert pattern.moments is not None
+    moments = pattern.moments(eqn, 1)
+    assert moments is not None
+    x, weights = normal((4, *x.shape)), jnp.asarray([1.0, 0.0, 0.5, 2.0])
+
+    @jax.jit
+    def both(x):
+        inputs = jax.vmap(lambda x: pattern.inputs(eqn, 1, (x,)))(x)
+        second = jnp.einsum("n,ntki,ntkj->kij", weights, inputs, inputs)
+        return moments((x,), weights), (second, jnp.einsum("n,ntki->ki", weights, inputs))
+
+    for found, expected in zip(*both(x), strict=True):
+        np.testing.assert_allclose(found, expected, atol=ATOL)
+
+
+@on_a_cpu
+def test_convs_without_moments_that_are_cheaper_than_their_inputs():
+    names = ("grouped", "as_large_as_the_image", "one_entry_of_the_kernel", "no_space")
+    for case in (c for c in CONVS if c.name in names):
+        function, x, w = case.operands()
+        (eqn,) = jax.make_jaxpr(function)(x, w).eqns
+        moments = pattern_of(eqn).moments
+        assert moments is not None
+        assert moments(eqn, 1) is None
+    function, w, x = Conv("weight on the left").operands()
+    (eqn,) = jax.make_jaxpr(function)(w, x).eqns
+    assert patterns.CONV.moments is not None
+    assert patterns.CONV.moments(eqn, 0) is None
+
+
+def test_inputs_of_a_conv_are_in_the_order_of_places_then_channels():
+    function, x, w = Conv("", layout=("NHWC", "HWIO", "NHWC")).operands()
+    (eqn,) = jax.make_jaxpr(function)(x, w).eqns
+    pattern = pattern_of(eqn)
+    np.testing.assert_array_equal(pattern.weight(eqn, 1, w)[0], w.reshape(-1, w.shape[-1]))
+    np.testing.assert_array_equal(pattern.inputs(eqn, 1, (x,))[0, 0], x[0, :2, :3].ravel())
+
+
 def test_patches_are_exact():
-    """A selection of entries rounds nothing, though it is computed by a convolution."""
+    """A selection of entries rounds nothing."""
     function, x, w = Conv("").operands()
     x = x.astype(jnp.float32) * 1e6 + 0.123
     (eqn,) = jax.make_jaxpr(function)(x, w.astype(jnp.float32)).eqns

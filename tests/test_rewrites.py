@@ -165,17 +165,86 @@ def test_convolutions_of_few_channels_are_jaxs(name):
         np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-@on_a_cpu
-def test_convolutions_that_xla_does_well_are_left_alone():
-    """And those without a layer, whose weight may differ between examples."""
+OTHERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "line": ((2, 9, 3), (4, 3, 5), dict(window_strides=(2,), padding="SAME")),
+    "cube": ((2, 4, 3, 5, 2), (2, 1, 3, 2, 3), dict(window_strides=(1, 1, 2), padding="VALID")),
+    "spread": (
+        (2, 4, 3, 2), (3, 2, 2, 3),
+        dict(window_strides=(1, 2), padding=((2, 1), (0, 2)), lhs_dilation=(2, 3)),
+    ),
+    "cropped": (
+        (2, 6, 5, 2), (2, 2, 2, 3),
+        dict(window_strides=(1, 1), padding=((-1, 2), (0, -1))),
+    ),
+    "channels first": (
+        (2, 3, 5, 4), (6, 3, 2, 2),
+        dict(window_strides=(1, 1), padding="SAME", dimension_numbers=("NCHW", "OIHW", "CHWN")),
+    ),
+}  # fmt: skip
 
-    def equation(inputs, outputs):
+
+@on_a_cpu
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("layer", [True, False])
+def test_other_convolutions_are_jaxs(name, layer):
+    """Their pullbacks convolve with a kernel in the layout (*window, in, out)."""
+    image, window, options = OTHERS[name]
+    numbers = {3: ("NWC", "WIO", "NWC"), 4: ("NHWC", "HWIO", "NHWC")}
+    options = {"dimension_numbers": numbers.get(len(image), ("NDHWC", "DHWIO", "NDHWC"))} | options
+    x = jax.random.normal(jax.random.key(0), image)
+    kernel = jax.random.normal(jax.random.key(1), window)
+    function = lambda x, kernel: lax.conv_general_dilated(x, kernel, **options)  # noqa: E731
+    (eqn,) = jax.make_jaxpr(function)(x, kernel).eqns
+    better = rewrite(eqn, layer=layer)
+    assert better is not None
+    cheaper = lambda *operands: better(operands)[0]  # noqa: E731
+
+    @jax.jit
+    def both(x, kernel):
+        expected, pullback = jax.vjp(function, x, kernel)
+        found, own = jax.vjp(cheaper, x, kernel)
+        forward = [jax.jvp(f, (x, kernel), (x, kernel))[1] for f in (function, cheaper)]
+        return (expected, *pullback(expected), forward[0]), (found, *own(expected), forward[1])
+
+    for expected, found in zip(*both(x, kernel), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+    def pull(x):
+        y, pullback = jax.vjp(lambda x: cheaper(x, kernel), x)
+        return pullback(y)
+
+    name = eqn.primitive.name
+    *_, pulled = [e for e in jax.make_jaxpr(pull)(x).eqns if e.primitive.name == name]
+    images, kernels, _ = pulled.params["dimension_numbers"]
+    last = len(images) - 1
+    assert images == (0, last, *range(1, last))
+    assert kernels == (last, last - 1, *range(last - 1))
+
+
+@on_a_cpu
+def test_convolutions_along_rows_are_those_of_layers_of_few_channels():
+    """Without a layer, the weight may differ between examples."""
+
+    def over_images(inputs, outputs, *, layer):
         x, kernel = jnp.zeros((1, 8, 8, inputs)), jnp.zeros((5, 5, inputs, outputs))
         function = lambda x, kernel: lax.conv_general_dilated(  # noqa: E731
             x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return jax.make_jaxpr(function)(x, kernel).eqns[0]
+        (eqn,) = jax.make_jaxpr(function)(x, kernel).eqns
+        better = rewrite(eqn, layer=layer)
+        assert better is not None
+        found = jax.make_jaxpr(lambda *operands: better(operands)[0])(x, kernel)
+        return "window_strides=(1, 1)" in str(found)
 
-    assert rewrite(equation(32, 32), layer=True) is None
-    assert rewrite(equation(1, 6), layer=True) is not None
-    assert rewrite(equation(1, 6)) is None
+    assert over_images(32, 32, layer=True)
+    assert not over_images(1, 6, layer=True)
+    assert over_images(1, 6, layer=False)
+
+
+def test_convolutions_in_groups_are_left_alone():
+    x, kernel = jnp.zeros((1, 4, 4)), jnp.zeros((2, 2, 4))
+    function = lambda x, kernel: lax.conv_general_dilated(  # noqa: E731
+        x, kernel, (1,), "SAME", feature_group_count=2, dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    (eqn,) = jax.make_jaxpr(function)(x, kernel).eqns
+    assert rewrite(eqn, layer=True) is None
