@@ -224,6 +224,7 @@ def _use_sums(
             a = jnp.sum(a, axis=1, keepdims=True) / positions[..., None]
         counts = jnp.max(active, axis=1, keepdims=True)
     count = jnp.einsum("n,nsk->k", weights, counts.astype(weights.dtype))
+    inputs: Any
     if claim.indexed:
         inputs = sum_into_rows(claim.ids.shape[1], a[..., 0], weights[:, None, None] * shares)
     elif kfac_approx == "expand" and _has_moments(claim) and not diagonal[0]:
