@@ -23,7 +23,7 @@ Example: a primitive ``scaled_matmul`` whose operands are the input and the weig
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ from jaxtyping import Array, Float, Int, Shaped
 from laplax_kfac import jaxprs, windows
 
 _HIGHEST = lax.Precision.HIGHEST
+_LEAST_WORK = 2**17
+"""Multiply-adds that windows' products take an image, from which more is won than compiled."""
 
 Moments = Callable[[tuple[Any, ...], Float[Array, " N"]], tuple[Array, Array]]
 """(Other operands with examples in front, their weights) -> see `Pattern.moments`."""
@@ -279,7 +281,9 @@ def _axes(eqn: JaxprEqn) -> tuple[windows.Axis, ...]:
 def _conv_moments(eqn: JaxprEqn, operand: int) -> Moments | None:
     axes = _axes(eqn)
     plain = operand == 1 and eqn.params["feature_group_count"] == 1
-    if jax.default_backend() != "cpu" or not plain or not windows.has_cheap_moment(axes):
+    if not plain or _work(eqn, axes) < _LEAST_WORK:
+        return None
+    if jax.default_backend() != "cpu" or not windows.has_cheap_moment(axes):
         return None
 
     def moments(others: tuple[Any, ...], weights: Any) -> tuple[Any, Any]:
@@ -291,6 +295,13 @@ def _conv_moments(eqn: JaxprEqn, operand: int) -> Moments | None:
         return second[None], jnp.sum(total, axis=0)
 
     return moments
+
+
+def _work(eqn: JaxprEqn, axes: Sequence[windows.Axis]) -> int:
+    """Multiply-adds an image in the products of its windows with themselves."""
+    spec = eqn.params["dimension_numbers"].rhs_spec
+    entries = math.prod(jaxprs.shape(eqn.invars[1])[d] for d in spec[1:])
+    return math.prod(axis.positions for axis in axes) * entries**2
 
 
 def _responses(eqn: JaxprEqn, x: Any) -> Any:

@@ -10,7 +10,7 @@ from conftest import tolerance
 from matrices import normal, positive
 
 import laplax_kfac
-from laplax_kfac import factors
+from laplax_kfac import factors, patterns
 from laplax_kfac.blocks import Block
 from laplax_kfac.factors import nearest_kronecker
 
@@ -159,8 +159,9 @@ def test_weights_choose_the_examples_that_count():
 
 @pytest.mark.parametrize("separate", [False, True], ids=["joint", "separate"])
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
-def test_input_factor_of_a_convolution_in_a_branch(approx, separate):
+def test_input_factor_of_a_convolution_in_a_branch(approx, separate, monkeypatch):
     """Patches are not formed for `expand`; weights, biases and branches are as elsewhere."""
+    monkeypatch.setattr(patterns, "_LEAST_WORK", 0)
     images, weights = normal(N, 5, 4, 2), jnp.asarray([1.0, 3.0, 2.0, 0.0, 1.0])
     params = {"b": normal(3, seed=1), "w": normal(3, 2, 2, 3, seed=2)}
 

@@ -234,7 +234,13 @@ WITH_MOMENTS = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def moments_of_any_size(monkeypatch):
+    monkeypatch.setattr(patterns, "_LEAST_WORK", 0)
+
+
 @on_a_cpu
+@pytest.mark.usefixtures("moments_of_any_size")
 @pytest.mark.parametrize("case", WITH_MOMENTS, ids=lambda c: c.name)
 def test_moments_of_a_conv_are_those_of_its_inputs(case):
     function, x, w = case.operands()
@@ -256,6 +262,17 @@ def test_moments_of_a_conv_are_those_of_its_inputs(case):
 
 
 @on_a_cpu
+def test_small_convs_have_no_moments_to_compile():
+    for channels, worth in ((2, False), (10, True)):
+        function, x, w = Conv("", space=(9, 9), channels=channels).operands()
+        (eqn,) = jax.make_jaxpr(function)(x, w).eqns
+        moments = pattern_of(eqn).moments
+        assert moments is not None
+        assert (moments(eqn, 1) is not None) == worth
+
+
+@on_a_cpu
+@pytest.mark.usefixtures("moments_of_any_size")
 def test_convs_without_moments_that_are_cheaper_than_their_inputs():
     names = ("grouped", "as_large_as_the_image", "one_entry_of_the_kernel", "no_space")
     for case in (c for c in CONVS if c.name in names):
