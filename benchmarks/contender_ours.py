@@ -74,13 +74,11 @@ def factors(_: str, case: dict[str, Any]) -> Task:
     accumulator = laplax_kfac.accumulator(
         s.model_fn, s.params, loss_fn=LOSS, fisher_type=case["variant"]
     )
-    batches = s.batches
+    batches, size = s.batches, s.workload.batch_size
 
     def run() -> Any:
-        state = accumulator.init()
-        for batch in batches:
-            state = accumulator.update(state, batch)
-        return jax.block_until_ready(state)
+        """What `kfac` does before the eigendecompositions."""
+        return jax.block_until_ready(accumulator.collect(accumulator.parts(batches, size)))
 
     return Task(run, trace, s.workload.fraction)
 
@@ -112,9 +110,7 @@ def ekfac(_: str, case: dict[str, Any]) -> Task:
 def eigen(_: str, case: dict[str, Any]) -> Task:
     s = setting(case)
     accumulator = laplax_kfac.accumulator(s.model_fn, s.params, loss_fn=LOSS, fisher_type="mc")
-    state = accumulator.init()
-    for batch in s.batches:
-        state = accumulator.update(state, batch)
+    state = accumulator.collect(accumulator.parts(s.batches, s.workload.batch_size))
     jax.block_until_ready(state)
     return Task(lambda: jax.block_until_ready(accumulator.finalize(state)))
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -211,7 +211,7 @@ class Accumulator:
         """Statistics of all data: updates from the first, but in place.
 
         Args:
-            data: Batches with their weights.
+            data: Batches with their weights, such as `parts` of data.
         """
         state = self.init()
         for part in data:
@@ -229,7 +229,22 @@ class Accumulator:
         """Statistics of the data of both."""
         return factors.merge(first, second)
 
-    def part_size(self, batch: Any, most: int) -> int:
+    def parts(self, data: Iterable[Any], batch_size: int) -> Iterator[WeightedBatch]:
+        """Split batches into parts of one size for `collect`, with weights 0 for padding.
+
+        Args:
+            data: Batches.
+            batch_size: Most examples of a part. A CPU works on no more than it has memory for that
+                it can reuse.
+        """
+        loaded = (as_batch(batch) for batch in data)
+        first = next(loaded, None)
+        if first is None:
+            return iter(())
+        most = self._part_size(to_arrays(first), batch_size)
+        return even_batches(itertools.chain([first], loaded), most)
+
+    def _part_size(self, batch: Batch, most: int) -> int:
         """How many examples, at most ``most``, a CPU works on at once in memory that it reuses.
 
         Larger allocations are fresh pages, which cost as much time as what is computed in them. But
@@ -237,7 +252,6 @@ class Accumulator:
         """
         if jax.default_backend() != "cpu":
             return most
-        batch = to_arrays(as_batch(batch))
         program = self._compiled(batch).program
         sums = sum(sum_bytes(layer) for layer in program.layers)
         room = max(REUSED_BYTES, 4 * sums)
@@ -688,11 +702,7 @@ def kfac(
     sizes: list[int] = []
 
     def stream(description: str) -> Iterable[WeightedBatch]:
-        loaded = same_number(batches(data, transform), sizes)
-        first = next(loaded)
-        parts = even_batches(
-            itertools.chain([first], loaded), accumulate.part_size(first, batch_size)
-        )
+        parts = accumulate.parts(same_number(batches(data, transform), sizes), batch_size)
         return tqdm(parts, desc=description, unit="batch", disable=not progress)
 
     state = accumulate.collect(stream("factors"))
