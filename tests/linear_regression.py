@@ -1,21 +1,17 @@
 """Bayesian linear regression, where the evidence has a closed form."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.stats import multivariate_normal
+from matrices import normal
 
 import laplax_kfac
 
 TALL, WIDE = (12, 3), (4, 6)  # examples and inputs
 OUTPUTS = 2
-
-
-def normal(*shape: int, seed: int = 0) -> Any:
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 def linear(input, params):

@@ -5,6 +5,7 @@ Parameters and inputs are random, float64 where x64 is on; inputs have a leading
 that an axis that is taken for another one shows.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,15 @@ def by_name(name: str) -> Model:
     """The model of that name."""
     (found,) = [m for m in MODELS if m.name == name]
     return found
+
+
+@functools.cache
+def classified(name: str) -> Any:
+    """The model of that name, its parameters, and data with classes as targets."""
+    model_fn, params, inputs, _ = by_name(name).make()
+    output = jax.eval_shape(jax.vmap(lambda x: model_fn(input=x, params=params)), inputs)
+    *terms, classes = output.shape
+    return model_fn, params, (inputs, np.arange(np.prod(terms)).reshape(terms) % classes)
 
 
 def dense(name: str, rows: int, columns: int, positions: int = 1, **other: Any) -> Expected:

@@ -11,15 +11,12 @@ import numpy as np
 import pytest
 from conftest import tolerance
 from jax.flatten_util import ravel_pytree
+from matrices import normal
 from oracles import LOSSES, block_mask, dense_empirical_fisher, dense_ggn, sizes
 
 import laplax_kfac
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 # -- models and targets ------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matrices import normal
 
 import laplax_kfac
 from laplax_kfac.data import (
@@ -451,10 +452,6 @@ def tokens(input, params):
     """Two layers over positions, gains without a Kronecker form, and a mean."""
     hidden = jnp.tanh(input @ params["first"]["w"] + params["first"]["b"]) * params["gain"]
     return (hidden @ params["second"]).mean(axis=0)
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 TOKENS = {

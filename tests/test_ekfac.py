@@ -38,18 +38,9 @@ CASES = [(name, "type2") for name in NAMES] + [
 
 
 @functools.cache
-def made(name):
-    """A model with classes as its targets."""
-    model_fn, params, inputs, _ = models.by_name(name).make()
-    output = jax.eval_shape(jax.vmap(lambda x: model_fn(input=x, params=params)), inputs)
-    targets = np.arange(np.prod(output.shape[:-1])).reshape(output.shape[:-1]) % output.shape[-1]
-    return model_fn, params, (inputs, targets)
-
-
-@functools.cache
 def fitted(name, fisher_type="type2"):
     """The curvature without and with the correction, from one compilation."""
-    model_fn, params, data = made(name)
+    model_fn, params, data = models.classified(name)
     acc = laplax_kfac.accumulator(
         model_fn, params, loss_fn="cross_entropy", fisher_type=fisher_type
     )
@@ -60,7 +51,7 @@ def fitted(name, fisher_type="type2"):
 
 @functools.cache
 def exact(name, fisher_type="type2"):
-    model_fn, params, data = made(name)
+    model_fn, params, data = models.classified(name)
     return np.asarray(ORACLES[fisher_type](model_fn, params, data, "cross_entropy"))
 
 
@@ -123,7 +114,7 @@ def test_corrected_blocks_are_nearer_to_the_exact_ones(name, fisher_type):
 
 
 def test_ekfac_is_kfac_with_the_correction():
-    model_fn, params, data = made("mlp")
+    model_fn, params, data = models.classified("mlp")
     options: Any = {"loss_fn": "cross_entropy"}
     for found in (
         laplax_kfac.ekfac(model_fn, params, data, **options),
@@ -137,7 +128,7 @@ def test_ekfac_is_kfac_with_the_correction():
 
 
 def test_the_correction_is_exact_in_the_bases_of_either_approximation():
-    model_fn, params, data = made("vmapped_over_tokens")
+    model_fn, params, data = models.classified("vmapped_over_tokens")
     traces = []
     for correction in (False, True):
         for approx in ("expand", "reduce"):
@@ -152,7 +143,7 @@ def test_the_correction_is_exact_in_the_bases_of_either_approximation():
 
 
 def test_separate_biases_are_corrected_too():
-    model_fn, params, data = made("mlp")
+    model_fn, params, data = models.classified("mlp")
     curvature = laplax_kfac.ekfac(
         model_fn, params, data, loss_fn="cross_entropy", separate_weight_and_bias=True
     )
@@ -181,7 +172,7 @@ def cut(data, *starts):
     ids=["batches", "a ragged list", "split by us", "a ragged list of tokens"],
 )
 def test_the_split_of_the_data_does_not_matter(name, starts, batch_size):
-    model_fn, params, data = made(name)
+    model_fn, params, data = models.classified(name)
     batches = cut(data, *starts) if starts else data
     found = laplax_kfac.ekfac(
         model_fn, params, batches, loss_fn="cross_entropy", batch_size=batch_size
@@ -196,14 +187,14 @@ def test_the_split_of_the_data_does_not_matter(name, starts, batch_size):
 
 
 def test_a_generator_cannot_be_iterated_twice():
-    model_fn, params, data = made("mlp")
+    model_fn, params, data = models.classified("mlp")
     once = (batch for batch in cut(data, 1))
     with pytest.raises(TypeError, match=r"is an iterator, which ends after one pass\. Pass"):
         laplax_kfac.ekfac(model_fn, params, once, loss_fn="cross_entropy")
 
 
 def test_both_passes_draw_the_same_targets_and_every_batch_others():
-    model_fn, params, (x, _) = made("mlp")
+    model_fn, params, (x, _) = models.classified("mlp")
     acc = laplax_kfac.accumulator(
         model_fn, params, loss_fn="mse", fisher_type="mc", key=jax.random.key(3)
     )
@@ -223,7 +214,7 @@ def test_both_passes_draw_the_same_targets_and_every_batch_others():
 
 
 def test_a_whole_fit_works_under_jit():
-    model_fn, params, data = made("mlp")
+    model_fn, params, data = models.classified("mlp")
     found = jax.jit(
         lambda p, data: laplax_kfac.ekfac(model_fn, p, data, loss_fn="cross_entropy").trace()
     )(params, data)
@@ -231,7 +222,7 @@ def test_a_whole_fit_works_under_jit():
 
 
 def test_laplax_runs_it():
-    model_fn, params, data = made("mlp")
+    model_fn, params, data = models.classified("mlp")
     posterior_fn, curvature = laplax.laplace(
         model_fn, params, data, loss_fn="cross_entropy", curv_type="ekfac"
     )

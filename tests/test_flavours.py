@@ -36,24 +36,15 @@ MODELS = [
 
 
 @functools.cache
-def made(name: str) -> Any:
-    """A model, its parameters, and data with classes as targets."""
-    model_fn, params, inputs, _ = models.by_name(name).make()
-    output = jax.eval_shape(jax.vmap(lambda x: model_fn(input=x, params=params)), inputs)
-    targets = np.arange(np.prod(output.shape[:-1])).reshape(output.shape[:-1]) % output.shape[-1]
-    return model_fn, params, (inputs, targets)
-
-
-@functools.cache
 def fitted(name: str, **options: Any) -> laplax_kfac.Curvature:
-    model_fn, params, data = made(name)
+    model_fn, params, data = models.classified(name)
     return laplax_kfac.kfac(model_fn, params, data, loss_fn=LOSS, **options)
 
 
 @functools.cache
 def exact(name: str, fisher_type: str = "type2") -> np.ndarray:
     oracle = dense_empirical_fisher if fisher_type == "empirical" else dense_ggn
-    model_fn, params, data = made(name)
+    model_fn, params, data = models.classified(name)
     return np.asarray(oracle(model_fn, params, data, LOSS))
 
 
@@ -104,7 +95,7 @@ def test_diagonal_is_the_exact_one(name, fisher_type):
 
 @pytest.mark.parametrize("curvature", ["diagonal", "block"])
 def test_other_structures_serve_posterior_predictive_and_files(curvature, tmp_path):
-    model_fn, params, (x, _) = made("mlp")
+    model_fn, params, (x, _) = models.classified("mlp")
     found = fitted("mlp", curvature=curvature)
     precision = np.asarray(found.to_dense()) + 2 * np.eye(found.space.size)
     expected = np.linalg.slogdet(precision)[1]
@@ -146,7 +137,7 @@ def records_of(name: str) -> Any:
     The public records are the gradients of any loss: a loss that is linear in the output pulls
     any vector back. Every example is repeated for each of its columns.
     """
-    model_fn, params, (x, y) = made(name)
+    model_fn, params, (x, y) = models.classified(name)
     f = jax.vmap(lambda x: model_fn(input=x, params=params))(x)
     hessian = jax.vmap(
         lambda f, y: jax.hessian(lambda v: LOSSES[LOSS](v.reshape(f.shape), y))(f.ravel())
@@ -226,7 +217,7 @@ def test_forward_only_of_a_tied_weight_has_the_identity_on_either_side():
 
 
 def test_the_treatment_of_weight_sharing_can_differ_between_layers():
-    model_fn, params, data = made("nnx_cnn")
+    model_fn, params, data = models.classified("nnx_cnn")
     first, *others = [layer.name for layer in kronecker_layers(fitted("nnx_cnn"))]
     mixed = laplax_kfac.kfac(
         model_fn, params, data, loss_fn=LOSS, kfac_approx={first: "reduce", "*": "expand"}
@@ -275,7 +266,7 @@ def test_kfoc_is_the_nearest_kronecker_product(name):
 
 
 def test_kfoc_is_kfac_with_optimal_factors_and_may_be_corrected():
-    model_fn, params, data = made("nnx_cnn")
+    model_fn, params, data = models.classified("nnx_cnn")
     split = [jax.tree.map(lambda x, k=k: x[k : k + 1], data) for k in range(models.NUM_EXAMPLES)]
     found = laplax_kfac.kfoc(model_fn, params, split, loss_fn=LOSS)
     expected = fitted("nnx_cnn", optimal_factors=True).to_dense()
@@ -311,7 +302,7 @@ def true_error(curvature: Any, dense: np.ndarray, layer: Any) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_relative_errors_are_those_of_the_dense_matrices(name):
-    model_fn, params, data = made(name)
+    model_fn, params, data = models.classified(name)
     curvature = fitted(name)
     found = laplax_kfac.relative_error(
         curvature, model_fn, params, data, loss_fn=LOSS, num_probes=1000
@@ -324,7 +315,7 @@ def test_relative_errors_are_those_of_the_dense_matrices(name):
 
 
 def test_few_probes_estimate_the_error():
-    model_fn, params, data = made("nnx_cnn")
+    model_fn, params, data = models.classified("nnx_cnn")
     curvature = fitted("nnx_cnn", curvature="diagonal")
     options: Any = {"loss_fn": LOSS, "batch_size": 2}
     right = laplax_kfac.relative_error(
@@ -341,7 +332,7 @@ def test_few_probes_estimate_the_error():
 
 
 def test_ekfac_and_kfoc_are_nowhere_farther_than_kfac():
-    model_fn, params, data = made("nnx_cnn")
+    model_fn, params, data = models.classified("nnx_cnn")
     options: Any = {"loss_fn": LOSS, "num_probes": 1000}
     plain, corrected, optimal = (
         laplax_kfac.relative_error(curvature, model_fn, params, data, **options).by_layer
@@ -371,7 +362,7 @@ FLAVOURS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_data_twice_double_the_curvature_however_it_is_split(flavour):
-    model_fn, params, data = made("nnx_cnn")
+    model_fn, params, data = models.classified("nnx_cnn")
     options = FLAVOURS[flavour]
     first, rest = (jax.tree.map(lambda x, s=s: x[s], data) for s in (slice(1), slice(1, None)))
     found = laplax_kfac.kfac(
@@ -404,7 +395,7 @@ OF_KFAC = {
     + [("kfac", f) for f in OF_KFAC],
 )
 def test_every_flavour_goes_through_laplax(curv_type, flavour):
-    model_fn, params, data = made("mlp")
+    model_fn, params, data = models.classified("mlp")
     options = {**OF_KRONECKER, **OF_KFAC}[flavour]
     posterior_fn, found = laplax.laplace(
         model_fn, params, data, loss_fn=LOSS, curv_type=curv_type, **options
@@ -437,17 +428,17 @@ def test_every_flavour_goes_through_laplax(curv_type, flavour):
     ],
 )
 def test_contradictions_are_refused(options, message):
-    model_fn, params, data = made("mlp")
+    model_fn, params, data = models.classified("mlp")
     with pytest.raises(ValueError, match=message):
         laplax_kfac.kfac(model_fn, params, data, loss_fn=LOSS, **options)
 
 
 def test_relative_error_refuses_other_models_and_no_probes():
-    model_fn, params, data = made("mlp")
+    model_fn, params, data = models.classified("mlp")
     with pytest.raises(ValueError, match="`num_probes` must be a positive integer"):
         laplax_kfac.relative_error(
             fitted("mlp"), model_fn, params, data, loss_fn=LOSS, num_probes=0
         )
-    other, others_params, others_data = made("nnx_cnn")
+    other, others_params, others_data = models.classified("nnx_cnn")
     with pytest.raises(ValueError, match="`curvature` is of another model"):
         laplax_kfac.relative_error(fitted("mlp"), other, others_params, others_data, loss_fn=LOSS)

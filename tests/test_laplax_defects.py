@@ -19,8 +19,9 @@ from laplax.eval.likelihood import low_rank_marginal_log_likelihood, marginal_lo
 from laplax.eval.utils import transfer_entry
 from laplax.util.loader import DataLoaderMV
 from loguru import logger
+from matrices import normal
 from oracles import dense_ggn, laplax_full
-from test_plugin import CLASSES, REGRESSION, TRAINED, Loader, X, as_matrix, fit, linear, normal
+from test_plugin import CLASSES, REGRESSION, TRAINED, Loader, X, as_matrix, fit, linear
 
 import laplax_kfac
 

@@ -15,6 +15,7 @@ from conftest import tolerance
 from jax.flatten_util import ravel_pytree
 from jax.scipy import stats
 from laplax.enums import LossFn
+from matrices import normal
 from oracles import block_mask, dense_empirical_fisher, dense_ggn, sizes
 
 import laplax_kfac
@@ -45,10 +46,6 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
-
-
-def normal(*shape, seed=0):
-    return np.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
 def squares(f, y):

@@ -23,9 +23,9 @@ from linear_regression import (
     fitted,
     linear,
     most_probable,
-    normal,
     regression,
 )
+from matrices import normal
 from oracles import LOSSES, dense_ggn
 
 import laplax_kfac

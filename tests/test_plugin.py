@@ -23,6 +23,7 @@ from laplax.enums import CurvApprox
 from laplax.eval import pushforward
 from laplax.eval.utils import transfer_entry
 from laplax.util.tree import normal_like
+from matrices import normal
 from oracles import dense_ggn
 
 import laplax_kfac
@@ -30,10 +31,6 @@ import laplax_kfac.plugin
 
 pytestmark = pytest.mark.usefixtures("x64")
 OURS = list(laplax_kfac.plugin.CURVATURE_TYPES)
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 def linear(input, params):

@@ -31,15 +31,12 @@ from laplax.eval.pushforward import (
     set_posterior_gp_kernel,
 )
 from laplax.eval.utils import transfer_entry
+from matrices import normal
 
 from laplax_kfac import plugin
 
 RELATIVE = {"float32": 1e-5, "float64": 1e-10}
 PRIOR = {"prior_prec": 0.3}
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 def linear(input, params):

@@ -32,6 +32,7 @@ from laplax.eval.pushforward import (
 )
 from laplax.eval.utils import transfer_entry
 from laplax.util.tree import normal_like
+from matrices import normal
 
 import laplax_kfac
 from laplax_kfac import jacobians, plugin
@@ -41,10 +42,6 @@ from laplax_kfac.posterior import Posterior
 GENERIC_SETUP = plugin._original_of(lin_setup)
 PRIOR = {"prior_prec": 0.3, "sigma_squared": 0.7}
 RELATIVE = {jnp.dtype("float32"): 1e-5, jnp.dtype("float64"): 1e-10}
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 def image_to_image(input, params):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matrices import normal
 
 import laplax_kfac
 from laplax_kfac.symmetric import UpperTiles, self_product, upper_tiles, whole
@@ -11,10 +12,6 @@ from laplax_kfac.symmetric import UpperTiles, self_product, upper_tiles, whole
 pytestmark = pytest.mark.usefixtures("x64")
 
 NARROW, WIDE, WIDEST = 40, 401, 1300
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape)
 
 
 @pytest.mark.parametrize("width", [NARROW, WIDE, WIDEST])
