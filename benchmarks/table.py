@@ -242,7 +242,7 @@ def breakdown(results: Results) -> str:
             row = [part + (f", `{fisher_type}`" if fisher_type else ""), seconds(record), "", ""]
             if COUNTED[part]:
                 least = floor(machines[record["variant"]], fisher_type, COUNTED[part])
-                row[2:] = seconds(least), number(record["cpu"] / least["cpu"])
+                row[2:] = seconds(least), number(record["cpu"] / record["fraction"] / least["cpu"])
             rows.append(row)
         parts += [f"#### {title(workload)}", table(["", "time", "*floor*", "time / floor"], rows)]
     return "\n\n".join(parts)
