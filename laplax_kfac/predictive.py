@@ -120,7 +120,8 @@ def predictive_covariance(
     """Covariance ``J Sigma J^T`` of the linearised model at new inputs (Immer et al. 2021).
 
     Works under ``jit``, and under ``grad`` and ``vmap`` in ``prior_prec`` and ``sigma_squared``;
-    what does not depend on them is then computed once. Wrap it in ``jax.jit`` to call it often.
+    what does not depend on them is then computed once. Outside of these it is compiled once for a
+    model and inputs of one shape.
 
     Args:
         curvature: What `kfac` or `ekfac` returned for this model.
