@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 from tqdm import tqdm
 
-from laplax_kfac import factors, fingerprint
+from laplax_kfac import factors, fingerprint, jaxprs
 from laplax_kfac.blocks import BlockDiagonal
 from laplax_kfac.capture import Record, capture_batch, record_size
 from laplax_kfac.data import (
@@ -342,7 +342,7 @@ class Accumulator:
             if total is None:
                 shapes = jax.eval_shape(compiled.total, of_records, arrays, *operands)
                 total = _zeros(shapes)
-            if _traced((arrays, operands)):
+            if jaxprs.is_traced((arrays, operands)):
                 new = compiled.total(of_records, arrays, *operands)
                 total = jax.tree.map(jnp.add, total, new)
             else:
@@ -465,7 +465,7 @@ def _added(
         state = _zeros(new)
     factors.require_same_blocks(state, new)
     leaves, treedef = jax.tree.flatten(state)
-    if _traced((leaves, arrays)):  # nothing can be changed in place
+    if jaxprs.is_traced((leaves, arrays)):  # nothing can be changed in place
         leaves = list(map(jnp.add, leaves, jax.tree.leaves(statistics(arrays))))
     else:
         leaves = add(leaves, arrays)
@@ -502,11 +502,6 @@ def sum_bytes(layer: Layer) -> int:
 def _zeros(shapes: Any) -> Any:
     """Arrays of zeros; made without JAX, which compiles a program for every shape."""
     return jax.tree.map(lambda s: jnp.array(np.zeros(s.shape, s.dtype)), shapes)
-
-
-def _traced(arrays: Any) -> bool:
-    """Whether a transformation is at work."""
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
 
 
 def _total(

@@ -39,7 +39,7 @@ def kept(model_fn: Any, consts: Sequence[Array], key: Hashable, make: Callable[[
         key: All that it depends on: `of_program`, and what else there is.
         make: Makes it; not with ``consts``, which may be others when it is used again.
     """
-    if any(isinstance(c, jax.core.Tracer) for c in consts):
+    if jaxprs.is_traced(list(consts)):
         return make()
     try:
         mine = _KEPT.setdefault(model_fn, {})

@@ -303,11 +303,6 @@ def compiled_linearise(
     return fingerprint.kept(model_fn, program.consts, key, make)
 
 
-def is_traced(arrays: PyTree) -> bool:
-    """Whether a transformation is at work."""
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
-
-
 def most_inputs(program: Program, most: int, *, traced: bool, pairs: bool = False) -> int:
     """Most inputs that are worked on at once: at least one, and at most ``most``.
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.interpreters.partial_eval import dce_jaxpr
+from jaxtyping import PyTree
 
 CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 REMAT = ("remat2", "checkpoint", "remat")
@@ -28,6 +29,11 @@ def with_consts(jaxpr: Jaxpr) -> Jaxpr:
 def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
     """Split a jaxpr found in an equation's parameters into its equations and its constants."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def is_traced(arrays: PyTree) -> bool:
+    """Whether a transformation is at work on any of these arrays."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
 
 
 def trace(function: Any, *args: Any) -> tuple[Jaxpr, list[Any], Any]:

@@ -28,7 +28,6 @@ from laplax_kfac.jacobians import (
     Linearised,
     compiled_linearise,
     in_parts,
-    is_traced,
     joint_output_covariances,
     most_inputs,
     numbers_that_fit,
@@ -431,7 +430,7 @@ class _Model:
 
     def spreads(self, batch_size: int, *, diagonal: bool) -> tuple[Array, Array]:
         """Outputs, and their covariances or variances."""
-        traced = is_traced((self.expansion, self.variances, self.inputs))
+        traced = jaxprs.is_traced((self.expansion, self.variances, self.inputs))
         most = most_inputs(self.program, batch_size, traced=traced)
 
         def of_part(part: PyTree) -> tuple[Array, Array]:
@@ -442,7 +441,7 @@ class _Model:
 
     def joint(self, others: PyTree | None, batch_size: int) -> Float[Array, "N C M C"]:
         """Covariances between inputs."""
-        traced = is_traced((self.expansion, self.variances, self.inputs, others))
+        traced = jaxprs.is_traced((self.expansion, self.variances, self.inputs, others))
         most = most_inputs(self.program, batch_size, traced=traced, pairs=True)
 
         def of_rows(part: PyTree) -> Float[Array, "n M C C"]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from laplax_kfac import jaxprs
 from laplax_kfac.blocks import BlockDiagonal
 from laplax_kfac.capture import map_examples
 from laplax_kfac.curvature import DEFAULT_BATCH_SIZE
@@ -25,7 +26,6 @@ from laplax_kfac.jacobians import (
     Linearised,
     compiled_linearise,
     in_parts,
-    is_traced,
     linearise,
     most_inputs,
     output_covariance,
@@ -245,7 +245,7 @@ class Dataset:
         """Variances or covariances, from the linearised model or from the inputs."""
         variances = [1.0 / block.eigenvalues for block in precision.blocks]
         expansion = self._expansion._replace(blocks=precision.blocks)
-        traced = is_traced((expansion, variances, linear))
+        traced = jaxprs.is_traced((expansion, variances, linear))
 
         def of_part(part: PyTree) -> Array:
             known = part if isinstance(part, Linearised) else self._linearise(expansion, part)
