@@ -15,7 +15,7 @@ are sums, so they may be accumulated in any order, over any split of the data.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from laplax_kfac.blocks import Block, Side, block_of_sides, diagonal_block, eigh_each, rotate
+from laplax_kfac.blocks import Block, block_of_sides, diagonal_block, eigh_each, rotate
 from laplax_kfac.capture import ParameterRecord, Record, UseRecord
 from laplax_kfac.layers import Layer
 from laplax_kfac.layout import ParameterSpace
@@ -689,9 +689,15 @@ def require_data(statistics: Statistics) -> None:
 @jax.jit
 def _blocks(statistics: Statistics) -> tuple[Block, ...]:
     pairs = list(zip(statistics.layers, statistics.sums, strict=True))
-    matrices = [x for pair in pairs for x, diagonal in _sides(*pair) if not diagonal]
+    sides = [_sides(*pair) for pair in pairs]
+    matrices = [x for of_layer in sides for x, diagonal in of_layer if not diagonal]
     decomposed = iter(eigh_each(matrices))
-    return tuple(_block(layer, sums, decomposed) for layer, sums in pairs)
+    return tuple(
+        block_of_sides([(x, None) if diagonal else next(decomposed) for x, diagonal in of_layer])
+        if of_layer
+        else _block_of_parameters(*pair)
+        for of_layer, pair in zip(sides, pairs, strict=True)
+    )
 
 
 def _sides(layer: Layer, sums: Sums) -> list[tuple[Array, bool]]:
@@ -703,9 +709,8 @@ def _sides(layer: Layer, sums: Sums) -> list[tuple[Array, bool]]:
     return [(sums.gradients, False)] if sums is not None and layer.block == "dense" else []
 
 
-def _block(layer: Layer, sums: Sums, decomposed: Iterator[Side]) -> Block:
-    if sides := _sides(layer, sums):
-        return block_of_sides([(x, None) if diag else next(decomposed) for x, diag in sides])
+def _block_of_parameters(layer: Layer, sums: Sums) -> Block:
+    """The diagonal block of a layer without such matrices."""
     if sums is None:
         return diagonal_block(jnp.zeros(layer.size))
     assert isinstance(sums, ParameterSums)

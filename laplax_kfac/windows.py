@@ -20,6 +20,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from laplax_kfac.symmetric import UpperTiles, whole
+
 _HIGHEST = lax.Precision.HIGHEST
 _MOST_SLICES = 32
 """Entries of a window along one axis up to which images are sliced, not indexed."""
@@ -122,7 +124,9 @@ def second_moment(
         blocks = _of_windows(rest, x.shape[2:], products)
     else:
         blocks = _in_parts(axes, x)
-    return _symmetric(rows.window, blocks)
+    block = dict(zip(_pairs(rows.window), blocks, strict=True))
+    tiles = [[block[i, j] for j in range(i, rows.window)] for i in range(rows.window)]
+    return whole(UpperTiles(tuple(map(tuple, tiles))))
 
 
 @second_moment.defjvp
@@ -251,13 +255,3 @@ def _of_windows(
     assert total is not None
     width = math.prod(total.shape[1 : n + 2])
     return total.reshape(-1, width, width)
-
-
-def _symmetric(count: int, blocks: Float[Array, "pairs p p"]) -> Float[Array, "entries entries"]:
-    """The matrix with these blocks on and above its diagonal."""
-    block = dict(zip(_pairs(count), blocks, strict=True))
-    rows = [
-        jnp.concatenate([block[j, i].T if j < i else block[i, j] for j in range(count)], axis=1)
-        for i in range(count)
-    ]
-    return jnp.concatenate(rows)
