@@ -50,22 +50,6 @@ _SMALL = 512
 """Width up to which matrices of one shape are decomposed together."""
 
 
-def kronecker_block(
-    inputs: Float[Array, "..."],
-    outputs: Float[Array, "..."],
-    diagonal: tuple[bool, bool] = (False, False),
-) -> Block:
-    """The block that takes a matrix V (rows, out) to ``inputs @ V @ outputs``.
-
-    Args:
-        inputs: Shape (stack..., rows, rows), or (stack..., rows) if it is diagonal.
-        outputs: Shape (stack..., out, out), or (stack..., out) if it is diagonal.
-        diagonal: Whether each of the two is diagonal.
-    """
-    pairs = zip((inputs, outputs), diagonal, strict=True)
-    return block_of_sides([(x, None) if is_diagonal else eigh(x) for x, is_diagonal in pairs])
-
-
 def block_of_sides(sides: Sequence[Side]) -> Block:
     """The Kronecker product of one or two matrices from their eigendecompositions."""
     (eigenvalues, _), *rest = sides

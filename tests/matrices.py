@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from laplax_kfac.blocks import BlockDiagonal, dense_block, diagonal_block, kronecker_block
+from laplax_kfac.blocks import (
+    Block,
+    BlockDiagonal,
+    block_of_sides,
+    dense_block,
+    diagonal_block,
+    eigh,
+)
 from laplax_kfac.layers import BlockKind, Layer
 from laplax_kfac.layout import ParameterSpace, make_segment
 
@@ -20,6 +27,22 @@ def positive(*shape: int, seed: int = 0) -> Any:
     """Random positive definite matrices, the last axis twice."""
     root = normal(*shape, shape[-1], seed=seed)
     return root @ root.swapaxes(-1, -2)
+
+
+def kronecker_block(
+    inputs: Any,
+    outputs: Any,
+    diagonal: tuple[bool, bool] = (False, False),
+) -> Block:
+    """The block that takes a matrix V (rows, out) to ``inputs @ V @ outputs``.
+
+    Args:
+        inputs: Shape (stack..., rows, rows), or (stack..., rows) if it is diagonal.
+        outputs: Shape (stack..., out, out), or (stack..., out) if it is diagonal.
+        diagonal: Whether each of the two is diagonal.
+    """
+    pairs = zip((inputs, outputs), diagonal, strict=True)
+    return block_of_sides([(x, None) if is_diagonal else eigh(x) for x, is_diagonal in pairs])
 
 
 A, B, P = positive(4, seed=1), positive(3, seed=2), positive(6, seed=3)

@@ -20,6 +20,7 @@ from matrices import (
     D,
     P,
     dense_matrix,
+    kronecker_block,
     matrix,
     normal,
     tree,
@@ -35,7 +36,6 @@ from laplax_kfac.blocks import (
     diagonal_block,
     eigh,
     eigh_each,
-    kronecker_block,
     rotate,
     rotate_back,
 )

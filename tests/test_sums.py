@@ -10,10 +10,10 @@ import models
 import numpy as np
 import pytest
 from conftest import tolerance
-from matrices import dense_matrix, matrix, normal, positive
+from matrices import dense_matrix, kronecker_block, matrix, normal, positive
 
 import laplax_kfac
-from laplax_kfac.blocks import Block, BlockDiagonal, apply, dense_block, kronecker_block
+from laplax_kfac.blocks import Block, BlockDiagonal, apply, dense_block
 from laplax_kfac.sums import add_blocks
 
 pytestmark = pytest.mark.usefixtures("x64")
