@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from laplax_kfac.blocks import Block, block_of_sides, diagonal_block, eigh_each, rotate
+from laplax_kfac.blocks import Block, Side, block_of_sides, diagonal_block, eigh_each, rotate
 from laplax_kfac.capture import ParameterRecord, Record, UseRecord
 from laplax_kfac.layers import Layer
 from laplax_kfac.layout import ParameterSpace
@@ -672,7 +672,7 @@ def finalize(statistics: Statistics) -> tuple[Block, ...]:
         ValueError: If the statistics have seen no data.
     """
     require_data(statistics)
-    return _blocks(statistics)
+    return _blocks(statistics, eigh_each(_matrices(statistics)))
 
 
 def require_data(statistics: Statistics) -> None:
@@ -687,17 +687,20 @@ def require_data(statistics: Statistics) -> None:
 
 
 @jax.jit
-def _blocks(statistics: Statistics) -> tuple[Block, ...]:
-    pairs = list(zip(statistics.layers, statistics.sums, strict=True))
-    sides = [_sides(*pair) for pair in pairs]
-    matrices = [x for of_layer in sides for x, diagonal in of_layer if not diagonal]
-    decomposed = iter(eigh_each(matrices))
-    return tuple(
-        block_of_sides([(x, None) if diagonal else next(decomposed) for x, diagonal in of_layer])
-        if of_layer
-        else _block_of_parameters(*pair)
-        for of_layer, pair in zip(sides, pairs, strict=True)
-    )
+def _matrices(statistics: Statistics) -> list[Array]:
+    """The matrices to decompose, of all layers."""
+    pairs = zip(statistics.layers, statistics.sums, strict=True)
+    return [x for pair in pairs for x, diagonal in _sides(*pair) if not diagonal]
+
+
+@jax.jit
+def _blocks(statistics: Statistics, decomposed: Sequence[Side]) -> tuple[Block, ...]:
+    """Blocks of all layers from the eigendecompositions of `_matrices`."""
+    left, blocks = iter(decomposed), []
+    for layer, sums in zip(statistics.layers, statistics.sums, strict=True):
+        sides = [(x, None) if diagonal else next(left) for x, diagonal in _sides(layer, sums)]
+        blocks.append(block_of_sides(sides) if sides else _block_of_parameters(layer, sums))
+    return tuple(blocks)
 
 
 def _sides(layer: Layer, sums: Sums) -> list[tuple[Array, bool]]:
