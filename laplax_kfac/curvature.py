@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 from tqdm import tqdm
 
-from laplax_kfac import factors, fingerprint, jaxprs
+from laplax_kfac import factors, fingerprint, jaxprs, optimal_factors
 from laplax_kfac.blocks import BlockDiagonal
 from laplax_kfac.capture import Record, capture_batch, record_size
 from laplax_kfac.data import (
@@ -32,6 +32,7 @@ from laplax_kfac.data import (
     weighted_batch,
 )
 from laplax_kfac.data import batch_size as size_of
+from laplax_kfac.eigenvalue_correction import corrected_eigenvalues
 from laplax_kfac.factors import KFAC_APPROXIMATIONS, KfacApprox, Statistics
 from laplax_kfac.layers import Layer
 from laplax_kfac.likelihood import (
@@ -290,9 +291,9 @@ class Accumulator:
         factors.require_data(state)
         old_inputs, outputs = factors.kronecker_factors(state)
         for _ in range(iterations):
-            inputs = self._half_step(factors.over_outputs, passes(), outputs)
-            outputs = self._half_step(factors.over_inputs, passes(), inputs)
-            if factors.same_directions(old_inputs, inputs):
+            inputs = self._half_step(optimal_factors.over_outputs, passes(), outputs)
+            outputs = self._half_step(optimal_factors.over_inputs, passes(), inputs)
+            if optimal_factors.same_directions(old_inputs, inputs):
                 break
             old_inputs = inputs
         else:
@@ -308,7 +309,7 @@ class Accumulator:
     ) -> list[Array | None]:
         contracted = self.total(contract, data, others)
         return [
-            None if new is None or other is None else factors.over_squared_norm(new, other)
+            None if new is None or other is None else optimal_factors.over_squared_norm(new, other)
             for new, other in zip(contracted, others, strict=True)
         ]
 
@@ -319,7 +320,7 @@ class Accumulator:
             curvature: The curvature of the same data.
             data: The same batches with their weights, once more.
         """
-        moments = self.total(factors.corrected_eigenvalues, data, curvature.blocks)
+        moments = self.total(corrected_eigenvalues, data, curvature.blocks)
         blocks = tuple(
             replace(block, eigenvalues=m) if layer.block == "kronecker" else block
             for layer, block, m in zip(curvature.layers, curvature.blocks, moments, strict=True)
