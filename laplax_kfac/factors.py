@@ -142,19 +142,33 @@ def batch_sums(
     records: Sequence[Record],
     weights: Float[Array, " N"],
     kfac_approx: Callable[[Layer], KfacApprox] = lambda _: "expand",
+    input_weights: Float[Array, " N"] | None = None,
 ) -> tuple[Sums, ...]:
     """Sums of every layer over one batch of records, whose leaves have a leading axis N.
 
     Wide matrices are given by their upper tiles; see `mirrored`.
+
+    Args:
+        resolved: The layers.
+        records: Their records.
+        weights: What every example counts.
+        kfac_approx: The treatment of weight sharing in a layer.
+        input_weights: What its inputs count, where the records have some of its columns only and
+            sums over all columns are to be added up; as the example by default.
     """
+    input_weights = weights if input_weights is None else input_weights
     return tuple(
-        _layer_sums(r, record, weights, kfac_approx(r.layer))
+        _layer_sums(r, record, weights, input_weights, kfac_approx(r.layer))
         for r, record in zip(resolved, records, strict=True)
     )
 
 
 def _layer_sums(
-    resolved: Resolved, record: Record, weights: Float[Array, " N"], kfac_approx: KfacApprox
+    resolved: Resolved,
+    record: Record,
+    weights: Float[Array, " N"],
+    input_weights: Float[Array, " N"],
+    kfac_approx: KfacApprox,
 ) -> Sums:
     if record is None:
         return None
@@ -165,7 +179,7 @@ def _layer_sums(
     if resolved.layer.block == "diagonal":
         return ParameterSums(second_moments(resolved, record, weights, UNROTATED))
     sums = [
-        _use_sums(resolved.layer, m, r, weights, kfac_approx)
+        _use_sums(resolved.layer, m, r, weights, input_weights, kfac_approx)
         for m, r in zip(resolved.members, record, strict=True)
     ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *sums)
@@ -205,13 +219,14 @@ def _use_sums(
     member: Member,
     record: UseRecord,
     weights: Float[Array, " N"],
+    input_weights: Float[Array, " N"],
     kfac_approx: KfacApprox,
 ) -> KroneckerSums:
     claim = member.claim
     diagonal = layer.diagonal[::-1] if claim.transposed else layer.diagonal
     active, g = accumulate(record.active), accumulate(record.gradients)
     a = record.inputs if claim.indexed else accumulate(record.inputs)
-    weights = weights.astype(g.dtype)
+    weights, input_weights = weights.astype(g.dtype), input_weights.astype(g.dtype)
     shares, counts = jnp.ones_like(active), active
     if kfac_approx == "reduce":
         positions = jnp.maximum(jnp.sum(active, axis=1, keepdims=True), 1.0)
@@ -221,14 +236,14 @@ def _use_sums(
         else:
             a = jnp.sum(a, axis=1, keepdims=True) / positions[..., None]
         counts = jnp.max(active, axis=1, keepdims=True)
-    count = jnp.einsum("n,nsk->k", weights, counts.astype(weights.dtype))
+    count = jnp.einsum("n,nsk->k", input_weights, counts.astype(weights.dtype))
     inputs: Any
     if claim.indexed:
-        inputs = sum_into_rows(claim.ids.shape[1], a[..., 0], weights[:, None, None] * shares)
+        inputs = sum_into_rows(claim.ids.shape[1], a[..., 0], input_weights[:, None, None] * shares)
     elif kfac_approx == "expand" and _has_moments(claim) and not diagonal[0]:
-        inputs = upper_tiles(_moment_of_operands(member, record.operands, weights, count))
+        inputs = upper_tiles(_moment_of_operands(member, record.operands, input_weights, count))
     else:
-        inputs = second_moment(a, weights[:, None, None, None], diagonal=diagonal[0])
+        inputs = second_moment(a, input_weights[:, None, None, None], diagonal=diagonal[0])
     if g.shape[1] == 0:
         outputs = _identity(count, g.shape[-1], diagonal=diagonal[1])
     else:

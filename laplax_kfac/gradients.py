@@ -132,9 +132,16 @@ def sum_in_parts(
         padding = [(0, each * parts - count), *[(0, 0)] * (x.ndim - 1)]
         return jnp.pad(x, padding).reshape(parts, each, *x.shape[1:])
 
-    def add(total: Array, part: tuple[PyTree, ...]) -> tuple[Array, None]:
-        return total + function(*part), None
+    total: Array = sum_over(lambda part: function(*part), jax.tree.map(split, examples))
+    return total
 
-    split_examples = jax.tree.map(split, examples)
-    first = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], split_examples))
-    return jax.lax.scan(add, jnp.zeros(first.shape, first.dtype), split_examples)[0]
+
+def sum_over(function: Callable[[PyTree], PyTree], parts: PyTree) -> PyTree:
+    """Sum a function, one after another, over arguments that are stacked in front."""
+
+    def add(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    first = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    return jax.lax.scan(add, zeros, parts)[0]
