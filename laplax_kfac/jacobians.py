@@ -199,7 +199,9 @@ def covariance(
         return jnp.real(product)
     assert not isinstance(first, Matrices)
     assert not isinstance(second, Matrices)
-    return _einsum("cuko,duko->cd", _weighted(first, second, variances), second.gradients)
+    weighted = _weighted(first, second, variances)
+    gradients = second.gradients.reshape(len(second.gradients), -1)
+    return _einsum("cp,dp->cd", weighted.reshape(len(weighted), -1), gradients)
 
 
 def variance(jacobian: Jacobian, variances: Float[Array, "..."]) -> Float[Array, " C"]:
@@ -232,7 +234,7 @@ def _weighted(
 def _by_stack(
     x: Float[Array, "*any stack i"], matrices: Float[Array, "stack i j"]
 ) -> Float[Array, "*any stack j"]:
-    """Products with the matrix of each stack; with one by itself, for then nothing is transposed."""
+    """Products with the matrix of each stack; nothing is transposed if there is one."""
     if len(matrices) == 1:
         return jnp.matmul(x, matrices[0], precision=jax.lax.Precision.HIGHEST)
     return _einsum("...ki,kij->...kj", x, matrices)
