@@ -68,8 +68,9 @@ def gradient_matrices(
 def _in_basis(x: Float[Array, "..."], basis: Float[Array, "..."] | None) -> Float[Array, "..."]:
     if basis is None:
         return x
-    stacked = basis if basis.ndim == 3 else basis[None]
-    return jnp.einsum("...ki,kij->...kj", x, stacked, precision=_HIGHEST)
+    if basis.ndim == 2:
+        return jnp.matmul(x, basis, precision=_HIGHEST)
+    return jnp.einsum("...ki,kij->...kj", x, basis, precision=_HIGHEST)
 
 
 def is_lookup(resolved: Resolved) -> bool:

@@ -199,7 +199,9 @@ def covariance(
         return jnp.real(product)
     assert not isinstance(first, Matrices)
     assert not isinstance(second, Matrices)
-    return _einsum("cuko,duko->cd", _weighted(first, second, variances), second.gradients)
+    weighted = _weighted(first, second, variances)
+    gradients = second.gradients.reshape(len(second.gradients), -1)
+    return _einsum("cp,dp->cd", weighted.reshape(len(weighted), -1), gradients)
 
 
 def variance(jacobian: Jacobian, variances: Float[Array, "..."]) -> Float[Array, " C"]:
@@ -219,7 +221,7 @@ def _weighted(
     variances = variances.reshape(stack, -1, out)
     if isinstance(first, Outer) and isinstance(second, Outer):
         products = first.inputs[:, None] * second.inputs[None]
-        weights = _einsum("tuki,kio->tuko", products, variances)
+        weights = _by_stack(products, variances)
     else:
         assert isinstance(first, Picked)
         assert isinstance(second, Picked)
@@ -227,6 +229,15 @@ def _weighted(
         picked = variances[jnp.arange(stack), first.rows]
         weights = picked[:, None] * same[..., None]
     return _einsum("ctko,tuko->cuko", first.gradients, weights)
+
+
+def _by_stack(
+    x: Float[Array, "*any stack i"], matrices: Float[Array, "stack i j"]
+) -> Float[Array, "*any stack j"]:
+    """Products with the matrix of each stack; nothing is transposed if there is one."""
+    if len(matrices) == 1:
+        return jnp.matmul(x, matrices[0], precision=jax.lax.Precision.HIGHEST)
+    return _einsum("...ki,kij->...kj", x, matrices)
 
 
 # -- all layers --------------------------------------------------------------------------------
