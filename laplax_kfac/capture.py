@@ -121,6 +121,10 @@ def capture(
     cotangents = [_cotangent(v, o) for v, o in zip(pulled, outputs, strict=True)]
     if sequential:
         ((at_uses, at_parameters),) = lax.map(pullback, cotangents)
+    elif len(pulled[0]) == 1:  # an axis of one entry may be slower to reduce over than none
+        ((at_uses, at_parameters),) = jax.tree.map(
+            lambda g: g[None], pullback([v[0] for v in cotangents])
+        )
     else:
         ((at_uses, at_parameters),) = jax.vmap(pullback)(cotangents)
     if by_units:
