@@ -121,6 +121,9 @@ def capture(
     cotangents = [_cotangent(v, o) for v, o in zip(pulled, outputs, strict=True)]
     if sequential:
         ((at_uses, at_parameters),) = lax.map(pullback, cotangents)
+    elif len(pulled[0]) == 1:  # on a CPU, reductions beside an axis of one entry are slow
+        (single,) = pullback([c.reshape(c.shape[1:]) for c in cotangents])
+        at_uses, at_parameters = jax.tree.map(lambda g: g[None], single)
     else:
         ((at_uses, at_parameters),) = jax.vmap(pullback)(cotangents)
     if by_units:

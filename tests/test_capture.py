@@ -35,21 +35,21 @@ JOINT_OR_SEPARATE = [
 ]
 
 
-def summed_over_positions(resolved, record):
+def summed_over_positions(resolved, record, columns):
     """The gradient that a layer's record stands for: sum_t a_t g_t^T, for R cotangents."""
     if record is None:
-        return jnp.zeros((COLUMNS, *resolved.layer.shape))
+        return jnp.zeros((columns, *resolved.layer.shape))
     if isinstance(record, ParameterRecord):
         return record.gradients
     layer = resolved.layer
-    total = jnp.zeros((COLUMNS, layer.stack, layer.rows, layer.out_features))
+    total = jnp.zeros((columns, layer.stack, layer.rows, layer.out_features))
     for member, use in zip(resolved.members, record, strict=True):
         inputs = use.inputs
         if member.claim.indexed:
             inputs = patterns.one_hot(inputs, member.claim.ids.shape[1])
         matrix = jnp.einsum("ski,rsko->rkio", inputs, use.gradients)
         total += matrix.swapaxes(-1, -2) if member.claim.transposed else matrix
-    return total.reshape(COLUMNS, *layer.shape)
+    return total.reshape(columns, *layer.shape)
 
 
 def captured_gradients(program, params, inputs, cotangents):
@@ -59,14 +59,15 @@ def captured_gradients(program, params, inputs, cotangents):
     def of_one_example(x, vectors):
         leaves = jax.tree.leaves(params)
         _, records = capture(program, leaves, program.consts, x, lambda _: vectors)
-        parts = map(summed_over_positions, program.resolved, records)
-        return jax.vmap(blocks.write)(list(parts))
+        columns = len(jax.tree.leaves(vectors)[0])
+        pairs = zip(program.resolved, records, strict=True)
+        return jax.vmap(blocks.write)([summed_over_positions(*pair, columns) for pair in pairs])
 
     return jax.vmap(of_one_example)(inputs, cotangents)
 
 
-def random_cotangents(program):
-    shape = (models.NUM_EXAMPLES, COLUMNS)
+def random_cotangents(program, columns=COLUMNS):
+    shape = (models.NUM_EXAMPLES, columns)
     return models.normal(jax.tree.map(lambda o: (*shape, *o.shape), program.output), seed=9)
 
 
@@ -97,6 +98,32 @@ def test_records_are_the_gradient_of_every_example(model, separate):
         captured,
         exact,
     )
+
+
+def chosen_and_attended(input, params):
+    """A scan, attention, a parameter without a product, and an output of integers."""
+
+    def step(x, w):
+        q, k, v = jnp.split(x @ w, 3, axis=1)
+        return x + jax.nn.softmax(q @ k.T) @ v, None
+
+    y = lax.scan(step, input * params["gain"], params["layers"])[0] @ params["out"]
+    return {"largest": jnp.argmax(y), "values": y}
+
+
+def test_one_vector_is_pulled_back_without_an_axis_for_it():
+    params = models.normal({"gain": (4,), "layers": (2, 4, 12), "out": (4, 3)})
+    inputs = models.normal((models.NUM_EXAMPLES, 5, 4), seed=1)
+    program = parse(chosen_and_attended, params, inputs[0])
+    cotangents = random_cotangents(program, 1)
+    function = per_example(chosen_and_attended, vmap_over_data=True)
+    values = lambda params, x: function(params, x)["values"]  # noqa: E731
+    capture_all = jax.jit(lambda x: captured_gradients(program, params, x, cotangents))
+    exact = oracles.per_example_gradients(values, params, inputs, cotangents["values"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), capture_all(inputs), exact)
+    shapes = set(shapes_inside(jax.make_jaxpr(capture_all)(inputs).jaxpr))
+    assert (models.NUM_EXAMPLES, 5, 5) in shapes
+    assert (models.NUM_EXAMPLES, 1, 5, 5) not in shapes
 
 
 @pytest.mark.parametrize(("model", "separate"), JOINT_OR_SEPARATE)
