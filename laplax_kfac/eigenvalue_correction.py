@@ -4,6 +4,7 @@
 curvature in the Kronecker eigenbasis; without bases it is the diagonal of the curvature itself.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,16 +15,18 @@ from jaxtyping import Array, Float
 from laplax_kfac.blocks import Block, rotate
 from laplax_kfac.capture import Record, UseRecord
 from laplax_kfac.gradients import (
+    FORMED,
     STORED,
     RotatedUses,
     accumulate,
-    gradient_matrices,
+    gradients_side_by_side,
     is_lookup,
     lookup_gradients,
     num_positions,
     rotated_records,
     sum_in_parts,
     sum_into_rows,
+    sum_of_matrices,
 )
 from laplax_kfac.layers import Layer
 from laplax_kfac.resolve import Resolved
@@ -65,17 +68,20 @@ def second_moments(
     if _in_pairs(resolved, record):
         uses = rotated_records(members, record, block)
         numbers = num_positions(record) ** 2 * layer.stack * (layer.rows + layer.out_features)
-        moments = sum_in_parts(_moments_by_pairs, (uses, weights), numbers)
+        at_once = max(1, FORMED // numbers)
+        moments = sum_in_parts(_moments_by_pairs, (uses, weights), at_once)
         return moments.reshape(layer.shape)
     before, after = _rotations(layer, record, block)
 
     def by_matrices(uses: RotatedUses, weights: Float[Array, " n"]) -> Array:
-        matrices = rotate(after, gradient_matrices(members, uses))
-        return jnp.einsum("n,nrkio->kio", weights, matrices**2, precision=_HIGHEST)
+        matrices = _rotated(after, gradients_side_by_side(members, uses))
+        # XLA sums over an axis between others slowly.
+        squares = [matrices[..., r, :] ** 2 for r in range(matrices.shape[-2])]
+        total = functools.reduce(jnp.add, squares)
+        return jnp.einsum("n,nkio->kio", weights, total, precision=_HIGHEST)
 
     uses = rotated_records(members, record, before)
-    numbers = layer.size * record[0].gradients.shape[1]
-    return sum_in_parts(by_matrices, (uses, weights), numbers).reshape(layer.shape)
+    return sum_of_matrices(by_matrices, uses, weights, layer.size).reshape(layer.shape)
 
 
 def _in_pairs(resolved: Resolved, record: tuple[UseRecord, ...]) -> bool:
@@ -103,6 +109,16 @@ def _moments_by_pairs(
     outputs = jnp.sum(g[:, :, :, None] * g[:, :, None], axis=1)
     moments = jnp.einsum("ntuki,ntuko->kio", inputs, outputs, precision=_HIGHEST)
     return jnp.maximum(moments, 0.0)  # sums of squares, up to rounding
+
+
+def _rotated(
+    block: Block, matrices: Float[Array, "n stack rows R out"]
+) -> Float[Array, "n stack rows R out"]:
+    """Matrices side by side in the block's bases."""
+    shape, (rows, out) = matrices.shape, block.basis
+    matrices = rotate(replace(block, basis=(rows, None)), matrices.reshape(*shape[:3], -1))
+    matrices = matrices.reshape(*shape[:2], -1, shape[-1])
+    return rotate(replace(block, basis=(None, out)), matrices).reshape(shape)
 
 
 def _rotations(layer: Layer, record: tuple[UseRecord, ...], block: Block) -> tuple[Block, Block]:

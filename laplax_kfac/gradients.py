@@ -18,8 +18,12 @@ from laplax_kfac.patterns import one_hot
 from laplax_kfac.resolve import Member, Resolved
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_FORMED = 2**23
+FORMED = 2**23
 """Numbers that are formed at once from the records of several examples."""
+_CACHED = 2**20
+"""Numbers of gradient matrices that are formed at once: they should stay in a cache."""
+_COLUMNS = 16
+"""Most columns at once, for the code of a sum over them has as many terms."""
 STORED = 200
 """Multiply-adds of a large product in the time of writing a number to memory and reading it."""
 
@@ -54,13 +58,23 @@ def rotated_records(
 
 
 def gradient_matrices(
-    members: Sequence[Member], pairs: RotatedUses
+    members: Sequence[Member], uses: RotatedUses
 ) -> Float[Array, "*n R stack rows out"]:
     """``sum_t a_t g_rt^T`` of one example, or of many, over all uses of a layer."""
+    return jnp.moveaxis(gradients_side_by_side(members, uses), -2, -4)
+
+
+def gradients_side_by_side(
+    members: Sequence[Member], uses: RotatedUses
+) -> Float[Array, "*n stack rows R out"]:
+    """The same matrices in the order in which one product of an example gives them.
+
+    It is that of its inputs with the cotangents of all columns, ``a^T [g_1 ... g_R]``.
+    """
     total = jnp.zeros(())
-    for member, (a, g) in zip(members, pairs, strict=True):
+    for member, (a, g) in zip(members, uses, strict=True):
         transposed = member.claim.transposed
-        equation = "...sko,...rski->...rkio" if transposed else "...ski,...rsko->...rkio"
+        equation = "...sko,...rski->...kiro" if transposed else "...ski,...rsko->...kiro"
         total = total + jnp.einsum(equation, a, g, precision=_HIGHEST)
     return total
 
@@ -68,7 +82,7 @@ def gradient_matrices(
 def _in_basis(x: Float[Array, "..."], basis: Float[Array, "..."] | None) -> Float[Array, "..."]:
     if basis is None:
         return x
-    if basis.ndim == 2:
+    if basis.ndim == 2:  # not as a batch of one, of which XLA transposes the product
         return jnp.matmul(x, basis, precision=_HIGHEST)
     return jnp.einsum("...ki,kij->...kj", x, basis, precision=_HIGHEST)
 
@@ -112,20 +126,51 @@ def accumulate(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
 
 
-def sum_in_parts(
-    function: Callable[..., Array], examples: tuple[PyTree, ...], numbers: int
+def sum_of_matrices(
+    function: Callable[[RotatedUses, Array], Array],
+    uses: RotatedUses,
+    weights: Float[Array, " N"],
+    size: int,
 ) -> Array:
-    """Sum a function over examples, few enough at once for memory that is used again.
+    """Sum a function of gradient matrices over examples and columns, few enough for a cache.
 
     Args:
-        function: Takes examples and their weights, and returns a sum over them.
-        examples: Its arguments; examples with weight zero count nothing.
-        numbers: How many numbers it forms for an example.
+        function: (uses, weights) -> a sum of it over some examples and columns of them.
+        uses: Inputs and cotangents of all.
+        weights: Weights of the examples.
+        size: How many numbers a matrix has.
     """
-    count = jax.tree.leaves(examples)[0].shape[0]
-    parts = min(count, math.ceil(count * numbers / _FORMED))
+    columns = uses[0][1].shape[1]
+    at_once = max(1, _CACHED // size)
+    each = min(columns, at_once, _COLUMNS)
+
+    def of_examples(uses: RotatedUses, weights: Float[Array, " n"]) -> Array:
+        if each == columns:
+            return function(uses, weights)
+
+        def of_columns(*cotangents: Float[Array, "r n S stack out"]) -> Array:
+            pairs = zip(uses, cotangents, strict=True)
+            return function(tuple((a, jnp.moveaxis(g, 0, 1)) for (a, _), g in pairs), weights)
+
+        return sum_in_parts(of_columns, tuple(jnp.moveaxis(g, 1, 0) for _, g in uses), each)
+
+    return sum_in_parts(of_examples, (uses, weights), at_once // each)
+
+
+def sum_in_parts(
+    function: Callable[..., Array], arguments: tuple[PyTree, ...], at_once: int
+) -> Array:
+    """Sum a function over the leading axis of its arguments, a part of it at once.
+
+    Args:
+        function: Takes parts of the arguments, and returns a sum over them.
+        arguments: Arrays; where they are zero nothing is added.
+        at_once: Most entries of a part.
+    """
+    count = jax.tree.leaves(arguments)[0].shape[0]
+    parts = math.ceil(count / at_once)
     if parts <= 1:
-        return function(*examples)
+        return function(*arguments)
     each = math.ceil(count / parts)
     parts = math.ceil(count / each)
 
@@ -133,7 +178,7 @@ def sum_in_parts(
         padding = [(0, each * parts - count), *[(0, 0)] * (x.ndim - 1)]
         return jnp.pad(x, padding).reshape(parts, each, *x.shape[1:])
 
-    total: Array = sum_over(lambda part: function(*part), jax.tree.map(split, examples))
+    total: Array = sum_over(lambda part: function(*part), jax.tree.map(split, arguments))
     return total
 
 

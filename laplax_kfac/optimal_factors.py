@@ -15,17 +15,19 @@ from jaxtyping import Array, Float
 from laplax_kfac.capture import Record, UseRecord
 from laplax_kfac.factors import second_moment
 from laplax_kfac.gradients import (
+    FORMED,
     STORED,
     UNROTATED,
     RotatedUses,
     accumulate,
-    gradient_matrices,
+    gradients_side_by_side,
     is_lookup,
     lookup_gradients,
     num_positions,
     rotated_records,
     sum_in_parts,
     sum_into_rows,
+    sum_of_matrices,
 )
 from laplax_kfac.resolve import Resolved
 from laplax_kfac.symmetric import whole
@@ -94,14 +96,16 @@ def _contracted(
         return whole(second_moment(g, sizes[:, None, ..., None], diagonal=kept))
 
     def by_matrices(uses: RotatedUses, weights: Float[Array, " n"]) -> Array:
-        matrices = gradient_matrices(resolved.members, uses)  # (n, R, stack, rows, out)
-        matrices = matrices if side == 0 else matrices.swapaxes(-1, -2)
+        matrices = gradients_side_by_side(resolved.members, uses)
+        shape = matrices.shape
         products = weights[:, None, None, None, None] * matrices
-        if contracted:
-            products = products * factor[:, None]
+        if side == 0:
+            products = products.reshape(*shape[:2], -1, shape[-1])
+            equation = "nkirp,nkirp->ki" if kept else "nkirp,nkjrp->kij"
         else:
-            products = jnp.matmul(products, factor, precision=_HIGHEST)
-        equation = "nrkip,nrkip->ki" if kept else "nrkip,nrkjp->kij"
+            products = products.reshape(*shape[:3], -1)
+            equation = "nkirp,nkirp->kp" if kept else "nkirp,nkirq->kpq"
+        products = _multiplied(products, factor, side, diagonal=contracted).reshape(shape)
         return jnp.einsum(equation, products, matrices, precision=_HIGHEST)
 
     def by_pairs(uses: RotatedUses, weights: Float[Array, " n"]) -> Array:
@@ -116,13 +120,27 @@ def _contracted(
         return jnp.einsum(equation, outer, moved, precision=_HIGHEST)
 
     uses = rotated_records(resolved.members, record)
+    weights = weights.astype(factor.dtype)
+    if not _contracts_in_pairs(resolved, record):
+        return sum_of_matrices(by_matrices, uses, weights, layer.size)
     columns, positions = record[0].gradients.shape[1], num_positions(record)
-    numbers = {
-        by_matrices: 2 * columns * layer.size,
-        by_pairs: positions * layer.stack * (positions + layer.rows + columns * layer.out_features),
-    }
-    function = by_pairs if _contracts_in_pairs(resolved, record) else by_matrices
-    return sum_in_parts(function, (uses, weights.astype(factor.dtype)), numbers[function])
+    widths = positions + layer.rows + columns * layer.out_features
+    at_once = max(1, FORMED // (positions * layer.stack * widths))
+    return sum_in_parts(by_pairs, (uses, weights), at_once)
+
+
+def _multiplied(
+    matrices: Float[Array, "n stack rows out"],
+    factor: Float[Array, "stack p *p"],
+    side: int,
+    *,
+    diagonal: bool,
+) -> Float[Array, "n stack rows out"]:
+    """Matrices times the output factor (side 0), or the input factor times them."""
+    if diagonal:
+        return matrices * jnp.expand_dims(factor, -2 if side == 0 else -1)
+    pair = (matrices, factor) if side == 0 else (factor, matrices)
+    return jnp.matmul(*pair, precision=_HIGHEST)
 
 
 def _contracts_in_pairs(resolved: Resolved, record: tuple[UseRecord, ...]) -> bool:

@@ -19,12 +19,19 @@ Y = normal(N, OUT, seed=3)
 
 
 # What is computed is the same by either order of summation, whatever is rotated first, and in any
-# parts: with 12 positions the matrices are smaller than the positions, with 3 they are not.
+# parts: with 12 positions the matrices are smaller than the positions, with 3 they are not. At 10
+# numbers a matrix, 10 is a column at once, 45 two examples, with all of their columns.
 @pytest.mark.parametrize("positions", [3, 12])
-@pytest.mark.parametrize("by_pairs", [False, True])
-@pytest.mark.parametrize("formed", [gradients._FORMED, 80], ids=["at once", "in parts"])
+@pytest.mark.parametrize(
+    ("by_pairs", "formed"),
+    [(True, None), (True, 80), (False, None), (False, 45), (False, 10)],
+    ids=["pairs", "pairs in parts", "matrices", "of two examples", "of a column"],
+)
 def test_gradients_enter_alike_in_every_order(positions, by_pairs, formed, monkeypatch):
-    monkeypatch.setattr(gradients, "_FORMED", formed)
+    if formed is not None:
+        monkeypatch.setattr(eigenvalue_correction, "FORMED", formed)
+        monkeypatch.setattr(optimal_factors, "FORMED", formed)
+        monkeypatch.setattr(gradients, "_CACHED", formed)
     monkeypatch.setattr(eigenvalue_correction, "_in_pairs", lambda *_: by_pairs)
     monkeypatch.setattr(optimal_factors, "_contracts_in_pairs", lambda *_: by_pairs)
     x = normal(N, positions, IN)
