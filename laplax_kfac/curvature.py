@@ -216,7 +216,12 @@ class Accumulator:
         state = self.init()
         for part in data:
             compiled, arrays = self._pass(state, *weighted_batch(*part))
-            state = _added(state, compiled.statistics, compiled.add_in_place, arrays)
+            new = jax.eval_shape(compiled.statistics, arrays)
+            if not state.layers or _have_one_form(state, new):
+                state = _added(state, compiled.statistics, compiled.add_in_place, arrays)
+            else:  # images of another size may have sums of another form
+                state = factors.mirrored(state)
+                state = _added(state, compiled.whole_statistics, compiled.add, arrays)
         return factors.mirrored(state)
 
     def _pass(
@@ -470,6 +475,12 @@ def _added(
     else:
         leaves = add(leaves, arrays)
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _have_one_form(first: Statistics, second: Statistics) -> bool:
+    """Whether sums of two statistics can be added entry by entry."""
+    (ours, form), (theirs, other) = map(jax.tree.flatten, (first.sums, second.sums))
+    return bool(form == other) and [x.shape for x in ours] == [x.shape for x in theirs]
 
 
 class _Arrays(NamedTuple):
