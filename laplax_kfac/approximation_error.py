@@ -14,7 +14,7 @@ from laplax_kfac.blocks import Block, BlockDiagonal, apply
 from laplax_kfac.capture import ParameterRecord, Record, UseRecord
 from laplax_kfac.curvature import DEFAULT_BATCH_SIZE, Accumulator, Options
 from laplax_kfac.data import batches, even_batches, first_example, positive_integer
-from laplax_kfac.factors import sum_into_rows
+from laplax_kfac.gradients import sum_into_rows
 from laplax_kfac.layers import Layer
 from laplax_kfac.layout import ParameterSpace
 from laplax_kfac.matching import parse_like

@@ -47,7 +47,7 @@ class Block:
 Side = tuple[Float[Array, "*stack n"], Float[Array, "*stack n n"] | None]
 """Eigenvalues and eigenvectors of a symmetric matrix; None: those of a diagonal one."""
 _SMALL = 512
-"""Width up to which matrices of one shape are decomposed together."""
+"""Width up to which matrices are decomposed in one program, and together if of one width."""
 
 
 def block_of_sides(sides: Sequence[Side]) -> Block:
@@ -77,13 +77,20 @@ def eigh(
 
 
 def eigh_each(matrices: Sequence[Float[Array, "*stack n n"]]) -> list[Side]:
-    """`eigh` of several matrices.
+    """`eigh` of several matrices: wide ones one after the other, small ones in one program.
 
-    Small ones of one width are decomposed together, by one call that is compiled. Of large ones
-    the copies would take memory and save nothing.
+    Of a program, a CPU decomposes several at the same time, and the threads of LAPACK, which has
+    work for all of them in one wide matrix, wait for each other: up to twice the processor time.
     """
+    small = iter(_eigh_of_small([x for x in matrices if x.shape[-1] <= _SMALL]))
+    return [next(small) if x.shape[-1] <= _SMALL else _eigh_of_wide(x) for x in matrices]
+
+
+@jax.jit
+def _eigh_of_small(matrices: Sequence[Float[Array, "*stack n n"]]) -> list[Side]:
+    """Those of one width are decomposed together, by one call that is compiled."""
     found: dict[int, Side] = {}
-    for n in {x.shape[-1] for x in matrices if x.shape[-1] <= _SMALL}:
+    for n in {x.shape[-1] for x in matrices}:
         numbers = [k for k, x in enumerate(matrices) if x.shape[-1] == n]
         stacks = [matrices[k].reshape(-1, n, n) for k in numbers]
         cuts = np.cumsum([len(x) for x in stacks])[:-1]
@@ -91,7 +98,10 @@ def eigh_each(matrices: Sequence[Float[Array, "*stack n n"]]) -> list[Side]:
         for k, (values, vectors) in zip(numbers, parts, strict=True):
             shape = matrices[k].shape
             found[k] = values.reshape(shape[:-1]), vectors.reshape(shape)
-    return [found[k] if k in found else eigh(x) for k, x in enumerate(matrices)]
+    return [found[k] for k in range(len(matrices))]
+
+
+_eigh_of_wide = jax.jit(eigh)
 
 
 @jax.custom_jvp

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
-from jaxtyping import Array, Float, Key, PyTree, Shaped
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from laplax_kfac import jaxprs
 from laplax_kfac.data import Batch, as_batch, batch_size, first_example, to_arrays
@@ -442,8 +442,12 @@ def capture_batch(
     key: Key[Array, ""],
     mc_samples: int = 1,
     sketches: int | None = None,
+    window: tuple[Int[Array, ""], int] | None = None,
 ) -> list[Record]:
-    """`capture` every example of a batch; the records' leaves get a leading axis N."""
+    """`capture` every example of a batch; the records' leaves get a leading axis N.
+
+    With a window (first column, number) only these columns are pulled back; zeros beyond the last.
+    """
 
     def one(
         example: tuple[PyTree, PyTree, Key[Array, ""]], *, sequential: bool = False
@@ -451,9 +455,10 @@ def capture_batch(
         x, y, key = example
 
         def vectors(f: PyTree) -> PyTree:
-            return columns(
+            everything = columns(
                 likelihood, fisher_type, f, y, key=key, mc_samples=mc_samples, sketches=sketches
             )
+            return everything if window is None else _in_window(everything, *window)
 
         # Sketches are there to avoid as many pullbacks as there are unit vectors.
         sketched = sketches is not None and sketches < num_columns(
@@ -467,6 +472,14 @@ def capture_batch(
 
     keys = jax.random.split(key, batch_size(batch))
     return map_examples(one, (batch["input"], batch["target"], keys))
+
+
+def _in_window(vectors: PyTree, first: Int[Array, ""], number: int) -> PyTree:
+    def cut(v: Float[Array, "R *output"]) -> Float[Array, "number *output"]:
+        padded = jnp.pad(v, [(0, number), *[(0, 0)] * (v.ndim - 1)])
+        return lax.dynamic_slice_in_dim(padded, first, number)
+
+    return jax.tree.map(cut, vectors)
 
 
 def map_examples(

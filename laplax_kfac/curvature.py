@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 from tqdm import tqdm
 
-from laplax_kfac import factors, fingerprint, jaxprs
+from laplax_kfac import factors, fingerprint, jaxprs, optimal_factors
 from laplax_kfac.blocks import BlockDiagonal
 from laplax_kfac.capture import Record, capture_batch, record_size
 from laplax_kfac.data import (
@@ -32,7 +32,9 @@ from laplax_kfac.data import (
     weighted_batch,
 )
 from laplax_kfac.data import batch_size as size_of
+from laplax_kfac.eigenvalue_correction import corrected_eigenvalues
 from laplax_kfac.factors import KFAC_APPROXIMATIONS, KfacApprox, Statistics
+from laplax_kfac.gradients import sum_over
 from laplax_kfac.layers import Layer
 from laplax_kfac.likelihood import (
     FISHER_TYPES,
@@ -55,6 +57,8 @@ RECORD_BYTES = 2**30
 """Most memory for the records of a batch; larger batches are worked on in parts."""
 REUSED_BYTES = 2**25
 """Memory for records that a CPU gets from one batch to the next without new pages."""
+_TOGETHER = 8
+"""A CPU works on so many examples at once, as entries of a vector."""
 
 
 @jax.tree_util.register_dataclass
@@ -258,9 +262,13 @@ class Accumulator:
         if jax.default_backend() != "cpu":
             return most
         program = self._compiled(batch).program
+        columns = _num_columns(program, self.options, batch)
         sums = sum(sum_bytes(layer) for layer in program.layers)
         room = max(REUSED_BYTES, 4 * sums)
-        return max(1, min(most, room // max(1, _record_bytes(program, self.options, batch))))
+        examples = room // max(1, _record_bytes(program, columns))
+        if examples >= most:
+            return most
+        return max(1, examples // _TOGETHER * _TOGETHER or examples)
 
     def finalize(self, state: Statistics) -> Curvature:
         """The curvature of all data seen.
@@ -295,9 +303,9 @@ class Accumulator:
         factors.require_data(state)
         old_inputs, outputs = factors.kronecker_factors(state)
         for _ in range(iterations):
-            inputs = self._half_step(factors.over_outputs, passes(), outputs)
-            outputs = self._half_step(factors.over_inputs, passes(), inputs)
-            if factors.same_directions(old_inputs, inputs):
+            inputs = self._half_step(optimal_factors.over_outputs, passes(), outputs)
+            outputs = self._half_step(optimal_factors.over_inputs, passes(), inputs)
+            if optimal_factors.same_directions(old_inputs, inputs):
                 break
             old_inputs = inputs
         else:
@@ -313,7 +321,7 @@ class Accumulator:
     ) -> list[Array | None]:
         contracted = self.total(contract, data, others)
         return [
-            None if new is None or other is None else factors.over_squared_norm(new, other)
+            None if new is None or other is None else optimal_factors.over_squared_norm(new, other)
             for new, other in zip(contracted, others, strict=True)
         ]
 
@@ -324,7 +332,7 @@ class Accumulator:
             curvature: The curvature of the same data.
             data: The same batches with their weights, once more.
         """
-        moments = self.total(factors.corrected_eigenvalues, data, curvature.blocks)
+        moments = self.total(corrected_eigenvalues, data, curvature.blocks)
         blocks = tuple(
             replace(block, eigenvalues=m) if layer.block == "kronecker" else block
             for layer, block, m in zip(curvature.layers, curvature.blocks, moments, strict=True)
@@ -493,14 +501,29 @@ class _Arrays(NamedTuple):
     key: Key[Array, ""]
 
 
-def _record_bytes(program: Program, options: Options, batch: Batch) -> int:
-    """Memory for the records of one example."""
+def _num_columns(program: Program, options: Options, batch: Batch) -> int:
+    """How many vectors are pulled back for one example."""
     target = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape[1:], y.dtype), batch["target"])
-    pulled = num_columns(
+    return num_columns(
         options.likelihood, options.fisher_type, program.output, target, options.mc_samples,
         options.sketches,
     )  # fmt: skip
-    return 4 * sum(record_size(layer, pulled) for layer in program.layers)
+
+
+def _columns_at_once(program: Program, options: Options, columns: int) -> int:
+    """All columns, unless the records of one example are larger than `RECORD_BYTES` then."""
+    if _record_bytes(program, columns) <= RECORD_BYTES or (
+        program.custom_vjp and options.fisher_type == "type2"  # may pull all unit vectors back
+    ):
+        return columns
+    without = _record_bytes(program, 0)
+    each = _record_bytes(program, 1) - without
+    return min(columns, max(1, (RECORD_BYTES - without) // max(1, each)))
+
+
+def _record_bytes(program: Program, columns: int) -> int:
+    """Memory for the records of one example."""
+    return 4 * sum(record_size(layer, columns) for layer in program.layers)
 
 
 def sum_bytes(layer: Layer) -> int:
@@ -518,15 +541,18 @@ def _zeros(shapes: Any) -> Any:
 def _total(
     program: Program, options: Options, of_records: OfRecords, arrays: _Arrays, *operands: Any
 ) -> Any:
-    def sums(records: list[Record], weights: Float[Array, " n"]) -> Any:
+    def sums(records: list[Record], weights: Float[Array, " n"], _: Float[Array, " n"]) -> Any:
         return of_records(program.resolved, records, weights, *operands)
 
     return _summed(program, options, arrays, sums)
 
 
 def _statistics(program: Program, options: Options, arrays: _Arrays) -> Statistics:
-    def sums(records: list[Record], weights: Float[Array, " n"]) -> Any:
-        return factors.batch_sums(program.resolved, records, weights, options.kfac_approx_for)
+    def sums(
+        records: list[Record], weights: Float[Array, " n"], input_weights: Float[Array, " n"]
+    ) -> Any:
+        approximation = options.kfac_approx_for
+        return factors.batch_sums(program.resolved, records, weights, approximation, input_weights)
 
     total = _summed(program, options, arrays, sums)
     count, updates = jnp.sum(arrays.weights), jnp.ones((), jnp.int32)
@@ -537,36 +563,49 @@ def _summed(
     program: Program,
     options: Options,
     arrays: _Arrays,
-    of_records: Callable[[list[Record], Float[Array, " n"]], Any],
+    of_records: Callable[[list[Record], Float[Array, " n"], Float[Array, " n"]], Any],
 ) -> Any:
-    """Sum over a batch, in parts whose records stay below `RECORD_BYTES`, or of one example."""
+    """Sum over a batch, in parts whose records stay below `RECORD_BYTES`.
+
+    A part has at least one example; if the records of one are larger, some columns of it.
+
+    Args:
+        program: The parsed model.
+        options: What is pulled back.
+        arrays: The batch, and what else the pass works on.
+        of_records: Takes records, the weights of their examples, and those of their inputs: these
+            are zeros with all columns of an example but the first.
+    """
     leaves, consts, batch, weights, key = arrays
+    size, columns = size_of(batch), _num_columns(program, options, batch)
+    at_once = _columns_at_once(program, options, columns)
 
-    def sums(batch: Batch, weights: Float[Array, " n"], key: Key[Array, ""]) -> Any:
-        records = capture_batch(
-            program, leaves, consts, batch, options.likelihood, options.fisher_type,
-            key=key, mc_samples=options.mc_samples, sketches=options.sketches,
-        )  # fmt: skip
-        return of_records(records, weights)
+    def sums(part: tuple[Batch, Float[Array, " n"], Key[Array, ""]]) -> Any:
+        batch, weights, key = part
 
-    size = size_of(batch)
-    records = _record_bytes(program, options, batch)
+        def of_window(first: Int[Array, ""] | None) -> Any:
+            records = capture_batch(
+                program, leaves, consts, batch, options.likelihood, options.fisher_type,
+                key=key, mc_samples=options.mc_samples, sketches=options.sketches,
+                window=None if first is None else (first, at_once),
+            )  # fmt: skip
+            return of_records(
+                records, weights, weights if first is None else weights * (first == 0)
+            )
+
+        if at_once == columns:
+            return of_window(None)
+        return sum_over(of_window, jnp.arange(0, columns, at_once))
+
+    records = _record_bytes(program, at_once)
     parts = min(size, max(1, math.ceil(records * size / RECORD_BYTES)))
     if parts == 1:
-        return sums(batch, weights, key)
+        return sums((batch, weights, key))
     each = math.ceil(size / parts)
     padded, _ = pad(batch, each * parts)
     weights = jnp.concatenate([weights, jnp.zeros(each * parts - size, weights.dtype)])
     split = jax.tree.map(lambda x: x.reshape(parts, each, *x.shape[1:]), (padded, weights))
-    keys = jax.random.split(key, parts)
-
-    def add(total: Any, part: Any) -> tuple[Any, None]:
-        (batch, weights), key = part
-        return jax.tree.map(jnp.add, total, sums(batch, weights, key)), None
-
-    (first_batch, first_weights), first_key = jax.tree.map(lambda x: x[0], (split, keys))
-    rest = jax.tree.map(lambda x: x[1:], (split, keys))
-    return jax.lax.scan(add, sums(first_batch, first_weights, first_key), rest)[0]
+    return sum_over(sums, (*split, jax.random.split(key, parts)))
 
 
 def accumulator(

@@ -37,7 +37,7 @@ from laplax_kfac.capture import (
 )
 from laplax_kfac.curvature import RECORD_BYTES, REUSED_BYTES, sum_bytes
 from laplax_kfac.data import batch_size, even_batches, pad, positive_integer
-from laplax_kfac.factors import gradient_matrices, rotated_records
+from laplax_kfac.gradients import gradient_matrices, rotated_records
 from laplax_kfac.layers import Layer
 from laplax_kfac.parser import ModelFn, Program
 from laplax_kfac.resolve import Resolved

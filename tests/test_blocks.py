@@ -121,15 +121,16 @@ def test_eigenvalues_of_a_semidefinite_matrix_are_never_negative():
         assert eigh(noisy)[0].min() == 0
 
 
-def test_small_matrices_of_one_width_are_decomposed_together(monkeypatch):
+def test_small_matrices_of_one_width_are_decomposed_together_in_a_program(monkeypatch):
     monkeypatch.setattr(blocks, "_SMALL", 4)
     matrices = [A, AS, P, 2 * A, B]
     jaxpr = jax.make_jaxpr(lambda *m: eigh_each(m))(*matrices)
     assert str(jaxpr).count("= eigh[") == 2 * 2 + 1  # A's, B: each for a CPU and others; P: alone
-    for one, (values, vectors) in zip(matrices, jax.jit(eigh_each)(matrices), strict=True):
-        assert values.shape == one.shape[:-1]
-        again = np.einsum("...ij,...j,...kj->...ik", vectors, values, vectors)
-        np.testing.assert_allclose(again, one, **tolerance(jnp.float64))
+    for found in (jax.jit(eigh_each)(matrices), eigh_each(matrices)):  # together, one by one
+        for one, (values, vectors) in zip(matrices, found, strict=True):
+            assert values.shape == one.shape[:-1]
+            again = np.einsum("...ij,...j,...kj->...ik", vectors, values, vectors)
+            np.testing.assert_allclose(again, one, **tolerance(jnp.float64))
 
 
 def test_the_asymmetric_part_of_a_matrix_is_ignored():

@@ -675,6 +675,71 @@ def test_working_in_parts_changes_nothing(fisher_type, examples, monkeypatch):
         np.testing.assert_allclose(got, expected, **tolerance(jnp.float64))
 
 
+TIED = {"embedding": normal(5, 3, seed=6), "w": normal(3, 3, seed=7)}
+
+
+def tied(input, params):
+    """An embedding of two tokens that is used once more, transposed, for the logits."""
+    tokens = params["embedding"][input]
+    return jnp.mean(jnp.tanh(tokens @ params["w"]), axis=0) @ params["embedding"].T
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fisher_type": "type2"},
+        {"fisher_type": "type2", "eigenvalue_correction": True},
+        {"fisher_type": "mc", "mc_samples": 5},
+    ],
+    ids=["type2", "ekfac", "mc"],
+)
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_working_in_some_columns_of_an_example_changes_nothing(
+    options, kfac_approx, at_once, monkeypatch
+):
+    data = np.asarray([[0, 1], [4, 2], [3, 3]]), np.asarray([1, 0, 4])
+    weights = np.asarray([1.0, 2.0, 0.5])
+
+    def fit():
+        return laplax_kfac.kfac(
+            tied,
+            TIED,
+            (*data, weights),
+            loss_fn="cross_entropy",
+            kfac_approx=kfac_approx,
+            **options,
+        )
+
+    whole = fit()  # five or four columns: of the last window some are zeros
+    monkeypatch.setattr("laplax_kfac.curvature._columns_at_once", lambda *_: at_once)
+    monkeypatch.setattr("laplax_kfac.curvature.RECORD_BYTES", 2**20)  # not compiled before
+    for got, expected in zip(*(to_dense(c) for c in (fit(), whole)), strict=True):
+        assert np.abs(got).max() > 0
+        np.testing.assert_allclose(got, expected, **tolerance(jnp.float64))
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+def test_records_of_one_example_are_bounded_too(columns, monkeypatch):
+    tokens, width, classes = 50, 20, 10
+    params = layers(3, width, classes)
+
+    def pooled(input, params):
+        hidden = jnp.tanh(input @ params["l0"]["w"] + params["l0"]["b"])
+        return jnp.mean(hidden, axis=0) @ params["l1"]["w"] + params["l1"]["b"]
+
+    def largest():
+        fit = jax.make_jaxpr(
+            lambda *data: laplax_kfac.kfac(pooled, params, data, loss_fn="cross_entropy")
+        )
+        return max(sizes(fit(normal(1, tokens, 3), np.zeros(1, int)).jaxpr))
+
+    assert largest() >= (classes - 1) * tokens * width
+    inputs, column = tokens * 4 + width + 1, tokens * width + classes
+    monkeypatch.setattr("laplax_kfac.curvature.RECORD_BYTES", 4 * (inputs + columns * column))
+    assert largest() <= columns * tokens * width
+
+
 def test_parts_and_batches_and_weights_go_together(monkeypatch):
     x, y = normal(7, 4, seed=1), np.arange(7) % 3
     weights = np.asarray([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0])

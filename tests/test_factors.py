@@ -10,8 +10,7 @@ from conftest import tolerance
 from matrices import normal, positive
 
 import laplax_kfac
-from laplax_kfac import factors, patterns
-from laplax_kfac.blocks import Block
+from laplax_kfac import patterns
 from laplax_kfac.factors import nearest_kronecker
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -43,45 +42,6 @@ def output_jacobians():
     """d f / d z for every example, shape (N, C, S, OUT), and the outputs f."""
     z = X @ PARAMS["w"] + PARAMS["b"]
     return np.asarray(jax.vmap(jax.jacrev(attend))(z)), np.asarray(jax.vmap(attend)(z))
-
-
-# What is computed is the same by either order of summation, whatever is rotated first, and in any
-# parts: with 12 positions the matrices are smaller than the positions, with 3 they are not.
-@pytest.mark.parametrize("positions", [3, 12])
-@pytest.mark.parametrize("by_pairs", [False, True])
-@pytest.mark.parametrize("formed", [factors._FORMED, 80], ids=["at once", "in parts"])
-def test_gradients_enter_alike_in_every_order(positions, by_pairs, formed, monkeypatch):
-    monkeypatch.setattr(factors, "_FORMED", formed)
-    for choice in ("_in_pairs", "_contracts_in_pairs"):
-        monkeypatch.setattr(factors, choice, lambda *_: by_pairs)
-    x = normal(N, positions, IN)
-
-    def of_outputs(z):
-        return jnp.sum(jnp.tanh(z) * jnp.arange(1.0, positions + 1)[:, None], axis=0) + z[0] * z[1]
-
-    def model_fn(input, params):
-        return of_outputs(input @ params["w"] + params["b"])
-
-    cotangents = np.sqrt(2.0) * jax.vmap(jax.jacrev(of_outputs))(x @ PARAMS["w"] + PARAMS["b"])
-    inputs = np.concatenate([x, np.ones((N, positions, 1))], axis=-1)
-    weights = np.arange(1.0, N + 1)
-    gradients = np.einsum("nti,nrto->nrio", inputs, cotangents)  # examples, columns, rows, outputs
-    acc = laplax_kfac.accumulator(model_fn, PARAMS, loss_fn="mse")
-    data = [({"input": x, "target": Y}, jnp.asarray(weights))]
-    u, v = (np.linalg.qr(normal(k, k))[0] for k in (IN + 1, OUT))
-    block = Block((jnp.asarray(u), jnp.asarray(v)), jnp.zeros(()))
-    a, b = positive(IN + 1), positive(OUT)
-
-    rotated = np.einsum("ij,nrio,op->nrjp", u, gradients, v)
-    (found,) = acc.total(factors.corrected_eigenvalues, data, (block,))
-    expected = np.einsum("n,nrio->io", weights, rotated**2)
-    np.testing.assert_allclose(found, expected, **tolerance(jnp.float64))
-    (found,) = acc.total(factors.over_outputs, data, (b[None],))
-    expected = np.einsum("n,nrio,op,nrjp->ij", weights, gradients, b, gradients)
-    np.testing.assert_allclose(found[0], expected, **tolerance(jnp.float64))
-    (found,) = acc.total(factors.over_inputs, data, (a[None],))
-    expected = np.einsum("n,nrio,ij,nrjp->op", weights, gradients, a, gradients)
-    np.testing.assert_allclose(found[0], expected, **tolerance(jnp.float64))
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
