@@ -129,7 +129,7 @@ def second_moment(
     ]
     zeros = [jnp.zeros(s.shape, s.dtype) for s in jax.eval_shape(products, *(x[0] for x in split))]
 
-    def add(total: Sequence[Array], part: tuple[Array, Array]) -> tuple[list[Array], None]:
+    def add(total: list[Array], part: tuple[Array, ...]) -> tuple[list[Array], None]:
         return list(map(jnp.add, total, products(*part))), None
 
     return SharedTiles(tuple(lax.scan(add, zeros, tuple(split))[0]), plan.sums)

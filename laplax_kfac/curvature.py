@@ -487,8 +487,8 @@ def _added(
 
 def _have_one_form(first: Statistics, second: Statistics) -> bool:
     """Whether sums of two statistics can be added entry by entry."""
-    (ours, form), (theirs, other) = map(jax.tree.flatten, (first.sums, second.sums))
-    return bool(form == other) and [x.shape for x in ours] == [x.shape for x in theirs]
+    ours, theirs = (jax.tree.map(lambda x: x.shape, s.sums) for s in (first, second))
+    return bool(ours == theirs)
 
 
 class _Arrays(NamedTuple):
