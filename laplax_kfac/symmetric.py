@@ -23,6 +23,8 @@ _WIDE = 384
 _TILE = 208
 """Width of a tile: a multiple of the registers of matrix products, and not of a large power of two,
 at which the rows of an array share their place in a cache."""
+_SLOW = 64
+"""Width at which a product takes twice as long on a CPU as at the next."""
 _MOST = 6
 """Most tiles along a side: those of wider matrices are wider."""
 
@@ -71,6 +73,9 @@ def _spans(width: int) -> list[tuple[int, int]]:
 
 def self_product(x: Float[Array, "n p"]) -> Symmetric:
     """x^T x at full precision, by tiles if it is wide."""
+    width = x.shape[1]
+    if width == _SLOW and jax.default_backend() == "cpu":
+        return self_product(jnp.pad(x, ((0, 0), (0, 1))))[:width, :width]
     parts = [x[:, left:right] for left, right in _spans(x.shape[1])]
     rows = tuple(
         tuple(jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST) for b in parts[k:])
