@@ -209,7 +209,7 @@ class Accumulator:
         """
         batch, weights = weighted_batch(to_arrays(as_batch(batch)), weights)
         compiled, arrays = self._pass(state, batch, weights)
-        return _added(state, compiled.whole_statistics, compiled.add, arrays)
+        return _added(state, compiled, arrays)
 
     def collect(self, data: Iterable[WeightedBatch]) -> Statistics:
         """Statistics of all data: updates from the first, but in place.
@@ -220,12 +220,7 @@ class Accumulator:
         state = self.init()
         for part in data:
             compiled, arrays = self._pass(state, *weighted_batch(*part))
-            new = jax.eval_shape(compiled.statistics, arrays)
-            if not state.layers or _have_one_form(state, new):
-                state = _added(state, compiled.statistics, compiled.add_in_place, arrays)
-            else:  # images of another size may have sums of another form
-                state = factors.mirrored(state)
-                state = _added(state, compiled.whole_statistics, compiled.add, arrays)
+            state = _added(state, compiled, arrays, in_place=True)
         return factors.mirrored(state)
 
     def _pass(
@@ -467,16 +462,18 @@ def _of_loss(program: Program, options: Options, target: PyTree) -> Hashable:
 
 
 def _added(
-    state: Statistics,
-    statistics: Callable[..., Statistics],
-    add: Callable[..., list[Array]],
-    arrays: "_Arrays",
+    state: Statistics, compiled: _Compiled, arrays: "_Arrays", *, in_place: bool = False
 ) -> Statistics:
     """A state and the statistics of one batch more."""
+    statistics, add = compiled.whole_statistics, compiled.add
+    if in_place:
+        statistics, add = compiled.statistics, compiled.add_in_place
     new = jax.eval_shape(statistics, arrays)
     if not state.layers:
         state = _zeros(new)
     factors.require_same_blocks(state, new)
+    if in_place and not _have_one_form(state, new):  # those of images of another size may differ
+        return _added(factors.mirrored(state), compiled, arrays)
     leaves, treedef = jax.tree.flatten(state)
     if jaxprs.is_traced((leaves, arrays)):  # nothing can be changed in place
         leaves = list(map(jnp.add, leaves, jax.tree.leaves(statistics(arrays))))

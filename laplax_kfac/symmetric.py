@@ -75,7 +75,8 @@ def self_product(x: Float[Array, "n p"]) -> Symmetric:
     """x^T x at full precision, by tiles if it is wide."""
     width = x.shape[1]
     if width == _SLOW and jax.default_backend() == "cpu":
-        return self_product(jnp.pad(x, ((0, 0), (0, 1))))[:width, :width]
+        wider = jnp.pad(x, ((0, 0), (0, 1)))
+        return jnp.matmul(wider.T, wider, precision=jax.lax.Precision.HIGHEST)[:width, :width]
     parts = [x[:, left:right] for left, right in _spans(x.shape[1])]
     rows = tuple(
         tuple(jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST) for b in parts[k:])

@@ -86,11 +86,14 @@ def test_images_of_several_sizes_share_a_layer(monkeypatch):
         for size in (8, 9, 2, 8)
     ]
     accumulator = laplax_kfac.accumulator(convolved, params, loss_fn="mse")
-    forms = []
+    forms: list[bool] = []
     have_one_form = curvature._have_one_form
-    monkeypatch.setattr(
-        curvature, "_have_one_form", lambda *s: forms.append(have_one_form(*s)) or forms[-1]
-    )
+
+    def noted(*states):
+        forms.append(have_one_form(*states))
+        return forms[-1]
+
+    monkeypatch.setattr(curvature, "_have_one_form", noted)
     found: Any = accumulator.collect((batch, jnp.ones(8)) for batch in batches)
     assert forms == [True, False, False]  # few windows are formed; from then on sums are whole
     expected = accumulator.init()
