@@ -64,6 +64,10 @@ def test_where_it_is_cheaper():
     assert not correlation.is_cheaper(SAME, (8, 8, 8, 15))
     for axis in (Axis(8, 3, dilation=2), Axis(8, 3, spread=2), Axis(2, 3), Axis(40, 33)):
         assert not correlation.is_cheaper((axis,), (8, 8, 16))
+    small = (Axis(4, 3, padding=(1, 1)),) * 2
+    assert not correlation.is_cheaper(small, (8, 4, 4, 16))
+    with jax.enable_x64(False):
+        assert correlation.is_cheaper(small, (8, 4, 4, 16))
     # Too many edges, more work than by rows.
     assert not correlation.is_cheaper((Axis(28, 5),) * 2, (8, 28, 28, 16))
     assert not correlation.is_cheaper((Axis(3, 3), Axis(4, 4)), (8, 3, 4, 16))
@@ -95,7 +99,12 @@ def test_images_of_several_sizes_share_a_layer(monkeypatch):
 
     monkeypatch.setattr(curvature, "_have_one_form", noted)
     found: Any = accumulator.collect((batch, jnp.ones(8)) for batch in batches)
-    assert forms == [True, False, False]  # few windows are formed; from then on sums are whole
+    assert forms == [
+        True,
+        True,
+        False,
+        False,
+    ]  # few windows are formed; from then on sums are whole
     expected = accumulator.init()
     for batch in batches:
         expected = accumulator.update(expected, batch)
