@@ -57,6 +57,8 @@ RECORD_BYTES = 2**30
 """Most memory for the records of a batch; larger batches are worked on in parts."""
 REUSED_BYTES = 2**25
 """Memory for records that a CPU gets from one batch to the next without new pages."""
+_TOGETHER = 8
+"""A CPU works on so many examples at once, as entries of a vector."""
 
 
 @jax.tree_util.register_dataclass
@@ -207,7 +209,7 @@ class Accumulator:
         """
         batch, weights = weighted_batch(to_arrays(as_batch(batch)), weights)
         compiled, arrays = self._pass(state, batch, weights)
-        return _added(state, compiled.whole_statistics, compiled.add, arrays)
+        return _added(state, compiled, arrays)
 
     def collect(self, data: Iterable[WeightedBatch]) -> Statistics:
         """Statistics of all data: updates from the first, but in place.
@@ -218,7 +220,7 @@ class Accumulator:
         state = self.init()
         for part in data:
             compiled, arrays = self._pass(state, *weighted_batch(*part))
-            state = _added(state, compiled.statistics, compiled.add_in_place, arrays)
+            state = _added(state, compiled, arrays, in_place=True)
         return factors.mirrored(state)
 
     def _pass(
@@ -258,7 +260,10 @@ class Accumulator:
         columns = _num_columns(program, self.options, batch)
         sums = sum(sum_bytes(layer) for layer in program.layers)
         room = max(REUSED_BYTES, 4 * sums)
-        return max(1, min(most, room // max(1, _record_bytes(program, columns))))
+        examples = room // max(1, _record_bytes(program, columns))
+        if examples >= most:
+            return most
+        return max(1, examples // _TOGETHER * _TOGETHER or examples)
 
     def finalize(self, state: Statistics) -> Curvature:
         """The curvature of all data seen.
@@ -457,22 +462,30 @@ def _of_loss(program: Program, options: Options, target: PyTree) -> Hashable:
 
 
 def _added(
-    state: Statistics,
-    statistics: Callable[..., Statistics],
-    add: Callable[..., list[Array]],
-    arrays: "_Arrays",
+    state: Statistics, compiled: _Compiled, arrays: "_Arrays", *, in_place: bool = False
 ) -> Statistics:
     """A state and the statistics of one batch more."""
+    statistics, add = compiled.whole_statistics, compiled.add
+    if in_place:
+        statistics, add = compiled.statistics, compiled.add_in_place
     new = jax.eval_shape(statistics, arrays)
     if not state.layers:
         state = _zeros(new)
     factors.require_same_blocks(state, new)
+    if in_place and not _have_one_form(state, new):  # those of images of another size may differ
+        return _added(factors.mirrored(state), compiled, arrays)
     leaves, treedef = jax.tree.flatten(state)
     if jaxprs.is_traced((leaves, arrays)):  # nothing can be changed in place
         leaves = list(map(jnp.add, leaves, jax.tree.leaves(statistics(arrays))))
     else:
         leaves = add(leaves, arrays)
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _have_one_form(first: Statistics, second: Statistics) -> bool:
+    """Whether sums of two statistics can be added entry by entry."""
+    ours, theirs = (jax.tree.map(lambda x: x.shape, s.sums) for s in (first, second))
+    return bool(ours == theirs)
 
 
 class _Arrays(NamedTuple):

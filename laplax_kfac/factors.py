@@ -36,7 +36,7 @@ from laplax_kfac.gradients import (
 from laplax_kfac.layers import Layer
 from laplax_kfac.layout import ParameterSpace
 from laplax_kfac.resolve import Claim, Member, Resolved
-from laplax_kfac.symmetric import Symmetric, UpperTiles, self_product, upper_tiles, whole
+from laplax_kfac.symmetric import Symmetric, Tiled, bordered, self_product, upper_tiles, whole
 
 KfacApprox = Literal["expand", "reduce"]
 KFAC_APPROXIMATIONS = ("expand", "reduce")
@@ -134,7 +134,7 @@ def mirrored(statistics: Statistics) -> Statistics:
 
 
 def _is_tiled(x: Any) -> bool:
-    return isinstance(x, UpperTiles)
+    return isinstance(x, Tiled)
 
 
 def batch_sums(
@@ -182,6 +182,9 @@ def _layer_sums(
         _use_sums(resolved.layer, m, r, weights, input_weights, kfac_approx)
         for m, r in zip(resolved.members, record, strict=True)
     ]
+    if len(sums) > 1:  # in one form, whatever they were formed from
+        retiled = lambda x: upper_tiles(x) if _is_tiled(x) else x  # noqa: E731
+        sums = jax.tree.map(retiled, sums, is_leaf=_is_tiled)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *sums)
 
 
@@ -241,7 +244,7 @@ def _use_sums(
     if claim.indexed:
         inputs = sum_into_rows(claim.ids.shape[1], a[..., 0], input_weights[:, None, None] * shares)
     elif kfac_approx == "expand" and _has_moments(claim) and not diagonal[0]:
-        inputs = upper_tiles(_moment_of_operands(member, record.operands, input_weights, count))
+        inputs = _moment_of_operands(member, record.operands, input_weights, count)
     else:
         inputs = second_moment(a, input_weights[:, None, None, None], diagonal=diagonal[0])
     if g.shape[1] == 0:
@@ -271,15 +274,15 @@ def _moment_of_operands(
     operands: tuple[Array, ...],
     weights: Float[Array, " N"],
     count: Float[Array, " stack"],
-) -> Float[Array, "stack rows rows"]:
+) -> Symmetric:
     """Weighted sum of a a^T for every stack index, where the inputs a need not be formed."""
     assert member.claim.moments is not None
     second, first = member.claim.moments(tuple(map(accumulate, operands)), weights)
-    if member.joint_bias is None:
-        return second
-    edge = member.joint_bias * first[..., None]
-    corner = member.joint_bias**2 * count[:, None, None]
-    return jnp.block([[second, edge], [edge.swapaxes(1, 2), corner]])
+    if member.joint_bias is not None:
+        corner = member.joint_bias**2 * count[:, None]
+        border = jnp.concatenate([member.joint_bias * first, corner], axis=-1)
+        second = bordered(second, border)
+    return second if isinstance(second, Tiled) else upper_tiles(second)
 
 
 @jax.custom_jvp

@@ -34,13 +34,14 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Float, Int, Shaped
 
-from laplax_kfac import jaxprs, windows
+from laplax_kfac import correlation, jaxprs, windows
+from laplax_kfac.symmetric import Symmetric
 
 _HIGHEST = lax.Precision.HIGHEST
 _LEAST_WORK = 2**17
 """Multiply-adds that windows' products take an image, from which more is won than compiled."""
 
-Moments = Callable[[tuple[Any, ...], Float[Array, " N"]], tuple[Array, Array]]
+Moments = Callable[[tuple[Any, ...], Float[Array, " N"]], tuple[Symmetric, Array]]
 """(Other operands with examples in front, their weights) -> see `Pattern.moments`."""
 
 
@@ -291,8 +292,11 @@ def _conv_moments(eqn: JaxprEqn, operand: int) -> Moments | None:
         total = _conv_inputs(eqn, operand, (jnp.tensordot(weights, x, 1, precision=_HIGHEST),))
         images = jax.vmap(lambda x: _channels_last(eqn, x))(x)
         weights = jnp.repeat(weights, images.shape[1])
-        second = windows.second_moment(axes, images.reshape(-1, *images.shape[2:]), weights)
-        return second[None], jnp.sum(total, axis=0)
+        images = images.reshape(-1, *images.shape[2:])
+        cheaper = correlation.is_cheaper(axes, images.shape)
+        second_moment = correlation.second_moment if cheaper else windows.second_moment
+        second: Symmetric = second_moment(axes, images, weights)
+        return jax.tree.map(lambda part: part[None], second), jnp.sum(total, axis=0)
 
     return moments
 

@@ -24,6 +24,8 @@ from laplax_kfac import jaxprs
 
 _LARGEST_WINDOW = 64
 """Entries of the largest window that is unrolled."""
+_MOST_PHASES = 16
+"""Convolutions that one with strides is taken apart to."""
 
 
 Evaluate = Callable[[Sequence[Any]], list[Any]]
@@ -209,11 +211,64 @@ def _convolve_jvp(
     y = _convolve(options, x, kernel)
     terms = []
     if not isinstance(dx, SymbolicZero):
-        exchanged = kernel.swapaxes(-1, -2)
-        terms.append(_convolve_plainly(options, dx, exchanged, exchanged=True))
+        terms.append(_convolve_by_phases(options, dx, kernel.swapaxes(-1, -2)))
     if not isinstance(dkernel, SymbolicZero):
         terms.append(_convolve_plainly(options, x, dkernel))
     return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
+
+
+def _convolve_by_phases(
+    options: _Options, x: Float[Array, "n *space in"], kernel: Float[Array, "*window out in"]
+) -> Float[Array, "n *positions out"]:
+    """With strides, a sum of convolutions without, of entries of the images a stride apart.
+
+    So are the pullbacks then, where XLA would spread the cotangent by zeros and move over these.
+    """
+    strides = options.window_strides
+    spread = {*options.lhs_dilation, *options.rhs_dilation} != {1}
+    if not 1 < math.prod(strides) <= _MOST_PHASES or spread:
+        return _convolve_plainly(options, x, kernel, exchanged=True)
+    positions = jax.eval_shape(
+        functools.partial(_convolve_plainly, options, exchanged=True), x, kernel
+    ).shape[1:-1]
+    phases: dict[tuple[int, ...], Array] = {(): x}
+    for axis, stride in enumerate(strides):
+        phases = {
+            (*phase, k): part
+            for phase, entries in phases.items()
+            for k, part in enumerate(_every(stride, entries, axis + 1))
+        }
+    terms = []
+    for phase, entries in phases.items():
+        places, padding = [], []
+        for k, stride, (before, _), window, size, count in zip(
+            phase,
+            strides,
+            options.padding,
+            kernel.shape,
+            entries.shape[1:],
+            positions,
+            strict=False,
+        ):
+            first = (k + before) % stride  # of the window's places that meet these entries
+            steps = len(range(first, window, stride))
+            least = (first - before - k) // stride
+            places.append(slice(first, None, stride))
+            padding.append((-least, count - 1 + least + steps - size))
+        part = kernel[tuple(places)]
+        if part.size:
+            plain = replace(options, window_strides=(1,) * len(strides), padding=tuple(padding))
+            terms.append(_convolve_plainly(plain, entries, part, exchanged=True))
+    return functools.reduce(jnp.add, terms)
+
+
+def _every(stride: int, x: Float[Array, "..."], axis: int) -> list[Float[Array, "..."]]:
+    """Entries a stride apart along an axis, from each of the first; zeros fill the last ones up."""
+    config = [(0, 0, 0)] * x.ndim
+    config[axis] = (0, -x.shape[axis] % stride, 0)
+    x = lax.pad(x, jnp.zeros((), x.dtype), config)
+    x = x.reshape(*x.shape[:axis], -1, stride, *x.shape[axis + 1 :])
+    return [part.squeeze(axis + 1) for part in jnp.split(x, stride, axis + 1)]
 
 
 def _convolve_plainly(

@@ -5,18 +5,26 @@ above the diagonal of a wide one are formed by themselves; sums over batches kee
 that half the memory is moved with every batch, and are mirrored once, at the end.
 """
 
+import functools
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
+
+from laplax_kfac import jaxprs
 
 _WIDE = 384
 """Width from which tiles pay."""
 _TILE = 208
 """Width of a tile: a multiple of the registers of matrix products, and not of a large power of two,
 at which the rows of an array share their place in a cache."""
+_SLOW = 64
+"""Width at which a product takes twice as long on a CPU as at the next."""
 _MOST = 6
 """Most tiles along a side: those of wider matrices are wider."""
 
@@ -33,7 +41,25 @@ class UpperTiles:
     rows: tuple[tuple[Float[Array, "*stack height width"], ...], ...]
 
 
-Symmetric = Float[Array, "*stack p p"] | UpperTiles
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SharedTiles:
+    """A symmetric matrix, or a stack of them, of square tiles that are sums of fewer products.
+
+    Attributes:
+        products: The products, k of them in an array.
+        sums: For every row of tiles those on and below the diagonal: the sign and the number, in
+            the order of the arrays, of every product in the sum.
+        border: One more column, with its last entry on the diagonal, if there is one.
+    """
+
+    products: tuple[Float[Array, "*stack t k t"], ...]
+    sums: tuple[tuple[tuple[tuple[int, int], ...], ...], ...] = field(metadata={"static": True})
+    border: Float[Array, "*stack p+1"] | None = None
+
+
+Tiled = UpperTiles | SharedTiles
+Symmetric = Float[Array, "*stack p p"] | Tiled
 
 
 def _spans(width: int) -> list[tuple[int, int]]:
@@ -47,6 +73,10 @@ def _spans(width: int) -> list[tuple[int, int]]:
 
 def self_product(x: Float[Array, "n p"]) -> Symmetric:
     """x^T x at full precision, by tiles if it is wide."""
+    width = x.shape[1]
+    if width == _SLOW and jax.default_backend() == "cpu":
+        wider = jnp.pad(x, ((0, 0), (0, 1)))
+        return jnp.matmul(wider.T, wider, precision=jax.lax.Precision.HIGHEST)[:width, :width]
     parts = [x[:, left:right] for left, right in _spans(x.shape[1])]
     rows = tuple(
         tuple(jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST) for b in parts[k:])
@@ -55,8 +85,9 @@ def self_product(x: Float[Array, "n p"]) -> Symmetric:
     return UpperTiles(rows) if len(parts) > 1 else rows[0][0]
 
 
-def upper_tiles(matrix: Float[Array, "*stack p p"]) -> Symmetric:
+def upper_tiles(matrix: Symmetric) -> Symmetric:
     """The form that `self_product` gives a matrix of this size."""
+    matrix = whole(matrix)
     spans = _spans(matrix.shape[-1])
     if len(spans) == 1:
         return matrix
@@ -68,9 +99,25 @@ def upper_tiles(matrix: Float[Array, "*stack p p"]) -> Symmetric:
     )
 
 
+def bordered(matrix: Symmetric, border: Float[Array, "*stack p+1"]) -> Symmetric:
+    """A matrix with one more column and row; the last entry is that on the diagonal."""
+    if isinstance(matrix, SharedTiles):
+        return replace(matrix, border=border)
+    return _bordered(whole(matrix), border)
+
+
+def _bordered(
+    matrix: Float[Array, "*stack p p"], border: Float[Array, "*stack p+1"]
+) -> Float[Array, "*stack p+1 p+1"]:
+    wider = jnp.concatenate([matrix, border[..., :-1, None]], axis=-1)
+    return jnp.concatenate([wider, border[..., None, :]], axis=-2)
+
+
 def whole(matrix: Symmetric) -> Float[Array, "*stack p p"]:
     """The matrix with all its entries."""
-    return _mirrored(matrix) if isinstance(matrix, UpperTiles) else matrix
+    if isinstance(matrix, UpperTiles):
+        return _mirrored(matrix)
+    return _summed(matrix) if isinstance(matrix, SharedTiles) else matrix
 
 
 @jax.jit
@@ -80,3 +127,29 @@ def _mirrored(tiles: UpperTiles) -> Float[Array, "*stack p p"]:
         for k, row in enumerate(tiles.rows)
     ]
     return jnp.concatenate(full, axis=-2)
+
+
+def _summed(tiles: SharedTiles) -> Float[Array, "*stack p p"]:
+    """Put together by NumPy where it can be, which has nothing to compile."""
+    xp: Any = jnp if jaxprs.is_traced(tiles) else np
+    arrays = [x if xp is jnp else np.asarray(x) for x in tiles.products]
+    products = [x[..., k, :] for x in arrays for k in range(x.shape[-2])]
+
+    def tile(terms: Sequence[tuple[int, int]]) -> Any:
+        signed = [products[n] if sign > 0 else -products[n] for sign, n in terms]
+        return functools.reduce(xp.add, signed) if signed else xp.zeros_like(products[0])
+
+    rows = [[tile(terms) for terms in row] for row in tiles.sums]
+    for row in rows:  # rounding differs across the diagonal
+        row[-1] = (row[-1] + row[-1].swapaxes(-1, -2)) / 2
+    full = [
+        [*row, *(below[k].swapaxes(-1, -2) for below in rows[k + 1 :])]
+        for k, row in enumerate(rows)
+    ]
+    if tiles.border is not None:
+        border = tiles.border if xp is jnp else np.asarray(tiles.border)
+        size = products[0].shape[-1]
+        for k, row in enumerate(full):
+            row.append(border[..., k * size : (k + 1) * size, None])
+        full.append([border[..., None, :]])
+    return jnp.asarray(xp.concatenate([xp.concatenate(row, axis=-1) for row in full], axis=-2))

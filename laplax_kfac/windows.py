@@ -104,7 +104,7 @@ def has_cheap_moment(axes: Sequence[Axis]) -> bool:
     """Whether windows share enough entries for `second_moment` to be cheaper than their product."""
     if not axes or axes[0].window < 2 or axes[0].window > _MOST_SLICES:
         return False
-    products = _row_products(axes[0])
+    products = row_products(axes[0])
     rows = sum(len(p.rows) for p in products)
     of_windows = axes[0].positions * math.comb(axes[0].window + 1, 2)
     return len(products) <= _MOST_PRODUCTS and rows <= _WORTHWHILE * of_windows
@@ -159,7 +159,7 @@ class _RowProduct:
 
 
 @functools.cache
-def _row_products(axis: Axis) -> list[_RowProduct]:
+def row_products(axis: Axis) -> list[_RowProduct]:
     """All products of rows that windows need, those of the same pairs together."""
     entries = axis.entries()
     pairs_of: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -181,7 +181,7 @@ def _products(axis: Axis, x: Float[Array, "n rows *q p"]) -> Float[Array, "pairs
     """For every pair of a window's rows, the sum of the products of images' rows at them."""
     x = x.swapaxes(0, 1)  # then rows that follow each other are one block of memory
     total: dict[tuple[int, int], Array] = {}
-    for product in _row_products(axis):
+    for product in row_products(axis):
         left, right = (_take(x, product.rows + d) for d in (0, product.distance))
         new = jnp.matmul(left.T, right, precision=_HIGHEST)
         for pair in product.pairs:

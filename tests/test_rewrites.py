@@ -172,6 +172,14 @@ OTHERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
         (2, 4, 3, 2), (3, 2, 2, 3),
         dict(window_strides=(1, 2), padding=((2, 1), (0, 2)), lhs_dilation=(2, 3)),
     ),
+    "steps beyond the window": (
+        (2, 8, 7, 2), (2, 3, 2, 3),
+        dict(window_strides=(3, 1), padding=((1, 0), (1, 1))),
+    ),
+    "cropped, with steps": (
+        (2, 9, 10, 2), (3, 4, 2, 3),
+        dict(window_strides=(2, 3), padding=((-1, 2), (0, -2))),
+    ),
     "cropped": (
         (2, 6, 5, 2), (2, 2, 2, 3),
         dict(window_strides=(1, 1), padding=((-1, 2), (0, -1))),
