@@ -412,7 +412,7 @@ def _compiled(model_fn: ModelFn, program: Program, options: Options, target: PyT
     found = fingerprint.kept(
         model_fn,
         program.consts,
-        (*key, RECORD_BYTES),
+        (*key, RECORD_BYTES, REUSED_BYTES),
         lambda: _Compiled.of(without_arrays, options),
     )
     return replace(found, program=program)
