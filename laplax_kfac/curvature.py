@@ -1,7 +1,6 @@
 """Data in, curvature out: `kfac`, `ekfac`, and the `accumulator` that they are loops over."""
 
 import functools
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -56,9 +55,7 @@ OfRecords = Callable[..., Any]
 RECORD_BYTES = 2**30
 """Most memory for the records of a batch; larger batches are worked on in parts."""
 REUSED_BYTES = 2**25
-"""Memory for records that a CPU gets from one batch to the next without new pages."""
-_TOGETHER = 8
-"""A CPU works on so many examples at once, as entries of a vector."""
+"""Memory for records that a CPU can well use again and again."""
 
 
 @jax.tree_util.register_dataclass
@@ -238,32 +235,9 @@ class Accumulator:
 
         Args:
             data: Batches.
-            batch_size: Most examples of a part. A CPU works on no more than it has memory for that
-                it can reuse.
+            batch_size: Most examples of a part.
         """
-        loaded = (as_batch(batch) for batch in data)
-        first = next(loaded, None)
-        if first is None:
-            return iter(())
-        most = self._part_size(to_arrays(first), batch_size)
-        return even_batches(itertools.chain([first], loaded), most)
-
-    def _part_size(self, batch: Batch, most: int) -> int:
-        """How many examples, at most ``most``, a CPU works on at once in memory that it reuses.
-
-        Larger allocations are fresh pages, which cost as much time as what is computed in them. But
-        the sums are read and written with every part: its records should be several times larger.
-        """
-        if jax.default_backend() != "cpu":
-            return most
-        program = self._compiled(batch).program
-        columns = _num_columns(program, self.options, batch)
-        sums = sum(sum_bytes(layer) for layer in program.layers)
-        room = max(REUSED_BYTES, 4 * sums)
-        examples = room // max(1, _record_bytes(program, columns))
-        if examples >= most:
-            return most
-        return max(1, examples // _TOGETHER * _TOGETHER or examples)
+        return even_batches(map(as_batch, data), batch_size)
 
     def finalize(self, state: Statistics) -> Curvature:
         """The curvature of all data seen.
@@ -438,7 +412,7 @@ def _compiled(model_fn: ModelFn, program: Program, options: Options, target: PyT
     found = fingerprint.kept(
         model_fn,
         program.consts,
-        (*key, RECORD_BYTES),
+        (*key, RECORD_BYTES, REUSED_BYTES),
         lambda: _Compiled.of(without_arrays, options),
     )
     return replace(found, program=program)
@@ -523,6 +497,21 @@ def _record_bytes(program: Program, columns: int) -> int:
     return 4 * sum(record_size(layer, columns) for layer in program.layers)
 
 
+def _examples_at_once(program: Program, columns: int) -> int:
+    """How many examples are worked on at once: as many as `RECORD_BYTES` hold; on a CPU fewer.
+
+    New pages of memory cost a CPU as much time as what it computes in them, and a loop over small
+    parts uses the same ones again. But the sums are read and written with every part: its records
+    should be larger. Powers of two divide most batches, and fill its vectors.
+    """
+    examples = RECORD_BYTES // max(1, _record_bytes(program, columns))
+    if jax.default_backend() == "cpu":
+        room = max(REUSED_BYTES, 5 * sum(map(sum_bytes, program.layers)) // 2)
+        examples = min(examples, room // max(1, _record_bytes(program, columns)))
+        examples = 1 << max(examples, 1).bit_length() - 1
+    return max(examples, 1)
+
+
 def sum_bytes(layer: Layer) -> int:
     """Memory for the sums of a Kronecker layer, and for its bases."""
     sides = zip((layer.rows, layer.out_features), layer.diagonal, strict=True)
@@ -562,9 +551,9 @@ def _summed(
     arrays: _Arrays,
     of_records: Callable[[list[Record], Float[Array, " n"], Float[Array, " n"]], Any],
 ) -> Any:
-    """Sum over a batch, in parts whose records stay below `RECORD_BYTES`.
+    """Sum over a batch, in parts of no more than `_examples_at_once`.
 
-    A part has at least one example; if the records of one are larger, some columns of it.
+    A part has at least one example; if the records of one are too large, some columns of it.
 
     Args:
         program: The parsed model.
@@ -594,8 +583,7 @@ def _summed(
             return of_window(None)
         return sum_over(of_window, jnp.arange(0, columns, at_once))
 
-    records = _record_bytes(program, at_once)
-    parts = min(size, max(1, math.ceil(records * size / RECORD_BYTES)))
+    parts = math.ceil(size / _examples_at_once(program, at_once))
     if parts == 1:
         return sums((batch, weights, key))
     each = math.ceil(size / parts)

@@ -23,8 +23,8 @@ _WIDE = 384
 _TILE = 208
 """Width of a tile: a multiple of the registers of matrix products, and not of a large power of two,
 at which the rows of an array share their place in a cache."""
-_SLOW = 64
-"""Width at which a product takes twice as long on a CPU as at the next."""
+_SLOW = (64, 256)
+"""Widths at which a product takes longer on a CPU than at the next: with 64 twice as long."""
 _MOST = 6
 """Most tiles along a side: those of wider matrices are wider."""
 
@@ -74,7 +74,7 @@ def _spans(width: int) -> list[tuple[int, int]]:
 def self_product(x: Float[Array, "n p"]) -> Symmetric:
     """x^T x at full precision, by tiles if it is wide."""
     width = x.shape[1]
-    if width == _SLOW and jax.default_backend() == "cpu":
+    if width in _SLOW and jax.default_backend() == "cpu":
         wider = jnp.pad(x, ((0, 0), (0, 1)))
         return jnp.matmul(wider.T, wider, precision=jax.lax.Precision.HIGHEST)[:width, :width]
     parts = [x[:, left:right] for left, right in _spans(x.shape[1])]

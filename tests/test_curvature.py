@@ -675,6 +675,24 @@ def test_working_in_parts_changes_nothing(fisher_type, examples, monkeypatch):
         np.testing.assert_allclose(got, expected, **tolerance(jnp.float64))
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="others work on whole batches")
+def test_a_cpu_works_on_records_that_are_a_few_times_as_large_as_the_sums(monkeypatch):
+    examples = 65
+    data = normal(examples, 4, seed=1), np.arange(examples) % 3
+
+    def largest():
+        return max(sizes(jax.make_jaxpr(lambda *data: gained_fit(data))(*data).jaxpr))
+
+    whole = gained_fit(data)
+    assert largest() >= 2 * 3 * examples  # two columns, three outputs
+    # The sums have 5^2 + 3^2 and 4^2 + 3^2 numbers: 5/2 times as many are records of 5 examples.
+    monkeypatch.setattr("laplax_kfac.curvature.REUSED_BYTES", 0)
+    assert largest() <= 4 * (examples + 3)  # inputs, padded for parts of 4
+    np.testing.assert_allclose(
+        to_dense(gained_fit(data)), to_dense(whole), **tolerance(jnp.float64)
+    )
+
+
 TIED = {"embedding": normal(5, 3, seed=6), "w": normal(3, 3, seed=7)}
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 NARROW, WIDE, WIDEST = 40, 401, 1300
 
 
-@pytest.mark.parametrize("width", [NARROW, 64, WIDE, WIDEST])
+@pytest.mark.parametrize("width", [NARROW, 64, 256, WIDE, WIDEST])
 def test_a_product_with_itself(width):
     x = normal(3, width)
     product = self_product(jnp.asarray(x))
