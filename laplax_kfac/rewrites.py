@@ -101,15 +101,58 @@ def _max_pool(windows: _Windows, x: Float[Array, "..."]) -> Float[Array, "..."]:
 def _max_pool_jvp(
     windows: _Windows, primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
+    (x,), (tangent,) = primals, tangents
+    y, first = _maxima(windows, x)
+    return y, _at_places(windows, tangent, first)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _maxima(
+    windows: _Windows, x: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
+    """The maximum of every window, and the place of the first of them.
+
+    One reduction for both, which XLA does not do anew for every pullback, as it does a chain of
+    comparisons.
+    """
+    shape = jax.eval_shape(functools.partial(_max_pool, windows), x).shape
+    entries = jnp.stack(_entries(windows, x, -np.inf, shape))
+    places = lax.broadcasted_iota(jnp.int8, entries.shape, 0)
+
+    def larger(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+        (x, at), (y, other_at) = one, other
+        before = (x > y) | (x != x) & ~(y != y)  # as with JAX, nothing is larger than a NaN
+        ties = (x == y) | (x != x) & (y != y)
+        first = before | ties & (at < other_at)
+        return jnp.where(first, x, y), jnp.where(first, at, other_at)
+
+    start = x.dtype.type(-np.inf), np.int8(np.iinfo(np.int8).max)
+    y, first = lax.reduce((entries, places), start, larger, (0,))
+    return y, first
+
+
+@_maxima.defjvp
+def _maxima_jvp(
+    windows: _Windows, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[tuple[Array, Array], tuple[Array, Any]]:
     """The tangent of a window is that of its first maximum, as JAX has it."""
     (x,), (tangent,) = primals, tangents
-    y = _max_pool(windows, x)
-    first = _first_maxima(_entries(windows, x, -np.inf, y.shape))
+    y, first = _maxima(windows, x)
+    none = np.zeros(first.shape, jax.dtypes.float0)
+    return (y, first), (_at_places(windows, tangent, first), none)
+
+
+def _at_places(
+    windows: _Windows, x: Float[Array, "..."], place: Int[Array, "..."]
+) -> Float[Array, "..."]:
+    """The entry of every window at a place."""
     if windows.are_tiles():
-        return y, _sum_over_tiles(windows, tangent, first)
-    moved = _entries(windows, tangent, 0.0, y.shape)
-    terms = [jnp.where(first == place, t, 0) for place, t in enumerate(moved)]
-    return y, functools.reduce(jnp.add, terms)
+        return _sum_over_tiles(windows, x, place)
+    terms = [
+        jnp.where(place == number, entry, 0)
+        for number, entry in enumerate(_entries(windows, x, 0.0, place.shape))
+    ]
+    return functools.reduce(jnp.add, terms)
 
 
 def _entries(
@@ -124,14 +167,6 @@ def _entries(
         stop = [s + span for s, span in zip(start, spans, strict=True)]
         entries.append(lax.slice(padded, start, stop, windows.strides))
     return entries
-
-
-def _first_maxima(entries: Sequence[Float[Array, "..."]]) -> Int[Array, "..."]:
-    """The place of the first maximum in every window.
-
-    A reduction, which XLA does not do anew for every pullback, as it does a chain of comparisons.
-    """
-    return lax.argmax(jnp.stack(entries), 0, jnp.int8)
 
 
 def _sum_over_tiles(

@@ -57,6 +57,17 @@ def test_max_pooling_is_jaxs(name):
     np.testing.assert_allclose(cheaply_moved, moved, atol=1e-14)
 
 
+def test_max_pooling_has_a_second_derivative_and_nan():
+    function = POOLINGS["tiles"]
+    x = jax.random.normal(jax.random.key(0), (4, 4, 1))
+    better = rewritten(function, x)
+    second = lambda f: jax.jit(jax.hessian(lambda x: jnp.sum(f(x) ** 3)))(x)  # noqa: E731
+    np.testing.assert_allclose(second(better), second(function), atol=1e-12)
+    x = x.at[0, 1].set(jnp.nan)
+    values, _ = jax.vjp(better, x)
+    np.testing.assert_array_equal(values, function(x))
+
+
 def test_dilated_max_pooling_which_jax_cannot_pull_back():
     x = jax.random.normal(jax.random.key(0), (8,))
     function = lambda x: pool(x, (3,), (1,), window_dilation=(2,))  # noqa: E731
