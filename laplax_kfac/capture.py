@@ -144,13 +144,20 @@ def unit_vectors(output: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, parts)
 
 
-def record_size(layer: Layer, pulled: int) -> int:
-    """Numbers that the record of one layer holds for one example, with R = ``pulled`` columns."""
+def record_size(layer: Layer, pulled: int, *, inputs: bool = True) -> int:
+    """Numbers that the record of one layer holds for one example.
+
+    Args:
+        layer: The layer.
+        pulled: The number R of columns.
+        inputs: Whether those of its inputs count.
+    """
     gradients = 0 if layer.block == "none" else pulled * layer.size
     if not layer.is_matrix:
         return gradients
     rows = 1 if layer.pattern == "embedding" else layer.rows
-    uses = layer.positions * layer.stack * (rows + pulled * layer.out_features)
+    each = (rows if inputs else 0) + pulled * layer.out_features
+    uses = layer.positions * layer.stack * each
     return uses + (gradients if layer.block == "dense" else 0)
 
 

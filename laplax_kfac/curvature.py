@@ -47,6 +47,7 @@ from laplax_kfac.likelihood import (
 from laplax_kfac.parser import ModelFn, Program, parse
 from laplax_kfac.posterior import make_posterior
 from laplax_kfac.prior import PriorPrecision
+from laplax_kfac.resolve import Member
 from laplax_kfac.selection import DENSE_LIMIT, PathFilter, Selection, matches, select
 
 DEFAULT_BATCH_SIZE = 256
@@ -56,6 +57,8 @@ RECORD_BYTES = 2**30
 """Most memory for the records of a batch; larger batches are worked on in parts."""
 REUSED_BYTES = 2**25
 """Memory for records that a CPU can well use again and again."""
+_LAYOUTS = 3
+"""Copies of what sums are formed from: the model's, a weighted one, one for the products."""
 
 
 @jax.tree_util.register_dataclass
@@ -497,17 +500,40 @@ def _record_bytes(program: Program, columns: int) -> int:
     return 4 * sum(record_size(layer, columns) for layer in program.layers)
 
 
-def _examples_at_once(program: Program, columns: int) -> int:
+def _formed_bytes(program: Program, options: Options, columns: int) -> int:
+    """Memory for what is formed of the records of one example, if they are summed up to factors."""
+    numbers = 0
+    for resolved in program.resolved:
+        inputs = factors.needs_inputs(resolved, options.kfac_approx_for(resolved.layer))
+        numbers += record_size(resolved.layer, columns, inputs=inputs)
+        if not inputs:
+            operands = sum(_num_in_operands(program, member) for member in resolved.members)
+            numbers += _LAYOUTS * operands
+    return 4 * numbers
+
+
+def _num_in_operands(program: Program, member: Member) -> int:
+    """Numbers of one example that the inputs of a use would be made of."""
+    use = program.uses[member.claim.use]
+    operands = (x for number, x in enumerate(use.eqn.invars) if number != use.operand)
+    return sum(math.prod(jaxprs.shape(x)) for x in operands)
+
+
+def _examples_at_once(program: Program, record_bytes: int) -> int:
     """How many examples are worked on at once: as many as `RECORD_BYTES` hold; on a CPU fewer.
 
     New pages of memory cost a CPU as much time as what it computes in them, and a loop over small
     parts uses the same ones again. But the sums are read and written with every part: its records
     should be larger. Powers of two divide most batches, and fill its vectors.
+
+    Args:
+        program: The parsed model.
+        record_bytes: Memory for the records of one example.
     """
-    examples = RECORD_BYTES // max(1, _record_bytes(program, columns))
+    examples = RECORD_BYTES // max(1, record_bytes)
     if jax.default_backend() == "cpu":
         room = max(REUSED_BYTES, 5 * sum(map(sum_bytes, program.layers)) // 2)
-        examples = min(examples, room // max(1, _record_bytes(program, columns)))
+        examples = min(examples, room // max(1, record_bytes))
         examples = 1 << max(examples, 1).bit_length() - 1
     return max(examples, 1)
 
@@ -530,7 +556,7 @@ def _total(
     def sums(records: list[Record], weights: Float[Array, " n"], _: Float[Array, " n"]) -> Any:
         return of_records(program.resolved, records, weights, *operands)
 
-    return _summed(program, options, arrays, sums)
+    return _summed(program, options, arrays, sums, functools.partial(_record_bytes, program))
 
 
 def _statistics(program: Program, options: Options, arrays: _Arrays) -> Statistics:
@@ -540,7 +566,8 @@ def _statistics(program: Program, options: Options, arrays: _Arrays) -> Statisti
         approximation = options.kfac_approx_for
         return factors.batch_sums(program.resolved, records, weights, approximation, input_weights)
 
-    total = _summed(program, options, arrays, sums)
+    formed = functools.partial(_formed_bytes, program, options)
+    total = _summed(program, options, arrays, sums, formed)
     count, updates = jnp.sum(arrays.weights), jnp.ones((), jnp.int32)
     return Statistics(count, updates, total, program.layers, program.space)
 
@@ -550,6 +577,7 @@ def _summed(
     options: Options,
     arrays: _Arrays,
     of_records: Callable[[list[Record], Float[Array, " n"], Float[Array, " n"]], Any],
+    record_bytes: Callable[[int], int],
 ) -> Any:
     """Sum over a batch, in parts of no more than `_examples_at_once`.
 
@@ -561,6 +589,7 @@ def _summed(
         arrays: The batch, and what else the pass works on.
         of_records: Takes records, the weights of their examples, and those of their inputs: these
             are zeros with all columns of an example but the first.
+        record_bytes: Memory for what this needs of one example, for a number of columns.
     """
     leaves, consts, batch, weights, key = arrays
     size, columns = size_of(batch), _num_columns(program, options, batch)
@@ -583,7 +612,7 @@ def _summed(
             return of_window(None)
         return sum_over(of_window, jnp.arange(0, columns, at_once))
 
-    parts = math.ceil(size / _examples_at_once(program, at_once))
+    parts = math.ceil(size / _examples_at_once(program, record_bytes(at_once)))
     if parts == 1:
         return sums((batch, weights, key))
     each = math.ceil(size / parts)

@@ -243,7 +243,7 @@ def _use_sums(
     inputs: Any
     if claim.indexed:
         inputs = sum_into_rows(claim.ids.shape[1], a[..., 0], input_weights[:, None, None] * shares)
-    elif kfac_approx == "expand" and _has_moments(claim) and not diagonal[0]:
+    elif _from_operands(layer, claim, kfac_approx):
         inputs = _moment_of_operands(member, record.operands, input_weights, count)
     else:
         inputs = second_moment(a, input_weights[:, None, None, None], diagonal=diagonal[0])
@@ -265,7 +265,15 @@ def second_moment(
     return _stacked_gram(x, weights)
 
 
-def _has_moments(claim: Claim) -> bool:
+def needs_inputs(resolved: Resolved, kfac_approx: KfacApprox) -> bool:
+    """Whether sums of a layer are formed from its inputs, and not from what these are made of."""
+    claims = [member.claim for member in resolved.members]
+    return not all(_from_operands(resolved.layer, claim, kfac_approx) for claim in claims)
+
+
+def _from_operands(layer: Layer, claim: Claim, kfac_approx: KfacApprox) -> bool:
+    if layer.block != "kronecker" or kfac_approx != "expand" or layer.diagonal[claim.transposed]:
+        return False
     return claim.moments is not None and claim.input_scale is None
 
 

@@ -693,6 +693,52 @@ def test_a_cpu_works_on_records_that_are_a_few_times_as_large_as_the_sums(monkey
     )
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="others form the patches")
+def test_a_cpu_works_on_more_examples_where_no_patches_are_formed(monkeypatch):
+    """Factors of a convolution are summed up without patches, but for `reduce` and EKFAC."""
+    monkeypatch.setattr("laplax_kfac.curvature.REUSED_BYTES", 2**17)
+    monkeypatch.setattr("laplax_kfac.patterns._LEAST_WORK", 0)
+    kernel = {"w": normal(3, 3, 2, 4)}
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    data = normal(64, 8, 8, 2), np.zeros(64, int)
+
+    def convolved(input, params):
+        images = jax.lax.conv_general_dilated(
+            input[None], params["w"], (1, 1), "SAME", dimension_numbers=dimensions
+        )
+        return jnp.mean(images, axis=(0, 1, 2))
+
+    def at_once(kfac_approx, **options):
+        """Examples in the smallest part: with EKFAC, of the second pass."""
+        found = []
+
+        def noted(*args):
+            found.append(examples_at_once(*args))
+            return found[-1]
+
+        monkeypatch.setattr("laplax_kfac.curvature._examples_at_once", noted)
+        curvature = laplax_kfac.kfac(
+            convolved,
+            kernel,
+            data,
+            loss_fn="cross_entropy",
+            fisher_type="empirical",
+            kfac_approx=kfac_approx,
+            **options,
+        )
+        return min(found), curvature
+
+    examples_at_once = laplax_kfac.curvature._examples_at_once
+    records, images = 4 * 64 * (9 * 2 + 4), 4 * 64 * (3 * 2 + 4)
+    assert at_once("reduce")[0] == 16 <= 2**17 // records
+    few, curvature = at_once("expand")
+    assert few == 32 <= 2**17 // images
+    assert at_once("expand", eigenvalue_correction=True)[0] == 16
+    monkeypatch.setattr("laplax_kfac.curvature.REUSED_BYTES", 2**25)
+    whole = at_once("expand")[1]
+    np.testing.assert_allclose(to_dense(curvature), to_dense(whole), **tolerance(jnp.float64))
+
+
 TIED = {"embedding": normal(5, 3, seed=6), "w": normal(3, 3, seed=7)}
 
 
