@@ -4,13 +4,13 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt
 from tqdm import tqdm
 
 from laplax_kfac import factors, fingerprint, jaxprs, optimal_factors
@@ -208,7 +208,7 @@ class Accumulator:
             ValueError: If its arrays disagree about the number of examples.
         """
         batch, weights = weighted_batch(to_arrays(as_batch(batch)), weights)
-        compiled, arrays = self._pass(state, batch, weights)
+        compiled, arrays = self._pass(batch, weights, state.num_updates)
         return _added(state, compiled, arrays)
 
     def collect(self, data: Iterable[WeightedBatch]) -> Statistics:
@@ -218,16 +218,10 @@ class Accumulator:
             data: Batches with their weights, such as `parts` of data.
         """
         state = self.init()
-        for part in data:
-            compiled, arrays = self._pass(state, *weighted_batch(*part))
+        for number, part in enumerate(data):
+            compiled, arrays = self._pass(*weighted_batch(*part), number)
             state = _added(state, compiled, arrays, in_place=True)
         return factors.mirrored(state)
-
-    def _pass(
-        self, state: Statistics, batch: Batch, weights: Float[Array, " N"]
-    ) -> tuple["_Compiled", "_Arrays"]:
-        compiled = self._compiled(batch)
-        return compiled, self._arrays(compiled.program, batch, weights, state.num_updates)
 
     def merge(self, first: Statistics, second: Statistics) -> Statistics:
         """Statistics of the data of both."""
@@ -322,8 +316,7 @@ class Accumulator:
         """
         total: Any = None
         for number, (batch, weights) in enumerate(weighted_batch(*part) for part in data):
-            compiled = self._compiled(batch)
-            arrays = self._arrays(compiled.program, batch, weights, number)
+            compiled, arrays = self._pass(batch, weights, number)
             if total is None:
                 shapes = jax.eval_shape(compiled.total, of_records, arrays, *operands)
                 total = _zeros(shapes)
@@ -334,11 +327,14 @@ class Accumulator:
                 total = compiled.add_total(of_records, total, arrays, *operands)
         return total
 
-    def _arrays(
-        self, program: Program, batch: Batch, weights: Float[Array, " N"], update: Any
-    ) -> "_Arrays":
-        key = jax.random.fold_in(self.options.key, update)
-        return _Arrays(jax.tree.leaves(self.params), program.consts, batch, weights, key)
+    def _pass(
+        self, batch: Batch, weights: Float[Array, " N"], number: int | Int[Array, ""]
+    ) -> tuple["_Compiled", "_Arrays"]:
+        """What is compiled for a batch, and its arguments; batches have a number each."""
+        compiled = self._compiled(batch)
+        leaves, consts = jax.tree.leaves(self.params), compiled.program.consts
+        number = jnp.asarray(number, jnp.uint32)
+        return compiled, _Arrays(leaves, consts, batch, weights, self.options.key, number)
 
     @functools.cached_property
     def _programs(self) -> dict[Any, "_Compiled"]:
@@ -375,6 +371,7 @@ class _Compiled:
         add: (leaves of these, arrays) -> leaves with one batch more.
         total: (function, arrays, *operands) -> sum of a function of the records of one batch.
         add_total: (function, total, arrays, *operands) -> the total, in place, with a batch more.
+        known_shapes: What `shapes` has found so far; a loop over batches asks with every one.
     """
 
     program: Program
@@ -384,6 +381,15 @@ class _Compiled:
     add: Callable[..., list[Array]]
     total: Callable[..., Any]
     add_total: Callable[..., Any]
+    known_shapes: dict[Hashable, Statistics] = field(default_factory=dict)
+
+    def shapes(self, statistics: Callable[..., Statistics], arrays: "_Arrays") -> Statistics:
+        """Shapes of statistics; known from the last batch of the same size."""
+        leaves, treedef = jax.tree.flatten(arrays)
+        key = statistics, treedef, tuple((x.shape, x.dtype) for x in leaves)
+        if key not in self.known_shapes:
+            self.known_shapes[key] = jax.eval_shape(statistics, arrays)
+        return self.known_shapes[key]
 
     @classmethod
     def of(cls, program: Program, options: Options) -> "_Compiled":
@@ -445,7 +451,7 @@ def _added(
     statistics, add = compiled.whole_statistics, compiled.add
     if in_place:
         statistics, add = compiled.statistics, compiled.add_in_place
-    new = jax.eval_shape(statistics, arrays)
+    new = compiled.shapes(statistics, arrays)
     if not state.layers:
         state = _zeros(new)
     factors.require_same_blocks(state, new)
@@ -473,6 +479,7 @@ class _Arrays(NamedTuple):
     batch: Batch
     weights: Float[Array, " N"]
     key: Key[Array, ""]
+    number: UInt[Array, ""]
 
 
 def _num_columns(program: Program, options: Options, batch: Batch) -> int:
@@ -591,7 +598,8 @@ def _summed(
             are zeros with all columns of an example but the first.
         record_bytes: Memory for what this needs of one example, for a number of columns.
     """
-    leaves, consts, batch, weights, key = arrays
+    leaves, consts, batch, weights, key, number = arrays
+    key = jax.random.fold_in(key, number)
     size, columns = size_of(batch), _num_columns(program, options, batch)
     at_once = _columns_at_once(program, options, columns)
 

@@ -76,11 +76,21 @@ def weighted_batch(batch: Batch, weights: Any = None) -> WeightedBatch:
     Args:
         batch: A batch of arrays, in the form of `as_batch`.
         weights: Further factors, of shape (N,); 1 by default.
+
+    Raises:
+        ValueError: If the arrays, or ``weights``, disagree about the number of examples.
     """
-    counts = jnp.asarray(_counts(batch))
-    if weights is not None:
-        counts = counts * jnp.asarray(weights, counts.dtype)
-    return _examples(batch), counts
+    counts = _counts(batch)
+    if weights is None:
+        return _examples(batch), jnp.asarray(counts)
+    if np.shape(weights) != counts.shape:
+        msg = (
+            f"`weights` must have shape {counts.shape}, one number for every example of the batch; "
+            f"found {np.shape(weights)}."
+        )
+        raise ValueError(msg)
+    weights = jnp.asarray(weights, counts.dtype)
+    return _examples(batch), weights * counts if "weight" in batch else weights
 
 
 def _examples(batch: Batch) -> Batch:
@@ -259,6 +269,9 @@ def even_batches(stream: Iterable[Batch], most: int) -> Iterator[WeightedBatch]:
         count = batch_size(arrays)
         if not size:
             size = math.ceil(count / math.ceil(count / most))
+        if count == size:
+            yield pad(arrays, size)
+            continue
         for start in range(0, count, size):
             here = slice(start, start + size)
             yield pad(jax.tree.map(operator.itemgetter(here), arrays), size)

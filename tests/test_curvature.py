@@ -265,10 +265,16 @@ def test_mc_is_reproducible_for_a_key_and_differs_between_keys():
 def test_mc_draws_anew_for_every_example_and_every_batch(batches):
     # Equal examples with equal draws would give a matrix B of rank 1.
     acc = laplax_kfac.accumulator(*SMALL, loss_fn="mse", fisher_type="mc")
+    data = [(np.ones((size, 4)), np.zeros((size, 3))) for size in batches]
     state: Any = acc.init()
-    for size in batches:
-        state = acc.update(state, (np.ones((size, 4)), np.zeros((size, 3))))
-    assert jnp.linalg.matrix_rank(state.sums[-1].outputs[0, 0]) == 2
+    for batch in data:
+        state = acc.update(state, batch)
+    collected: Any = acc.collect(acc.parts(data, 2))
+    for found in (state, collected):
+        assert jnp.linalg.matrix_rank(found.sums[-1].outputs[0, 0]) == 2
+    np.testing.assert_allclose(
+        collected.sums[-1].outputs, state.sums[-1].outputs, **tolerance(jnp.float64)
+    )
 
 
 # -- data --------------------------------------------------------------------------------------

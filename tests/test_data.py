@@ -22,6 +22,7 @@ from laplax_kfac.data import (
     require_several_passes,
     same_number,
     to_arrays,
+    weighted_batch,
 )
 
 X, Y = np.arange(12.0).reshape(6, 2), np.arange(6)
@@ -406,6 +407,12 @@ def test_even_batches_split_the_first_evenly_so_that_padding_stays_small():
     assert [int(weights.sum()) for _, weights in parts] == [129, 128]
 
 
+def test_a_batch_of_the_right_size_is_not_copied():
+    ((batch, _),) = even_batches([as_batch((jnp.asarray(X), Y))], 6)
+    (again,) = [part["input"] for part, _ in even_batches([batch], 8)]
+    assert again is batch["input"]
+
+
 def test_even_batches_check_every_batch():
     stream = [{"input": X, "target": Y}, {"input": X, "target": Y[:5]}]
     with pytest.raises(ValueError, match="same leading axis"):
@@ -446,6 +453,9 @@ def test_weights_are_kept_where_batches_are_cut_and_padded(convert):
 def test_weights_of_another_length_are_refused():
     with pytest.raises(ValueError, match=r"same leading axis.*'weight': \{\(5,\)\}"):
         list(even_batches([as_batch((X, Y, WEIGHTS[:5]))], 4))
+    for weights in (np.ones(5), np.ones(1), 2.0):
+        with pytest.raises(ValueError, match=r"`weights` must have shape \(6,\).*found \("):
+            weighted_batch(as_batch((X, Y)), weights)
 
 
 def tokens(input, params):
