@@ -24,9 +24,10 @@ quickstart: $(EXAMPLES) ## run examples/quickstart.py
 	@$(BIN)/python examples/quickstart.py
 	@echo "figure: docs/assets/quickstart.png"
 
+# Tests of a file share what they fit. Files of few tests (the examples) take long, so not last.
 test: $(DEV) ## run every test, the slow ones too
 	@echo ">> running the tests"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile  # tests of a file share what they fit
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(DEV) ## check style and formatting
 	@echo ">> ruff"
