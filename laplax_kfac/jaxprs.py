@@ -5,7 +5,7 @@ operands) is here, so that the parser and the capture read the same on all of th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,10 +106,22 @@ def has_custom_vjp(jaxpr: Jaxpr) -> bool:
     return False
 
 
-def consumers(jaxpr: Jaxpr) -> dict[Var, int]:
-    """How often each variable is read: by equations, and as an output."""
+def with_derivative(jaxpr: Jaxpr) -> dict[int, JaxprEqn]:
+    """The equations through which an output has a derivative, by their numbers."""
+    found: dict[int, JaxprEqn] = {}
+    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+    for number, eqn in reversed(list(enumerate(jaxpr.eqns))):
+        outputs = [v for v in eqn.outvars if v in needed and is_inexact(v)]
+        if outputs and eqn.primitive.name != "stop_gradient":
+            found[number] = eqn
+            needed.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
+    return found
+
+
+def consumers(equations: Iterable[JaxprEqn], outputs: Sequence[Any]) -> dict[Var, int]:
+    """How often each variable is read: by some equations, and as an output."""
     counts: dict[Var, int] = {}
-    for atom in [a for eqn in jaxpr.eqns for a in eqn.invars] + list(jaxpr.outvars):
+    for atom in [a for eqn in equations for a in eqn.invars] + list(outputs):
         if not isinstance(atom, Literal):
             counts[atom] = counts.get(atom, 0) + 1
     return counts

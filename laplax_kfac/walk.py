@@ -45,7 +45,13 @@ class Scaled:
     """Data that a parameter has multiplied: what is added to it is the shift of a norm layer."""
 
 
-Value = Trace | Known | Scaled | None  # None: data, or anything else computed with a parameter
+@dataclass(frozen=True)
+class Fixed:
+    """The same for all data: parameters without a derivative, or computed of parameters alone."""
+
+
+Value = Trace | Known | Fixed | Scaled | None
+"""None: data, or anything else computed with a parameter."""
 
 
 # -- findings ----------------------------------------------------------------------------------
@@ -119,6 +125,7 @@ class Findings:
     shifts: list[Shift] = field(default_factory=list)
     sums: list[int] = field(default_factory=list)  # uses that are biases of no layer
     opaque: list[Opaque] = field(default_factory=list)
+    of_parameters: set[int] = field(default_factory=set)  # uses whose outputs no data enter
 
     def use(self, number: int) -> Use:
         """The use of that number; biases are made on demand, for most join a weight."""
@@ -126,6 +133,12 @@ class Findings:
         if not isinstance(found, Use):
             found = self.uses[number] = found()
         return found
+
+    def is_fixed(self, value: Value) -> bool:
+        """Whether a value is the same for all data."""
+        if isinstance(value, Trace):
+            return value.source == PARAMETERS or value.source in self.of_parameters
+        return isinstance(value, Known | Fixed)
 
     def mark(self, value: Value, pattern: str, reason: str) -> None:
         """Note that the parameters in a trace have no Kronecker form."""
@@ -183,23 +196,37 @@ class Step:
 def walk(jaxpr: Jaxpr, inputs: Sequence[Value], scope: Scope) -> list[Value]:
     """Follow traces through a jaxpr, noting uses; returns the values of its outputs."""
     env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
-    counts = jaxprs.consumers(jaxpr)
+    differentiated = jaxprs.with_derivative(jaxpr)
+    counts = jaxprs.consumers(differentiated.values(), jaxpr.outvars)
 
     def read(atom: Any) -> Value:
         if isinstance(atom, Literal):
             return Known(lambda: np.asarray(atom.val))
         value = env.get(atom)
         # A use's output that is read twice has a cotangent that its bias does not see.
-        shared = isinstance(value, Trace) and value.source != PARAMETERS and counts[atom] > 1
-        return None if shared else value
+        shared = isinstance(value, Trace) and value.source != PARAMETERS and counts.get(atom, 0) > 1
+        return _without_derivative(value, scope.findings) if shared else value
 
     for number, eqn in enumerate(jaxpr.eqns):
-        step = Step(jaxpr, number, eqn, [read(a) for a in eqn.invars], scope)
+        values = [read(a) for a in eqn.invars]
+        if number not in differentiated:
+            values = [_without_derivative(v, scope.findings) for v in values]
+        fixed = not eqn.effects and all(map(scope.findings.is_fixed, values))
+        step = Step(jaxpr, number, eqn, values, scope)
         for var, value in zip(eqn.outvars, _visit(step), strict=True):
+            if fixed and not isinstance(value, Trace | Known):
+                value = Fixed()
             empty = isinstance(value, Trace) and value.index.size == 0
-            kept = isinstance(value, Known) or (jaxprs.is_inexact(var) and not empty)
+            kept = isinstance(value, Known | Fixed) or (jaxprs.is_inexact(var) and not empty)
             env[var] = value if kept else None
     return [read(a) for a in jaxpr.outvars]
+
+
+def _without_derivative(value: Value, findings: Findings) -> Value:
+    """What is left of a value where its cotangent is another one, or none."""
+    if not isinstance(value, Trace):
+        return value
+    return Fixed() if findings.is_fixed(value) else None
 
 
 def _visit(step: Step) -> list[Value]:
@@ -213,8 +240,6 @@ def _visit(step: Step) -> list[Value]:
         rearranged = name in INDEX_RULES or name == "mul"
         scaled = rearranged and any(isinstance(v, Scaled) for v in values)
         return [Scaled()] if scaled and len(eqn.outvars) == 1 else nothing
-    if name == "stop_gradient" or not any(jaxprs.is_inexact(v) for v in eqn.outvars):
-        return nothing
     if not jaxprs.has_body(eqn) and any(jaxprs.is_complex(v) for v in eqn.outvars):
         return step.mark("complex", "turned into a complex number before its use")
     if name in INDEX_RULES:
@@ -243,7 +268,8 @@ def _rearranged(step: Step) -> Trace | None:
     eqn, values = step.eqn, step.values
     traces = [k for k, v in enumerate(values) if isinstance(v, Trace)]
     lanes = any(isinstance(v, Known) and v.lanes for v in values)
-    if len(traces) != 1 or len(eqn.outvars) != 1 or eqn.effects or lanes or None in values:
+    others = [v for v in values if not isinstance(v, Trace | Known)]
+    if len(traces) != 1 or len(eqn.outvars) != 1 or eqn.effects or lanes or others:
         return None
     trace, out = values[traces[0]], eqn.outvars[0]
     assert isinstance(trace, Trace)
@@ -275,6 +301,7 @@ def _pattern(step: Step) -> list[Value]:
     eqn, scope, pattern = step.eqn, step.scope, patterns.find(step.eqn)
     assert pattern is not None
     output: list[Value] = [None] * len(eqn.outvars)
+    of_parameters = all(map(scope.findings.is_fixed, step.values))
     for operand, value in enumerate(step.values):
         if not isinstance(value, Trace) or value.source != PARAMETERS:
             continue
@@ -287,6 +314,8 @@ def _pattern(step: Step) -> list[Value]:
         use = Use(pattern, eqn, operand, step.site, scope.lanes, view.index, view.scale)
         index = jaxprs.numbered(eqn.outvars[0])
         output[0] = Trace(len(scope.findings.uses), index[(..., *[None] * len(scope.lanes))])
+        if of_parameters:
+            scope.findings.of_parameters.add(len(scope.findings.uses))
         scope.findings.uses.append(use)
     return output
 
@@ -353,7 +382,8 @@ def _add(step: Step, terms: list[Value]) -> list[Value]:
         return [outputs[0] if outputs else None]
     if any(isinstance(t, Scaled) for t in terms):
         return step.mark("shift", "the shift of a scaled normalisation")
-    if any(isinstance(t, Known) for t in terms):
+    affine = all(map(findings.is_fixed, terms))
+    if affine and not (outputs and _is_broadcast(findings, weights[0], outputs[0])):
         return [weights[0]]  # an affine function of the parameter has the same gradient
     bias = len(findings.uses)
     findings.uses.append(functools.partial(_bias_use, step, weights[0]))
@@ -363,6 +393,14 @@ def _add(step: Step, terms: list[Value]) -> list[Value]:
         return [None]
     findings.shifts.append(shift)
     return [outputs[0]]
+
+
+def _is_broadcast(findings: Findings, weight: Trace, output: Trace) -> bool:
+    """Whether a parameter is added to a use's output as a bias is: the same at all positions."""
+    use = findings.use(output.source)
+    numbered = jaxprs.numbered(use.eqn.outvars[0])
+    positions = len(use.pattern.outputs(use.eqn, use.operand, numbered))
+    return positions == 1 or np.unique(weight.index).size < weight.index.size
 
 
 def _bias_use(step: Step, weight: Trace) -> Use:

@@ -1299,12 +1299,49 @@ def exponential_of_a_weight() -> Built:
     return model_fn, normal({"w": (4, 3)}), inputs(4)
 
 
-@model(dense("a", 2, 4, 3), dense("b", 2, 3, 4), shift("w", 12))
+@model(dense("a", 2, 4, 3), dense("b", 2, 3, 4), dense("w", 4, 3))
 def merged_lora() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return jnp.tanh(input @ (params["w"] + params["a"] @ params["b"]))
 
     return model_fn, normal({"w": (4, 3), "a": (4, 2), "b": (2, 3)}), inputs(4)
+
+
+@model(dense("lin", 4, 3, bias=True), probed("spread", "other", 12, "no pattern covers"))
+def weights_drawn_around_a_mean() -> Built:
+    noise = normal((4, 3), seed=5)
+
+    def model_fn(input: Array, params: Any) -> Array:
+        drawn = params["lin"]["w"] + jax.nn.softplus(params["spread"]) * noise
+        return jnp.tanh(input @ drawn + params["lin"]["b"])
+
+    params = {"lin": {"w": (4, 3), "b": (3,)}, "spread": (4, 3)}
+    return model_fn, normal(params), inputs(4)
+
+
+@model(dense("lin", 4, 3, bias=True), dense("out", 3, 2))
+def rounded_with_a_straight_through_gradient() -> Built:
+    def rounded(x: Array) -> Array:
+        levels = jnp.round(4.0 * x / jnp.max(jnp.abs(x)))
+        return x + lax.stop_gradient(jnp.clip(levels, -3, 3) - x)
+
+    def model_fn(input: Array, params: Any) -> Array:
+        hidden = input @ rounded(params["lin"]["w"])
+        return rounded(hidden + params["lin"]["b"]) @ params["out"]
+
+    params = {"lin": {"w": (4, 3), "b": (3,)}, "out": (3, 2)}
+    return model_fn, normal(params), inputs(4)
+
+
+@model(dense("lin", 4, 3, bias=True))
+def largest_output_times_its_number() -> Built:
+    """What reads the product has no derivative but through the sum."""
+
+    def model_fn(input: Array, params: Any) -> Array:
+        product = input @ params["lin"]["w"]
+        return jnp.tanh(product + params["lin"]["b"]) * (1 + jnp.argmax(product))
+
+    return model_fn, normal({"lin": {"w": (4, 3), "b": (3,)}}), inputs(4)
 
 
 @model(dense("a", 4, 2), dense("b", 2, 3), dense("lin", 4, 3, bias=True))
@@ -1425,7 +1462,7 @@ def embedding_of_tokens_out_of_bounds() -> Built:
     return model_fn, normal({"table": (7, 4)}), tokens(5, 7)
 
 
-@model(dense("router", 4, 3, 2), embed("experts", 3, 8))
+@model(dense("router", 4, 3), embed("experts", 3, 8))
 def one_expert_for_every_example() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         chosen = jnp.argmax(input @ params["router"])

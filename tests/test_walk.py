@@ -10,7 +10,7 @@ from jax import lax
 
 from laplax_kfac import jaxprs
 from laplax_kfac.structure import FOREIGN, PARAMETERS, SELECTIONS, Trace, constant
-from laplax_kfac.walk import Findings, Scope, walk
+from laplax_kfac.walk import Findings, Fixed, Scope, walk
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -111,8 +111,19 @@ def test_a_rule_that_does_more_than_rearrange_is_no_view(backward):
 
     function.defvjp(lambda w: (2.0 * w, w), lambda w, g: (backward(w, g),))
     found, findings = traced(function, jnp.ones((2, 3)))
-    assert found is None
+    assert isinstance(found, Fixed)
     assert [entry.ids.size for entry in findings.opaque] == [6]
+
+
+def test_what_no_data_enter_is_told_apart():
+    def function(w):
+        return w @ w.T, jnp.sin(w) + 1.0, lax.stop_gradient(w), w * OTHER, jnp.argmax(w)
+
+    jaxpr, consts, _ = jaxprs.trace(function, jnp.ones((2, 3)))
+    findings = Findings()
+    for value in (Trace(PARAMETERS, np.arange(6).reshape(2, 3)), None):
+        found = walk(jaxpr, [*map(constant, consts), value], Scope(findings))
+        assert [findings.is_fixed(v) for v in found] == [value is not None] * 5
 
 
 def test_every_selection_is_in_the_functions():
