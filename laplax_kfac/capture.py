@@ -30,7 +30,7 @@ from laplax_kfac.likelihood import (
 )
 from laplax_kfac.parser import ModelFn, Program, parse
 from laplax_kfac.patterns import one_hot
-from laplax_kfac.resolve import Member, Resolved
+from laplax_kfac.resolve import Member, Part, Resolved
 from laplax_kfac.rewrites import has_rewrite, rewrite
 from laplax_kfac.walk import Use
 
@@ -249,6 +249,8 @@ def _use_record(program: Program, member: Member, inputs: Inputs, at_uses: Probe
     a = values if claim.bias is None else claim.bias * active.astype(values.dtype)
     a, active = _canonical(a, claim.shared), _canonical(active, claim.shared)
     g = jax.vmap(lambda x: _canonical(x, claim.shared))(outputs(gradients))
+    if claim.part is not None:
+        a, g = _in_part(claim.part, use, a), _features(g, claim.part[1])
     if use.pattern.active is not None:
         g = g * active.astype(g.dtype)
     if claim.input_scale is not None and claim.indexed:
@@ -261,6 +263,22 @@ def _use_record(program: Program, member: Member, inputs: Inputs, at_uses: Probe
     if member.joint_bias is not None:
         a = jnp.concatenate([a, member.joint_bias * active.astype(a.dtype)], axis=-1)
     return UseRecord(a, g, active[..., 0], operands)
+
+
+def _in_part(part: Part, use: Use, inputs: Array) -> Array:
+    """The inputs of a part of a weight; row numbers are counted in the part, -1 for other rows."""
+    rows, _ = part
+    if not use.pattern.indexed:
+        return _features(inputs, rows)
+    numbers = np.full(use.ids.shape[-2] + 1, -1)  # the last is that of -1
+    numbers[rows] = np.arange(rows.size)
+    return jnp.asarray(numbers, inputs.dtype)[inputs]
+
+
+def _features(x: Array, index: Int[np.ndarray, " n"]) -> Array:
+    """Some entries along the last axis; mostly neighbours, which a slice takes without a search."""
+    first, last = int(index[0]), int(index[-1])
+    return x[..., first : last + 1] if last - first + 1 == index.size else x[..., index]
 
 
 def _canonical(x: Array, shared: tuple[bool, ...]) -> Array:

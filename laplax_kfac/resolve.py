@@ -10,10 +10,11 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from laplax_kfac import jaxprs
 from laplax_kfac.layers import FROZEN, BlockKind, Layer, unique_names
@@ -27,6 +28,7 @@ FACTOR_LIMIT = 16384
 """Largest Kronecker factor that is kept dense; larger ones are diagonal."""
 
 Ids = Int[np.ndarray, "stack rows out"]
+Part = tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " out"]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Claim:
         indexed: Whether inputs are row numbers.
         transposed: Whether ids are those of the layer with in and out exchanged.
         moments: How sums over the inputs are formed without them, or None.
+        part: The inputs and the outputs of the use that the ids are for, where constants take the
+            place of a weight for the others; None for all.
     """
 
     use: int
@@ -57,6 +61,7 @@ class Claim:
     indexed: bool = False
     transposed: bool = False
     moments: Moments | None = None
+    part: Part | None = None
 
     @functools.cached_property
     def segment(self) -> Segment:
@@ -128,11 +133,12 @@ def _claims(findings: Findings) -> tuple[list[Claim], list[Opaque]]:
 
     def claim(number: int) -> None:
         use = findings.use(number)
-        found = _weight_claim(number, use)
-        if isinstance(found, str):
-            refuse(use.ids, use.pattern.name, found)
-        else:
-            claims.append(found)
+        for part in [None] if use.mixed else _parts(use.ids):
+            found = _weight_claim(number, use, part)
+            if isinstance(found, str):
+                refuse(_of_part(use.ids, part), use.pattern.name, found)
+            else:
+                claims.append(found)
 
     biases = {s.bias for s in findings.shifts} | set(findings.sums)
     for number in range(len(findings.uses)):
@@ -154,16 +160,39 @@ def _claims(findings: Findings) -> tuple[list[Claim], list[Opaque]]:
     return claims, opaque
 
 
-def _weight_claim(number: int, use: Use) -> Claim | str:
+def _parts(ids: Int[np.ndarray, "*lanes stack rows out"]) -> list[Part | None]:
+    """The parts of a weight that hold parameters, where the rest is constants: padding, zeros.
+
+    One for every set of rows with the same columns; none of these in two sets.
+    """
+    if ids.min(initial=0) != FOREIGN:
+        return [None]
+    inside = ids.reshape(-1, *ids.shape[-2:]) != FOREIGN
+    columns = np.unique(inside[0][inside[0].any(axis=1)], axis=0)
+    if not (inside == inside[:1]).all() or columns.sum(axis=0).max(initial=0) != 1:
+        return [None]
+    return [(np.flatnonzero((inside[0] == c).all(axis=1)), np.flatnonzero(c)) for c in columns]
+
+
+def _of_part(x: Shaped[np.ndarray, "*lanes stack rows out"], part: Part | None) -> Any:
+    """The entries of a part of a weight."""
+    return x if part is None else x[..., part[0], :][..., part[1]]
+
+
+def _weight_claim(number: int, use: Use, part: Part | None) -> Claim | str:
     if not use.regular:
         return "added to different places unequally often"
     if use.pattern.name == "shift" and use.ids.shape[-1] > DENSE_LIMIT:
         return "added to data, differently at every position"
-    shared = _shared_axes(use.ids)
-    ids = _take_first(use.ids, shared)
+    every_id = _of_part(use.ids, part)
+    shared = _shared_axes(every_id)
+    ids = _take_first(every_id, shared)
     place = use.pattern.outputs(use.eqn, use.operand, jaxprs.numbered(use.eqn.outvars[0]))
     positions = place.shape[0] * _shared_size(use, use.ids.shape[-3], shared)
-    claim = Claim(number, ids, shared, positions, indexed=use.pattern.indexed, moments=use.moments)
+    claim = Claim(
+        number, ids, shared, positions, indexed=use.pattern.indexed,
+        moments=use.moments if part is None else None, part=part,
+    )  # fmt: skip
     problem = _not_a_matrix(claim)
     if problem:
         return problem
@@ -172,6 +201,7 @@ def _weight_claim(number: int, use: Use) -> Claim | str:
     if use.scale is None:
         return claim
     scale = np.broadcast_to(use.scale, np.broadcast_shapes(use.scale.shape, use.ids.shape))
+    scale = _of_part(scale, part)
     if any(s and not _constant_along(scale, a) for a, s in enumerate(shared)):
         return "scaled differently where it is shared"
     factors = _rank_one(_take_first(scale, shared))

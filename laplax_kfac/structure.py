@@ -38,11 +38,13 @@ class Trace:
         source: `PARAMETERS`, the number of the use, or `COTANGENT`.
         index: Id of every entry, or `FOREIGN`; axes of the array, then one lane a scan.
         scale: Factor of every entry, of the same shape; None stands for 1.
+        mixed: Whether data may be among its `FOREIGN` entries, and not constants alone.
     """
 
     source: int
     index: Int[np.ndarray, "..."]
     scale: Float[np.ndarray, "..."] | None = None
+    mixed: bool = False
 
     @property
     def factors(self) -> Float[np.ndarray, "..."]:
@@ -52,14 +54,15 @@ class Trace:
     def map(self, rearrange: Callable[[Any], Any]) -> "Trace":
         """The trace of the rearranged array."""
         scale = None if self.scale is None else rearrange(self.scale)
-        return Trace(self.source, rearrange(self.index), scale)
+        return replace(self, index=rearrange(self.index), scale=scale)
 
     def scaled(self, factor: Float[np.ndarray, "..."] | float) -> "Trace":
         """The trace of this array times a constant."""
         scale = np.asarray(factor if self.scale is None else self.scale * factor)
         # A factor that differs between iterations makes their entries different, too.
         shape = np.broadcast_shapes(self.index.shape, scale.shape)
-        return Trace(self.source, np.broadcast_to(self.index, shape), np.broadcast_to(scale, shape))
+        index, scale = np.broadcast_to(self.index, shape), np.broadcast_to(scale, shape)
+        return replace(self, index=index, scale=scale)
 
     def put(self, places: "Trace", shape: tuple[int, ...]) -> "Trace":
         """The array of a shape that has entry i of this one, scaled, at ``places.index[i]``."""
@@ -70,7 +73,7 @@ class Trace:
             whole[places.index[inside]] = x[inside]
             return whole.reshape(*shape, *lanes)
 
-        found = Trace(self.source, scattered(self.index, FOREIGN))
+        found = Trace(self.source, scattered(self.index, FOREIGN), mixed=self.mixed)
         if self.scale is None and places.scale is None:
             return found
         factor = places.factors.reshape(places.index.shape + (1,) * len(lanes))
@@ -88,6 +91,11 @@ class Known:
 
     value: Callable[[], Any]
     lanes: int = 0
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same for all data: parameters without a derivative, or computed of parameters alone."""
 
 
 def constant(value: Any) -> Known | None:
@@ -252,11 +260,18 @@ def moved(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
         ndims = [jaxprs.ndim(a) for a in eqn.invars]
         return INDEX_RULES[eqn.primitive.name](eqn, align_lanes(arrays, ndims))
 
+    mixed = _is_mixed(mine, values)
     index = applied(lambda v: v.index, first.index.dtype.type(FOREIGN))
     if all(v is None or v.scale is None for v in mine):
-        return [Trace(first.source, i) for i in index]
+        return [Trace(first.source, i, mixed=mixed) for i in index]
     scale = applied(lambda v: v.factors, 1.0)
-    return [Trace(first.source, i, s) for i, s in zip(index, scale, strict=True)]
+    return [Trace(first.source, i, s, mixed) for i, s in zip(index, scale, strict=True)]
+
+
+def _is_mixed(mine: Sequence[Trace | None], values: Sequence[Any]) -> bool:
+    """Whether data are among operands: what is neither constant nor a trace of the same source."""
+    pairs = zip(mine, values, strict=True)
+    return any(t.mixed if t else not isinstance(v, Known | Fixed) for t, v in pairs)
 
 
 SELECTIONS = {
@@ -297,12 +312,13 @@ def selected(eqn: JaxprEqn, values: Sequence[Any]) -> Trace | None:
     index = evaluated(lambda t: t.index + 1, first.index.dtype)
     index = np.where(index > 0, index - 1, FOREIGN).astype(first.index.dtype)
     scaled = any(t is not None and t.scale is not None for t in mine)
-    found = Trace(first.source, index, evaluated(lambda t: t.factors, float) if scaled else None)
+    scale = evaluated(lambda t: t.factors, float) if scaled else None
+    found = Trace(first.source, index, scale, _is_mixed(mine, values))
     places = SELECTIONS[eqn.primitive.name]
     base = [t for t in mine[places] if t] if places else []
     if len(base) == 1:
         lost = (index == FOREIGN) & (base[0].index != FOREIGN)
         if lost.any():
             overwritten = np.where(lost, base[0].index, index)
-            return Trace(first.source, overwritten, np.where(lost, 0.0, found.factors))
+            return replace(found, index=overwritten, scale=np.where(lost, 0.0, found.factors))
     return found

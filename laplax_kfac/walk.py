@@ -28,6 +28,7 @@ from laplax_kfac.structure import (
     INDEX_RULES,
     PARAMETERS,
     SELECTIONS,
+    Fixed,
     Known,
     Trace,
     constant,
@@ -43,11 +44,6 @@ Site = tuple[int, ...]
 @dataclass(frozen=True)
 class Scaled:
     """Data that a parameter has multiplied: what is added to it is the shift of a norm layer."""
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """The same for all data: parameters without a derivative, or computed of parameters alone."""
 
 
 Value = Trace | Known | Fixed | Scaled | None
@@ -69,6 +65,7 @@ class Use:
         lanes: Lengths of the scans around it, outermost first.
         ids: Ids of the weight, shape (*lanes or 1, stack, in, out).
         scale: Factors of the weight's entries, like ``ids``; None stands for 1.
+        mixed: Whether data may be among the entries that are no parameters.
         regular: Whether every parameter is used equally often; only biases may be irregular.
     """
 
@@ -79,6 +76,7 @@ class Use:
     lanes: tuple[int, ...]
     ids: Int[np.ndarray, "..."]
     scale: Float[np.ndarray, "..."] | None
+    mixed: bool = False
     regular: bool = True
 
     @functools.cached_property
@@ -311,7 +309,7 @@ def _pattern(step: Step) -> list[Value]:
             continue
         read = functools.partial(pattern.weight, eqn, operand)
         view = value.map(functools.partial(_by_lane, read, jaxprs.ndim(eqn.invars[operand])))
-        use = Use(pattern, eqn, operand, step.site, scope.lanes, view.index, view.scale)
+        use = Use(pattern, eqn, operand, step.site, scope.lanes, view.index, view.scale, view.mixed)
         index = jaxprs.numbered(eqn.outvars[0])
         output[0] = Trace(len(scope.findings.uses), index[(..., *[None] * len(scope.lanes))])
         if of_parameters:
@@ -429,7 +427,7 @@ def _bias_use(step: Step, weight: Trace) -> Use:
         scale = scale[..., None, :1, :]
     axes = sum(bool((weight.index != weight.index.take([0], a)).any()) for a in range(ndim))
     pattern = patterns.bias(places, axes)
-    return Use(pattern, eqn, -1, step.site, step.scope.lanes, ids, scale, regular)
+    return Use(pattern, eqn, -1, step.site, step.scope.lanes, ids, scale, regular=regular)
 
 
 def _shift(weight: Trace, output: Trace, ndim: int, bias: int) -> Shift | None:

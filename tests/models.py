@@ -1142,7 +1142,7 @@ def scaled_rows_in_another_order() -> Built:
     return model_fn, normal({"w": (4, 3)}), inputs(4)
 
 
-@model(probed("w", "dense", 9, "combined with constants or data"))
+@model(dense("w", 3, 3))
 def padded_weight() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return jnp.tanh(input @ jnp.pad(params["w"], ((1, 0), (0, 0))))
@@ -1342,6 +1342,40 @@ def largest_output_times_its_number() -> Built:
         return jnp.tanh(product + params["lin"]["b"]) * (1 + jnp.argmax(product))
 
     return model_fn, normal({"lin": {"w": (4, 3), "b": (3,)}}), inputs(4)
+
+
+@model(dense("left", 2, 3), dense("right", 3, 1), own_bias("bias", 4))
+def block_diagonal_weight() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        weight = jax.scipy.linalg.block_diag(params["left"], 2.0 * params["right"])
+        return jnp.tanh(input @ weight + params["bias"])
+
+    return model_fn, normal({"left": (2, 3), "right": (3, 1), "bias": (4,)}), inputs(5)
+
+
+@model(conv("conv", 8, 3, 20, bias=True), dense("out", 3, 2))
+def padded_kernel() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        kernel = jnp.pad(params["conv"]["w"], ((1, 0), (0, 1), (0, 0), (0, 0)))
+        numbers = ("NHWC", "HWIO", "NHWC")
+        images = lax.conv_general_dilated(
+            input[None], kernel, (1, 1), "SAME", dimension_numbers=numbers
+        )
+        return jnp.tanh(images + params["conv"]["b"]).sum((0, 1, 2)) @ params["out"]
+
+    params = {"conv": {"w": (2, 2, 2, 3), "b": (3,)}, "out": (3, 2)}
+    return model_fn, normal(params), inputs(5, 4, 2)
+
+
+@model(embed("table", 5, 3, 4))
+def table_below_a_row_of_zeros() -> Built:
+    """As for tokens that pad a text."""
+
+    def model_fn(input: Array, params: Any) -> Array:
+        table = jnp.concatenate([jnp.zeros((1, 3)), params["table"], jnp.ones((1, 3))])
+        return jnp.tanh(jnp.sum(table[input], axis=0))
+
+    return model_fn, normal({"table": (5, 3)}), tokens(4, 7)
 
 
 @model(dense("a", 4, 2), dense("b", 2, 3), dense("lin", 4, 3, bias=True))
@@ -1678,7 +1712,7 @@ def weight_times_an_imaginary_number() -> Built:
     return model_fn, normal({"w": (4, 3)}), inputs(4)
 
 
-@model(probed("w", "dense", 12, "combined with constants"))
+@model(dense("w", 3, 4))
 def weight_padded_with_a_literal() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return input @ lax.pad(params["w"], np.asarray(0.0, float), ((0, 1, 0), (1, 0, 0)))
@@ -1686,7 +1720,7 @@ def weight_padded_with_a_literal() -> Built:
     return model_fn, normal({"w": (3, 4)}), inputs(4)
 
 
-@model(probed("w", "dense", 12, "combined with constants"))
+@model(dense("w[0:4]", 1, 4), dense("w[4:12]", 2, 4))
 def block_diagonal_of_parts() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return input @ jax.scipy.linalg.block_diag(params["w"][:1], params["w"][1:])

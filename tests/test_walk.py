@@ -9,8 +9,8 @@ import pytest
 from jax import lax
 
 from laplax_kfac import jaxprs
-from laplax_kfac.structure import FOREIGN, PARAMETERS, SELECTIONS, Trace, constant
-from laplax_kfac.walk import Findings, Fixed, Scope, walk
+from laplax_kfac.structure import FOREIGN, PARAMETERS, SELECTIONS, Fixed, Trace, constant
+from laplax_kfac.walk import Findings, Scope, walk
 
 pytestmark = pytest.mark.usefixtures("x64")
 
