@@ -3,17 +3,20 @@
 __version__ = "0.1.0"
 
 from laplax_kfac import likelihood, patterns
-from laplax_kfac.approximation_error import RelativeError, relative_error
-from laplax_kfac.capture import LayerRecord, intermediates_and_gradients
+from laplax_kfac.blocks.merging import merge
+from laplax_kfac.capture.capture import LayerRecord, intermediates_and_gradients
 from laplax_kfac.checkpoint import load, save
-from laplax_kfac.curvature import Accumulator, Curvature, accumulator, ekfac, kfac, kfoc
-from laplax_kfac.layers import Layer
-from laplax_kfac.likelihood import Likelihood
+from laplax_kfac.curvature.kfac import Accumulator, Curvature, accumulator, ekfac, kfac, kfoc
+from laplax_kfac.curvature.relative_error import RelativeError, relative_error
+from laplax_kfac.evidence.evidence import DataFit, Evidence, data_fit, log_marginal_likelihood
+from laplax_kfac.evidence.training import Trained, marglik_training
+from laplax_kfac.evidence.tuning import BoundaryWarning, Tuned, tune
+from laplax_kfac.laplax_adapter.plugin import register as _register
+from laplax_kfac.likelihood.losses import Likelihood
 from laplax_kfac.links import class_probabilities
-from laplax_kfac.marglik import DataFit, Evidence, data_fit, log_marginal_likelihood
-from laplax_kfac.plugin import register as _register
-from laplax_kfac.posterior import Posterior, make_posterior
-from laplax_kfac.predictive import (
+from laplax_kfac.parsing.layer import Layer
+from laplax_kfac.posterior.posterior import Posterior, make_posterior
+from laplax_kfac.predictive.predictive import (
     Marginals,
     Predictive,
     joint_covariance,
@@ -22,9 +25,6 @@ from laplax_kfac.predictive import (
     predictive_variance,
 )
 from laplax_kfac.report import LayerReport, find_layers
-from laplax_kfac.sums import merge
-from laplax_kfac.training import Trained, marglik_training
-from laplax_kfac.tuning import BoundaryWarning, Tuned, tune
 
 _register()
 

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from laplax_kfac.blocks import Block, BlockDiagonal
-from laplax_kfac.curvature import Curvature
-from laplax_kfac.layers import Layer
-from laplax_kfac.layout import Contiguous, ParameterSpace, Scattered, Segment
-from laplax_kfac.posterior import Posterior
+from laplax_kfac.blocks.blocks import Block, BlockDiagonal
+from laplax_kfac.curvature.kfac import Curvature
+from laplax_kfac.parsing.layer import Layer
+from laplax_kfac.parsing.layout import Contiguous, ParameterSpace, Scattered, Segment
+from laplax_kfac.posterior.posterior import Posterior
 
 FORMAT = 1
 _HEADER = "header"

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from laplax_kfac.blocks import eigh
-from laplax_kfac.data import positive_integer
-from laplax_kfac.plugin import predictives
-from laplax_kfac.predictive import Marginals, Predictive
+from laplax_kfac.blocks.blocks import eigh
+from laplax_kfac.capture.batches import positive_integer
+from laplax_kfac.laplax_adapter.plugin import predictives
+from laplax_kfac.predictive.predictive import Marginals, Predictive
 
 Link = Literal[
     "mc", "probit", "mean_field_0", "mean_field_1", "mean_field_2", "laplace_bridge"

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from laplax_kfac.capture import record_size
-from laplax_kfac.layers import Layer
-from laplax_kfac.parser import ModelFn, parse
-from laplax_kfac.selection import DENSE_LIMIT, PathFilter, select
+from laplax_kfac.capture.capture import record_size
+from laplax_kfac.parsing.layer import Layer
+from laplax_kfac.parsing.program import ModelFn, parse
+from laplax_kfac.parsing.selection import DENSE_LIMIT, PathFilter, select
 
 _BYTES = 4  # factors are kept in float32 unless x64 is on
 

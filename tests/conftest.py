@@ -19,10 +19,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 ).strip()
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 from loguru import logger
 
@@ -34,9 +32,3 @@ def x64() -> Iterator[None]:
     """Compute in float64; `pytestmark = pytest.mark.usefixtures("x64")` does so in a whole file."""
     with jax.enable_x64(True):
         yield
-
-
-def tolerance(dtype: jax.typing.DTypeLike) -> dict[str, Any]:
-    """Return `rtol` and `atol` for `np.testing.assert_allclose`, by the precision of `dtype`."""
-    rtol = {16: 2e-2, 32: 2e-4, 64: 1e-9}[jnp.finfo(dtype).bits]
-    return {"rtol": rtol, "atol": rtol / 10}

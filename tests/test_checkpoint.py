@@ -9,18 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matrices
-import models
 import numpy as np
 import pytest
-from conftest import tolerance
-from matrices import matrix, tree
+from support import matrices, models
+from support.matrices import matrix, tree
+from support.tolerances import tolerance
 
 import laplax_kfac
-from laplax_kfac.blocks import Block
-from laplax_kfac.curvature import Curvature
-from laplax_kfac.layout import ParameterSpace, Scattered
-from laplax_kfac.posterior import Posterior
+from laplax_kfac.blocks.blocks import Block
+from laplax_kfac.curvature.kfac import Curvature
+from laplax_kfac.parsing.layout import ParameterSpace, Scattered
+from laplax_kfac.posterior.posterior import Posterior
 
 pytestmark = pytest.mark.usefixtures("x64")
 

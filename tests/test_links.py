@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tolerance
 from laplax.eval import predictives
-from matrices import normal, positive
+from support.matrices import normal, positive
+from support.tolerances import tolerance
 
 from laplax_kfac.links import class_probabilities
-from laplax_kfac.predictive import Marginals, Predictive
+from laplax_kfac.predictive.predictive import Marginals, Predictive
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -5,18 +5,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
-import oracles
 import pytest
-from conftest import tolerance
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from support import models, oracles
+from support.tolerances import tolerance
 
 import laplax_kfac
 from laplax_kfac import plotting
-from laplax_kfac.predictive import Marginals, Predictive
-from laplax_kfac.tuning import Tuned
+from laplax_kfac.evidence.tuning import Tuned
+from laplax_kfac.predictive.predictive import Marginals, Predictive
 
 pytestmark = pytest.mark.usefixtures("x64")
 

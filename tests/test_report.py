@@ -2,12 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import pytest
+from support import models
 
 import laplax_kfac
-from laplax_kfac.factors import KroneckerSums
+from laplax_kfac.factors.statistics import KroneckerSums
 from laplax_kfac.report import LayerReport, memory
 
 NAMES = [m.name for m in models.MODELS]

@@ -1,0 +1,1 @@
+"""Curvature: data in, `kfac.Curvature` out; `kfac`, `ekfac`, `kfoc` and the accumulator."""

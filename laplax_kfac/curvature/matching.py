@@ -1,0 +1,81 @@
+"""Parsing a model again, so that its layers are the blocks of a curvature."""
+
+import glob
+from typing import Any
+
+from jaxtyping import PyTree
+
+from laplax_kfac.blocks.blocks import BlockDiagonal
+from laplax_kfac.parsing.layer import Layer
+from laplax_kfac.parsing.program import ModelFn, Program, parse
+from laplax_kfac.parsing.selection import CurvatureKind, Fallback, Selection
+
+
+def parse_like(
+    curvature: BlockDiagonal,
+    model_fn: ModelFn,
+    params: PyTree,
+    example: PyTree,
+    *,
+    vmap_over_data: bool = True,
+) -> Program:
+    """Parse a model so that its layers get the blocks that a curvature of it has.
+
+    Args:
+        curvature: The curvature.
+        model_fn: ``model_fn(input=, params=)``.
+        params: Its parameters; only shapes and dtypes matter.
+        example: One input, without a batch axis; only shapes and dtypes matter.
+        vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
+
+    Raises:
+        ValueError: If the curvature is of another model.
+    """
+    wanted = [_grouping(layer) for layer in curvature.layers]
+    for separate in (False, True):
+        selection = _selection_of(curvature, separate=separate)
+        program = parse(
+            model_fn, params, example, vmap_over_data=vmap_over_data, selection=selection
+        )
+        if [_grouping(layer) for layer in program.layers] == wanted:
+            return program
+    msg = (
+        "`curvature` is of another model: it has the layers "
+        f"{[layer.name for layer in curvature.layers]}, `model_fn` has "
+        f"{[layer.name for layer in program.layers]}."
+    )
+    raise ValueError(msg)
+
+
+def _grouping(layer: Layer) -> tuple[Any, ...]:
+    probed = layer.block in ("none", "diagonal")  # a block "none" is a diagonal of zeros
+    return layer.segments, "diagonal" if probed else layer.block, layer.stack, layer.diagonal
+
+
+def _selection_of(curvature: BlockDiagonal, *, separate: bool) -> Selection:
+    """The selection that gives every parameter the kind of block it has in the curvature.
+
+    Parameters without curvature are probed as a diagonal: they have the variance of their prior.
+    """
+    name_of = dict(zip(curvature.space.paths, curvature.space.names, strict=True))
+    frozen = {name_of[p] for layer in curvature.layers if layer.frozen for p in layer.params}
+    kinds: dict[str, Fallback] = {}
+    for layer in curvature.layers:
+        if not layer.is_matrix:
+            kind: Fallback = "dense" if layer.block == "dense" else "diagonal"
+            kinds.update({glob.escape(name_of[p]): kind for p in layer.params})
+    return Selection(
+        lambda path: path not in frozen,
+        tuple(kinds.items()),
+        dense_limit=curvature.space.size,
+        separate_weight_and_bias=separate,
+        curvature=_kind(curvature),
+    )
+
+
+def _kind(curvature: BlockDiagonal) -> CurvatureKind:
+    """What the weights of a curvature have: Kronecker, diagonal or dense blocks."""
+    blocks = {layer.block for layer in curvature.layers if layer.is_matrix}
+    if "kronecker" in blocks or not blocks:
+        return "kronecker"
+    return "block" if "dense" in blocks else "diagonal"

@@ -1,0 +1,215 @@
+"""How far an approximate curvature is from the exact one, block by block."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, Num, PyTree
+
+from laplax_kfac.blocks.blocks import Block, BlockDiagonal, apply
+from laplax_kfac.capture.batches import batches, even_batches, first_example, positive_integer
+from laplax_kfac.capture.capture import ParameterRecord, Record, UseRecord
+from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE, Accumulator, Options
+from laplax_kfac.curvature.matching import parse_like
+from laplax_kfac.factors.gradients import sum_into_rows
+from laplax_kfac.parsing.grouping import Member, Resolved
+from laplax_kfac.parsing.layer import Layer
+from laplax_kfac.parsing.layout import ParameterSpace
+from laplax_kfac.parsing.program import ModelFn
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RelativeError:
+    """Relative errors in Frobenius norm, ``||C - G|| / ||G||``; printing shows a table.
+
+    Attributes:
+        by_layer: One for every layer of the curvature that has a block; NaN where G is zero.
+        total: Of the block-diagonal matrix as a whole.
+        layers: Names of these layers.
+    """
+
+    by_layer: Float[Array, " layers"]
+    total: Float[Array, ""]
+    layers: tuple[str, ...] = field(metadata={"static": True})
+
+    def __getitem__(self, layer: str) -> Float[Array, ""]:
+        """The error of one layer.
+
+        Raises:
+            KeyError: If there is none of that name.
+        """
+        if layer not in self.layers:
+            msg = f"no layer is named {layer!r}; the names are {list(self.layers)}"
+            raise KeyError(msg)
+        return self.by_layer[self.layers.index(layer)]
+
+    def __str__(self) -> str:
+        """A row a layer."""
+        rows = [*zip(self.layers, self.by_layer, strict=True), ("all", self.total)]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}}  {float(error):8.3g}" for name, error in rows)
+
+
+def relative_error(
+    curvature: BlockDiagonal,
+    model_fn: ModelFn,
+    params: PyTree,
+    data: Any,
+    *,
+    loss_fn: Any,
+    num_probes: int = 32,
+    key: Key[Array, ""] | None = None,
+    vmap_over_data: bool = True,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+) -> RelativeError:
+    """Distance of a curvature from the exact generalised Gauss-Newton matrix, block by block.
+
+    ``||D||_F^2`` is the mean of ``||D v||^2`` over standard normal v (Hutchinson 1990), and the
+    product of the exact block with v needs per-example inputs and cotangents alone: nothing of the
+    size of a block is formed. All blocks share one pass over the data.
+
+    Args:
+        curvature: What `kfac` or one of its relatives returned for this model.
+        model_fn: ``model_fn(input=, params=)``.
+        params: The trained parameters.
+        data: The data that the curvature is of: one batch, or an iterable of batches.
+        loss_fn: As for `kfac`.
+        num_probes: Random vectors a layer. Estimates of errors have a relative standard deviation
+            of at most ``1 / sqrt(2 num_probes)``, roughly; layers with no more parameters than
+            that are compared exactly.
+        key: Random key; ``jax.random.key(0)`` by default.
+        vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
+        batch_size: Most examples that are worked on at once.
+
+    Raises:
+        ValueError: If the curvature is of another model, or ``num_probes`` is not positive.
+    """
+    num_probes = positive_integer("num_probes", num_probes)
+    stream = even_batches(batches(data), batch_size)
+    first = next(stream)
+    program = parse_like(
+        curvature, model_fn, params, first_example(first[0]), vmap_over_data=vmap_over_data
+    )
+    key = jax.random.key(0) if key is None else key
+    exactly = [
+        layer.size <= num_probes and not _is_complex(layer, curvature.space)
+        for layer in curvature.layers
+    ]
+    vectors = tuple(
+        _units(layer)
+        if small
+        else _normal(jax.random.fold_in(key, number), num_probes, layer, curvature.space)
+        for number, (layer, small) in enumerate(zip(curvature.layers, exactly, strict=True))
+    )
+    options = Options.checked(loss_fn, selection=program.selection, vmap_over_data=vmap_over_data)
+    exact = Accumulator(model_fn, params, options).total(
+        _products, itertools.chain([first], stream), vectors
+    )
+    columns = zip(curvature.blocks, curvature.layers, vectors, exact, exactly, strict=True)
+    squares = [
+        _squares(block, v, product, exactly=small)
+        for block, layer, v, product, small in columns
+        if not layer.frozen
+    ]
+    errors, norms = (jnp.stack(values) for values in zip(*squares, strict=True))
+    names = tuple(layer.name for layer in curvature.layers if not layer.frozen)
+    total = jnp.sqrt(jnp.sum(errors) / jnp.sum(norms))
+    return RelativeError(jnp.sqrt(errors / norms), total, names)
+
+
+def _is_complex(layer: Layer, space: ParameterSpace) -> bool:
+    return any(space.is_complex(space.paths.index(path)) for path in layer.params)
+
+
+def _units(layer: Layer) -> Float[Array, "size *shape"]:
+    """All unit vectors in a layer's block."""
+    return jnp.eye(layer.size, dtype=jnp.result_type(float)).reshape(layer.size, *layer.shape)
+
+
+def _normal(
+    key: Key[Array, ""], number: int, layer: Layer, space: ParameterSpace
+) -> Num[Array, "number *shape"]:
+    """Standard normal vectors in a layer's block; real and imaginary part where it is complex."""
+    shape, dtype = (number, *layer.shape), jnp.result_type(float)
+    real = jax.random.normal(key, shape, dtype)
+    if not _is_complex(layer, space):
+        return real
+    return jax.lax.complex(real, jax.random.normal(jax.random.fold_in(key, 0), shape, dtype))
+
+
+def _squares(
+    block: Block, vectors: Array, exact: Array | None, *, exactly: bool
+) -> tuple[Array, Array]:
+    """Squared Frobenius norms of the error of a block, and of the exact block."""
+    approximate = jax.vmap(functools.partial(apply, block))(vectors)
+    exact = jnp.zeros_like(approximate) if exact is None else exact.reshape(approximate.shape)
+    scale = 1.0 if exactly else 1.0 / len(vectors)
+    return (
+        scale * jnp.sum(jnp.abs(approximate - exact) ** 2),
+        scale * jnp.sum(jnp.abs(exact) ** 2),
+    )
+
+
+def _products(
+    resolved: Sequence[Resolved],
+    records: Sequence[Record],
+    weights: Float[Array, " N"],
+    vectors: Sequence[Array],
+) -> tuple[Array | None, ...]:
+    """Exact blocks times vectors, over one batch: ``sum_nr G_nr <G_nr, V>``."""
+    triples = zip(resolved, records, vectors, strict=True)
+    return tuple(_product(r, record, weights, v) for r, record, v in triples)
+
+
+def _product(
+    resolved: Resolved, record: Record, weights: Float[Array, " N"], vectors: Array
+) -> Array | None:
+    if record is None:
+        return None
+    if isinstance(record, ParameterRecord):
+        g = record.gradients
+        sizes = jnp.real(jnp.einsum("nrp,vp->nrv", g, vectors, precision=_HIGHEST))
+        sizes = sizes * weights[:, None, None]
+        return jnp.einsum("nrv,nrp->vp", sizes, jnp.conj(g), precision=_HIGHEST)
+    layer = resolved.layer
+    matrices = vectors.reshape(len(vectors), layer.stack, layer.rows, layer.out_features)
+    uses = list(zip(resolved.members, record, strict=True))
+    sizes = sum((_inner(m, use, matrices) for m, use in uses), jnp.zeros(()))
+    if layer.block == "dense":  # one block for the whole stack, with what is between its members
+        sizes = jnp.broadcast_to(jnp.sum(sizes, axis=-1, keepdims=True), sizes.shape)
+    sizes = sizes * weights[:, None, None, None]
+    return sum((_outer(m, use, sizes, layer.rows) for m, use in uses), jnp.zeros(()))
+
+
+def _inner(
+    member: Member, use: UseRecord, matrices: Float[Array, "V stack rows out"]
+) -> Float[Array, "N R V stack"]:
+    """``<G, V>`` for the share of one use in every per-example gradient G."""
+    matrices = matrices.swapaxes(-1, -2) if member.claim.transposed else matrices
+    if member.claim.indexed:
+        rows = use.inputs[..., 0]
+        outputs = matrices[:, jnp.arange(rows.shape[-1]), rows] * (rows >= 0)[..., None]
+        outputs = jnp.moveaxis(outputs, 0, 1)
+    else:
+        outputs = jnp.einsum("nski,vkio->nvsko", use.inputs, matrices, precision=_HIGHEST)
+    return jnp.einsum("nvsko,nrsko->nrvk", outputs, use.gradients, precision=_HIGHEST)
+
+
+def _outer(
+    member: Member, use: UseRecord, sizes: Float[Array, "N R V stack"], size: int
+) -> Float[Array, "V stack rows out"]:
+    """The sum of the per-example gradients, for one use, with weights ``sizes``."""
+    g = jnp.einsum("nrvk,nrsko->nvsko", sizes, use.gradients, precision=_HIGHEST)
+    if member.claim.indexed:
+        sums = sum_into_rows(size, use.inputs[..., 0], jnp.moveaxis(g, 1, -2))
+        total = jnp.moveaxis(sums, -2, 0)
+    else:
+        total = jnp.einsum("nski,nvsko->vkio", use.inputs, g, precision=_HIGHEST)
+    return total.swapaxes(-1, -2) if member.claim.transposed else total

@@ -1,0 +1,1 @@
+"""The evidence: fit and curvature in, marginal likelihood and tuned hyperparameters out."""

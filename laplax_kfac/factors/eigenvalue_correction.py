@@ -1,0 +1,131 @@
+"""Eigenvalue correction: second moments of the per-example gradients in the eigenbases (EKFAC).
+
+``sum_nr (U_A^T G_nr U_B)_ij^2`` (George et al. 2018, arXiv 1806.03884) is the diagonal of the exact
+curvature in the Kronecker eigenbasis; without bases it is the diagonal of the curvature itself.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from laplax_kfac.blocks.blocks import Block, rotate
+from laplax_kfac.capture.capture import Record, UseRecord
+from laplax_kfac.factors.gradients import (
+    FORMED,
+    STORED,
+    RotatedUses,
+    accumulate,
+    gradients_side_by_side,
+    is_lookup,
+    lookup_gradients,
+    num_positions,
+    rotated_records,
+    sum_in_parts,
+    sum_into_rows,
+    sum_of_matrices,
+)
+from laplax_kfac.parsing.grouping import Resolved
+from laplax_kfac.parsing.layer import Layer
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def corrected_eigenvalues(
+    resolved: Sequence[Resolved],
+    records: Sequence[Record],
+    weights: Float[Array, " N"],
+    blocks: Sequence[Block],
+) -> tuple[Float[Array, "..."], ...]:
+    """Second moments of the per-example gradients in the blocks' bases, over one batch.
+
+    ``sum_nr (U_A^T G_nr U_B)_ij^2`` with ``G_nr = sum_t a_nt g_nrt^T`` (George et al. 2018,
+    arXiv 1806.03884, Eq. 8): the diagonal of the exact curvature in the Kronecker eigenbasis.
+    Layers whose block is exact already keep what they have: their entry is all zeros.
+    """
+    return tuple(
+        second_moments(r, record, weights, block)
+        if isinstance(record, tuple) and r.layer.block == "kronecker"
+        else jnp.zeros_like(block.eigenvalues)
+        for r, record, block in zip(resolved, records, blocks, strict=True)
+    )
+
+
+def second_moments(
+    resolved: Resolved, record: tuple[UseRecord, ...], weights: Float[Array, " N"], block: Block
+) -> Float[Array, "..."]:
+    """Second moments of the gradients of one layer in the basis of the block."""
+    if is_lookup(resolved):
+        rows, gradients, shares = jax.vmap(lambda r: lookup_gradients(r, block))(record[0])
+        squares = jnp.sum(gradients**2, axis=1) * (shares * weights[:, None, None])[..., None]
+        moments = sum_into_rows(resolved.layer.rows, rows, squares)
+        return moments.reshape(resolved.layer.shape)
+    members, layer = resolved.members, resolved.layer
+    weights = accumulate(weights)
+    if _in_pairs(resolved, record):
+        uses = rotated_records(members, record, block)
+        numbers = num_positions(record) ** 2 * layer.stack * (layer.rows + layer.out_features)
+        at_once = max(1, FORMED // numbers)
+        moments = sum_in_parts(_moments_by_pairs, (uses, weights), at_once)
+        return moments.reshape(layer.shape)
+    before, after = _rotations(layer, record, block)
+
+    def by_matrices(uses: RotatedUses, weights: Float[Array, " n"]) -> Array:
+        matrices = _rotated(after, gradients_side_by_side(members, uses))
+        # XLA sums over an axis between others slowly.
+        squares = [matrices[..., r, :] ** 2 for r in range(matrices.shape[-2])]
+        total = functools.reduce(jnp.add, squares)
+        return jnp.einsum("n,nkio->kio", weights, total, precision=_HIGHEST)
+
+    uses = rotated_records(members, record, before)
+    return sum_of_matrices(by_matrices, uses, weights, layer.size).reshape(layer.shape)
+
+
+def _in_pairs(resolved: Resolved, record: tuple[UseRecord, ...]) -> bool:
+    """Whether to multiply pairs of positions out, and not the positions' outer products.
+
+    ``sum_r G_rio^2 = sum_tu (a_ti a_ui) (sum_r g_rto g_ruo)`` is one product over pairs, for all
+    examples and columns: at S^2 multiply-adds an entry of the weight instead of R S, and no numbers
+    of the size of the weight. With one position the pairs are squares.
+    """
+    if any(m.claim.transposed for m in resolved.members):
+        return False
+    layer, columns = resolved.layer, record[0].gradients.shape[1]
+    positions = num_positions(record)
+    entries = layer.rows * layer.out_features
+    pairs = positions**2 * (entries + STORED * (layer.rows + 2 * columns * layer.out_features))
+    return pairs <= columns * entries * (positions + 3 * STORED)
+
+
+def _moments_by_pairs(
+    uses: RotatedUses, weights: Float[Array, " n"]
+) -> Float[Array, "stack rows out"]:
+    a = jnp.concatenate([a for a, _ in uses], axis=1)
+    g = jnp.concatenate([g for _, g in uses], axis=2)
+    inputs = weights[:, None, None, None, None] * a[:, :, None] * a[:, None]
+    outputs = jnp.sum(g[:, :, :, None] * g[:, :, None], axis=1)
+    moments = jnp.einsum("ntuki,ntuko->kio", inputs, outputs, precision=_HIGHEST)
+    return jnp.maximum(moments, 0.0)  # sums of squares, up to rounding
+
+
+def _rotated(
+    block: Block, matrices: Float[Array, "n stack rows R out"]
+) -> Float[Array, "n stack rows R out"]:
+    """Matrices side by side in the block's bases."""
+    shape, (rows, out) = matrices.shape, block.basis
+    matrices = rotate(replace(block, basis=(rows, None)), matrices.reshape(*shape[:3], -1))
+    matrices = matrices.reshape(*shape[:2], -1, shape[-1])
+    return rotate(replace(block, basis=(None, out)), matrices).reshape(shape)
+
+
+def _rotations(layer: Layer, record: tuple[UseRecord, ...], block: Block) -> tuple[Block, Block]:
+    """What to rotate first, inputs and cotangents, and what later, matrices that are smaller."""
+    positions, columns = num_positions(record), record[0].gradients.shape[1]
+    fewer = positions < columns * layer.out_features, positions < layer.rows
+    pairs = list(zip(block.basis, fewer, strict=True))
+    before = tuple(basis if first else None for basis, first in pairs)
+    after = tuple(None if first else basis for basis, first in pairs)
+    return replace(block, basis=before), replace(block, basis=after)

@@ -1,0 +1,114 @@
+"""The public record of a layer: which parameters it holds and which curvature block it gets."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from laplax_kfac.parsing.layout import ParameterSpace, Segment
+
+FROZEN = "frozen"
+"""Pattern of parameters that are left out: fixed at their value."""
+
+BlockKind = Literal["kronecker", "dense", "diagonal", "none"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A group of parameters that share one curvature block.
+
+    Attributes:
+        name: Path of the layer in the parameter pytree, e.g. ``"encoder/attention/query"``.
+        pattern: How the model uses the parameters: ``"dense"``, ``"conv"``, ``"bias"``,
+            ``"scale"``, ..., ``"unused"``, or ``"frozen"``.
+        params: Paths of the leaves, as ``jax.tree_util.keystr`` writes them.
+        block: ``"kronecker"``, ``"dense"``, ``"diagonal"``, or ``"none"`` where the parameters
+            cannot influence the output, so that their posterior is the prior, and where they are
+            frozen, so that they have no uncertainty.
+        in_features: Rows of the weight matrix, without a joint bias; the number of parameters
+            where these are no weight.
+        out_features: Columns of the weight matrix; 1 where the parameters are no weight.
+        positions: Places one example shares the weight over, S; 1 without weight sharing.
+        stack: Independent matrices in the block: groups, heads, experts, scanned layers.
+        bias: Whether a bias is joint with the weight, as the last row of its matrix.
+        uses: How often the model uses the weight.
+        diagonal: Whether the input factor, and the output factor, of a Kronecker block is diagonal.
+        reason: Why this block, and no better one.
+        segments: Ids of the block's rows, in order.
+    """
+
+    name: str
+    pattern: str
+    params: tuple[str, ...]
+    block: BlockKind
+    in_features: int
+    out_features: int
+    positions: int = 1
+    stack: int = 1
+    bias: bool = False
+    uses: int = 1
+    diagonal: tuple[bool, bool] = (False, False)
+    reason: str = ""
+    segments: tuple[Segment, ...] = field(default=(), repr=False)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the parameters are fixed at their value."""
+        return self.pattern == FROZEN
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the parameters are those of a weight matrix, whatever its block."""
+        return bool(self.segments) and len(self.segments[0].shape) == 3
+
+    @property
+    def rows(self) -> int:
+        """Rows of the layer's matrix: the inputs, and one more for a joint bias."""
+        return self.in_features + int(self.bias)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters in the block."""
+        return self.stack * self.rows * self.out_features
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a vector viewed in this block; a leading axis only for a stack."""
+        if self.block == "dense" or not self.is_matrix:
+            return (self.size,)
+        matrix = (self.rows, self.out_features)
+        return matrix if self.stack == 1 else (self.stack, *matrix)
+
+    @property
+    def first(self) -> int:
+        """Id of the first parameter of its matrix."""
+        return self.segments[0].first if self.size else 0
+
+
+def unique_names(layers: Sequence[Layer], space: ParameterSpace) -> list[str]:
+    """Name a layer by the module its parameters share, if no other layer does; else by its leaf."""
+    name_of = dict(zip(space.paths, space.names, strict=True))
+    modules = [{name_of[p].rpartition("/")[0] for p in layer.params} for layer in layers]
+    owners = Counter(module for own in modules for module in own)
+    names = []
+    for layer, own in zip(layers, modules, strict=True):
+        module = min(own)
+        alone = bool(module) and len(own) == 1 and owners[module] == 1
+        path = space.paths[space.leaf_at(layer.first)] if layer.size else layer.params[0]
+        names.append(module if alone else name_of[path])
+    ranged = [_with_range(n, layer, space) if names.count(n) > 1 else n
+              for n, layer in zip(names, layers, strict=True)]  # fmt: skip
+    return [
+        n if n not in ranged[:k] else f"{n}#{ranged[:k].count(n) + 1}" for k, n in enumerate(ranged)
+    ]
+
+
+def _with_range(name: str, layer: Layer, space: ParameterSpace) -> str:
+    """The name of one of several layers in a leaf: with where its weight begins and ends."""
+    if not layer.size:
+        return name
+    leaf = space.leaf_at(layer.first)
+    begin = layer.first - space.offsets[leaf]
+    end = min(begin + math.prod(layer.segments[0].shape), math.prod(space.shapes[leaf]))
+    return f"{name}[{begin}:{end}]"

@@ -1,0 +1,152 @@
+"""From a model to its program: the traced jaxpr, and the layers found in it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr
+from jaxtyping import Array, PyTree
+
+from laplax_kfac import jaxprs
+from laplax_kfac.parsing.grouping import Resolved, resolve
+from laplax_kfac.parsing.indices import PARAMETERS, Trace, constant
+from laplax_kfac.parsing.layer import Layer
+from laplax_kfac.parsing.layout import ParameterSpace
+from laplax_kfac.parsing.selection import Selection
+from laplax_kfac.parsing.walk import Findings, Opaque, Scope, Use, Value, walk
+
+ModelFn = Callable[..., PyTree]
+
+ALL = Selection()
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model traced for one example, and its layers.
+
+    Attributes:
+        jaxpr: Inputs are the constants, then the leaves of the parameters, then those of the
+            example; every equation matters for the output.
+        consts: Arrays that the model closes over.
+        space: Structure of the parameters.
+        resolved: The layers, and how their statistics are read.
+        uses: The uses that the layers' members refer to, by number.
+        custom_vjp: Whether the model has derivative rules that may not be linear in the cotangent.
+        selection: Which parameters are covered, and how.
+        output: The model's output for one example, as a pytree of ``jax.ShapeDtypeStruct``.
+    """
+
+    jaxpr: Jaxpr
+    consts: list[Array]
+    space: ParameterSpace
+    resolved: tuple[Resolved, ...]
+    uses: dict[int, Use]
+    custom_vjp: bool
+    selection: Selection
+    output: PyTree
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers, ordered by their first parameter."""
+        return tuple(r.layer for r in self.resolved)
+
+
+def per_example(model_fn: ModelFn, *, vmap_over_data: bool) -> Callable[[PyTree, PyTree], PyTree]:
+    """The model as a function of (params, one example without a batch axis)."""
+    if vmap_over_data:
+        return lambda params, x: model_fn(input=x, params=params)
+
+    def single(params: PyTree, x: PyTree) -> PyTree:
+        out = model_fn(input=jax.tree.map(lambda a: a[None], x), params=params)
+        return jax.tree.map(lambda a: a[0], out)
+
+    return single
+
+
+def parse(
+    model_fn: ModelFn,
+    params: PyTree,
+    example: PyTree,
+    *,
+    vmap_over_data: bool = True,
+    selection: Selection = ALL,
+) -> Program:
+    """Trace a model for one example and find its layers.
+
+    Args:
+        model_fn: ``model_fn(input=, params=)``.
+        params: Its parameters; only shapes and dtypes matter.
+        example: One input, without a batch axis; only shapes and dtypes matter.
+        vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
+        selection: Which parameters are covered, and how.
+
+    Raises:
+        ValueError: If parameters are used inside a while loop, if there are none, or if some have
+            no Kronecker form and their fallback is ``"error"``.
+    """
+    space = ParameterSpace.of(params)
+    function = per_example(model_fn, vmap_over_data=vmap_over_data)
+    jaxpr, consts, output = jaxprs.trace(function, params, example)
+    covered = [selection.covers(name) for name in space.names]
+    findings = _find(jaxpr, consts, space, covered)
+    if selection.last_layer:
+        covered = _of_last_layer(findings, space)
+        selection = replace(selection, params_filter=_among(space, covered))
+        findings = _find(jaxpr, consts, space, covered)
+    resolved = resolve(findings, space, selection)
+    used = {m.claim.use for r in resolved for m in r.members}
+    uses = {number: findings.use(number) for number in used}
+    custom_vjp = jaxprs.has_custom_vjp(jaxpr)
+    return Program(jaxpr, consts, space, resolved, uses, custom_vjp, selection, output)
+
+
+def _find(
+    jaxpr: Jaxpr, consts: list[Any], space: ParameterSpace, covered: Sequence[bool]
+) -> Findings:
+    """Walk the jaxpr with the leaves that are covered."""
+    findings = Findings()
+    for leaf, used in enumerate(covered):
+        if used and space.is_complex(leaf):
+            reason = "complex: real and imaginary part share one eigenvalue"
+            ids = space.leaf_ids(leaf).ravel()
+            findings.opaque.append(Opaque(ids, "complex", reason))
+    values = _initial_values(jaxpr, consts, space, covered)
+    for value in walk(jaxpr, values, Scope(findings)):
+        findings.mark(value, "direct", "is part of the output itself")
+    return findings
+
+
+def _of_last_layer(findings: Findings, space: ParameterSpace) -> list[bool]:
+    """The leaves of the last weight in the jaxpr, and of what is added to its output."""
+    biases = {s.bias for s in findings.shifts} | set(findings.sums)
+    weights = [k for k in range(len(findings.uses)) if k not in biases]
+    if not weights:
+        msg = "`params_filter='last_layer'` needs a layer with a weight; the model has none."
+        raise ValueError(msg)
+    ids = [findings.use(weights[-1]).ids]
+    ids += [shift.ids for shift in findings.shifts if shift.use == weights[-1]]
+    leaves = {leaf for i in ids for leaf in space.leaves_of(i[i >= 0])}
+    return [leaf in leaves for leaf in range(len(space.names))]
+
+
+def _among(space: ParameterSpace, covered: Sequence[bool]) -> Callable[[str], bool]:
+    names = {name for name, used in zip(space.names, covered, strict=True) if used}
+    return lambda path: path in names
+
+
+def _initial_values(
+    jaxpr: Jaxpr, consts: list[Any], space: ParameterSpace, covered: Sequence[bool]
+) -> list[Value]:
+    constants: list[Value] = [constant(c) for c in consts]
+    leaves: list[Value] = [
+        Trace(PARAMETERS, space.leaf_ids(leaf))
+        if covered[leaf]
+        and jnp.issubdtype(space.dtypes[leaf], jnp.floating)
+        and 0 not in space.shapes[leaf]
+        else None
+        for leaf in range(len(space.shapes))
+    ]
+    rest = len(jaxpr.invars) - len(constants) - len(leaves)
+    return [*constants, *leaves, *[None] * rest]

@@ -1,0 +1,219 @@
+"""Prior and curvature make a Gaussian posterior; all of it is functions of eigenvalues.
+
+Posterior precision: ``(sigma_squared * curvature + prior_prec * I) / loss_scaling_factor``, the
+convention of laplax's own curvature types. No factorisation happens here: the curvature's
+eigendecomposition serves every prior, so everything is differentiable in the hyperparameters.
+Frozen parameters have infinite precision: no variance, and no part in the determinant.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+from laplax_kfac.blocks.blocks import BlockDiagonal, rotate_back
+from laplax_kfac.blocks.merging import add
+from laplax_kfac.capture.batches import positive_integer
+from laplax_kfac.posterior.prior import (
+    PriorPrecision,
+    Scalar,
+    per_block,
+    precision_matrix,
+    prior_distance,
+)
+
+NUMBERS_TOGETHER = 2**20
+"""Samples are drawn together up to this many numbers, for small models; more is no faster."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Posterior:
+    """A Gaussian on the parameters, centred at zero.
+
+    Attributes:
+        precision: Its precision matrix.
+    """
+
+    precision: BlockDiagonal
+
+    def covariance_mv(self, v: PyTree) -> PyTree:
+        """Covariance times a pytree like the parameters."""
+        return self.precision.map(jnp.reciprocal).mv(v)
+
+    def scale_mv(self, v: PyTree) -> PyTree:
+        """A square root of the covariance times ``v``: scale scale^T = covariance.
+
+        The entries of ``v`` are coordinates in the eigenbases, so that one rotation is enough.
+        """
+        precision = self.precision
+        parts = [
+            rotate_back(b, x / jnp.sqrt(b.eigenvalues))
+            for b, x in zip(precision.blocks, precision.read(v), strict=True)
+        ]
+        return jax.tree.map(
+            lambda out, x: out.astype(jnp.result_type(x)), precision.write(parts), v
+        )
+
+    def covariance_diagonal(self) -> PyTree:
+        """Marginal variances, as a pytree like the parameters; 0 where frozen."""
+        return self.precision.map(jnp.reciprocal).diagonal()
+
+    def log_determinant(self) -> Float[Array, ""]:
+        """Log-determinant of the *precision*."""
+        return self.precision.log_determinant()
+
+    def standard_deviation(self) -> PyTree:
+        """Marginal standard deviations, as a pytree like the parameters; 0 where frozen."""
+        return jax.tree.map(jnp.sqrt, self.covariance_diagonal())
+
+    def penalty(self, params: PyTree, mean: PyTree) -> Float[Array, ""]:
+        """``0.5 (params - mean)^T precision (params - mean)``: this posterior as the next prior.
+
+        Added to the negative log-likelihood of the next task, it is the quadratic penalty of
+        continual learning (Ritter et al. 2018, arXiv 1805.07810, Eq. 7); its gradient is a product
+        with the precision. Frozen parameters have no part in it.
+
+        Args:
+            params: The parameters.
+            mean: The posterior's mean: the parameters that were trained before.
+
+        Raises:
+            ValueError: If one has another structure or other shapes than the parameters.
+        """
+        return 0.5 * prior_distance(self.precision, self.precision, params, mean)
+
+    def sample(
+        self, key: Key[Array, ""], num_samples: int, mean: PyTree, *, start: int | Array = 0
+    ) -> PyTree:
+        """Draw parameters; sample i depends on ``key`` and i alone, not on ``num_samples``.
+
+        Args:
+            key: Random key.
+            num_samples: Number of samples n.
+            mean: The posterior mean: the trained parameters.
+            start: Number of the first sample, so that many may be drawn in parts.
+
+        Returns:
+            Samples ``start``, ``start + 1``, ... stacked in front of every leaf, in the leaves'
+            dtypes. Integer leaves keep their value.
+
+        Raises:
+            ValueError: If ``mean`` has another structure or other shapes than the parameters, or
+                ``num_samples`` is not a positive integer.
+        """
+        num_samples = positive_integer("num_samples", num_samples)
+        precision = self.precision
+        leaves = precision.space.flatten(mean, name="params")
+
+        together = max(1, NUMBERS_TOGETHER // precision.space.size)
+        if "rbg" in str(jax.random.key_impl(key)):
+            together = 1  # its numbers under vmap are those of another key
+        drawn = _draw(precision, leaves, key, start, num_samples, together)
+        return precision.space.unflatten(drawn)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _draw(
+    precision: BlockDiagonal,
+    mean: list[Array],
+    key: Key[Array, ""],
+    start: int | Array,
+    num_samples: int,
+    together: int,
+) -> list[Array]:
+    """Samples of all leaves, ``together`` at once."""
+
+    def one(number: Array) -> list[Array]:
+        noise = _noise(jax.random.fold_in(key, number), precision)
+        parts = [
+            rotate_back(b, z / jnp.sqrt(b.eigenvalues))
+            for b, z in zip(precision.blocks, noise, strict=True)
+        ]
+        return [
+            (x + d).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+            for x, d in zip(mean, jax.tree.leaves(precision.write(parts)), strict=True)
+        ]
+
+    numbers = start + jnp.arange(num_samples)
+    if together == 1:
+        return jax.lax.map(one, numbers)
+    if together >= num_samples:
+        return jax.vmap(one)(numbers)
+    return jax.lax.map(one, numbers, batch_size=together)
+
+
+def _noise(key: Key[Array, ""], precision: BlockDiagonal) -> list[Array]:
+    """Standard normal numbers in the shapes of the blocks; complex where their leaves are.
+
+    One draw for all blocks, for compiling a generator for each takes seconds; zeros where frozen.
+    """
+    space, layers = precision.space, precision.layers
+    dtype = jnp.result_type(*(b.eigenvalues for b in precision.blocks))
+    ends = np.cumsum([0 if layer.frozen else layer.size for layer in layers])
+
+    def draw(key: Key[Array, ""]) -> list[Array]:
+        numbers = jax.random.normal(key, (int(ends[-1]),), dtype)
+        return [
+            jnp.zeros(layer.shape, dtype) if layer.frozen else part.reshape(layer.shape)
+            for layer, part in zip(layers, jnp.split(numbers, ends[:-1]), strict=True)
+        ]
+
+    real = draw(key)
+    is_complex = [
+        layer.size > 0 and space.is_complex(space.leaf_at(layer.segments[0].first))
+        for layer in layers
+    ]
+    if not any(is_complex):
+        return real
+    other = draw(jax.random.fold_in(key, 0))
+    return [
+        jax.lax.complex(a, b) / math.sqrt(2.0) if both else a
+        for a, b, both in zip(real, other, is_complex, strict=True)
+    ]
+
+
+def as_prior(prior_prec: PriorPrecision | Posterior) -> PriorPrecision:
+    """The precision of a posterior that is passed as the prior; any other prior as it is."""
+    return prior_prec.precision if isinstance(prior_prec, Posterior) else prior_prec
+
+
+def make_posterior(
+    curvature: BlockDiagonal,
+    prior_prec: PriorPrecision | Posterior,
+    *,
+    sigma_squared: Scalar = 1.0,
+    loss_scaling_factor: Scalar = 1.0,
+) -> Posterior:
+    """The posterior of a curvature and a Gaussian prior.
+
+    Args:
+        curvature: Curvature of the loss, a sum over the data.
+        prior_prec: Prior precision: a positive scalar, an array with one value a layer, or a
+            pytree prefix of the parameters. Or a matrix, which is added by the rules of `merge`: a
+            pytree with one value for every parameter, or the posterior of an earlier task.
+        sigma_squared: Factor of the curvature.
+        loss_scaling_factor: Factor by which the loss was scaled.
+
+    Raises:
+        ValueError: If ``prior_prec`` is of another form, not positive, or on other layers.
+    """
+    prior = as_prior(prior_prec)
+    scaled = curvature.map(lambda values: sigma_squared * values)
+    matrix = precision_matrix(prior, curvature)
+    if matrix is not None:
+        total = add(scaled, matrix).blocks
+    else:
+        pairs = zip(scaled.blocks, per_block(prior, curvature), strict=True)
+        total = tuple(replace(b, eigenvalues=b.eigenvalues + value) for b, value in pairs)
+    blocks = []
+    for block, layer in zip(total, curvature.layers, strict=True):
+        eigenvalues = block.eigenvalues / loss_scaling_factor
+        if layer.frozen:
+            eigenvalues = jnp.full_like(eigenvalues, jnp.inf)
+        blocks.append(replace(block, eigenvalues=eigenvalues))
+    return Posterior(BlockDiagonal(tuple(blocks), curvature.layers, curvature.space))

@@ -1,0 +1,246 @@
+"""The Gaussian prior: a mean, and a precision for all parameters, a layer, or a group of leaves.
+
+Or the precision is a matrix: one value for every parameter (a feature, a unit), or the precision
+of the posterior of an earlier task.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from laplax_kfac.blocks.blocks import Block, BlockDiagonal
+from laplax_kfac.parsing.layout import ParameterSpace
+
+Scalar = Float[Array, ""] | float
+PriorPrecision = Any
+"""A scalar, an array with one value a layer, a pytree prefix of the parameters (of scalars, or of
+arrays of the parameters' shapes), or a matrix."""
+
+
+def per_block(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> tuple[Scalar, ...]:
+    """The prior precision of every block.
+
+    Args:
+        prior_prec: A positive scalar; or an array with one value for each layer of ``matrix`` that
+            is not frozen, in their order; or a pytree prefix of the parameters, whose values hold
+            for all leaves below them.
+        matrix: The curvature.
+
+    Returns:
+        One scalar a block; 1 for frozen ones, which have no prior.
+
+    Raises:
+        ValueError: If it is of another shape or structure, if it is not positive, or if it differs
+            between leaves that share a block.
+        TypeError: If it is a function: of hyperparameters, which are not known here.
+    """
+    if callable(prior_prec):
+        msg = (
+            "`prior_prec` is a function; call it with its hyperparameters here, or tune these by "
+            "`tune(..., prior_prec=function, hyperparameters=start)`."
+        )
+        raise TypeError(msg)
+    if _is_array(prior_prec):
+        values = _from_array(prior_prec, matrix)
+    else:
+        values = _from_prefix(prior_prec, matrix)
+    for value in values:
+        require_positive("prior_prec", value)
+    return tuple(values)
+
+
+def require_positive(name: str, value: Scalar) -> None:
+    """Refuse a value that is not positive, as far as it is known.
+
+    Raises:
+        ValueError: If it is known and not positive.
+    """
+    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
+        why = ", or the posterior is improper" if name == "prior_prec" else ""
+        msg = f"`{name}` must be positive{why}; found {value}."
+        raise ValueError(msg)
+
+
+def precision_matrix(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> BlockDiagonal | None:
+    """The prior precision as a matrix, where it is one; None where it is one scalar a block.
+
+    Args:
+        prior_prec: The prior precision.
+        matrix: The curvature.
+
+    Raises:
+        ValueError: If it is known and not positive definite, or of another shape or structure.
+    """
+    if not isinstance(prior_prec, BlockDiagonal):
+        if callable(prior_prec) or _is_array(prior_prec):
+            return None
+        leaves = _broadcast(prior_prec, matrix.space)
+        if all(np.ndim(leaf) == 0 for leaf in leaves):
+            return None
+        dtype = jnp.result_type(float)
+        full = [
+            jnp.broadcast_to(jnp.asarray(leaf, dtype), shape)
+            for leaf, shape in zip(leaves, matrix.space.shapes, strict=True)
+        ]
+        parts = matrix.read(matrix.space.unflatten(full))
+        blocks = [
+            Block((None,) * len(block.basis), part)
+            for block, part in zip(matrix.blocks, parts, strict=True)
+        ]
+        prior_prec = BlockDiagonal(tuple(blocks), matrix.layers, matrix.space)
+    require_definite(prior_prec)
+    return prior_prec
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, int | float | np.generic | np.ndarray | jax.Array)
+
+
+def require_definite(precision: BlockDiagonal) -> None:
+    """Refuse a precision matrix that is singular, as far as it is known.
+
+    Raises:
+        ValueError: If an eigenvalue is known and not positive.
+    """
+    for block, layer in zip(precision.blocks, precision.layers, strict=True):
+        values = block.eigenvalues
+        if isinstance(values, jax.core.Tracer) or layer.frozen or np.all(np.asarray(values) > 0):
+            continue
+        msg = (
+            "`prior_prec` must be positive, as a matrix positive definite, or the prior is "
+            f"improper; in layer {layer.name!r} it is not. A curvature alone seldom is: pass the "
+            "posterior that it makes with a prior of its own, from make_posterior."
+        )
+        raise ValueError(msg)
+
+
+def log_prior(
+    prior_prec: PriorPrecision,
+    matrix: BlockDiagonal,
+    params: PyTree,
+    prior_mean: PyTree | None = None,
+) -> Float[Array, ""]:
+    """Log-density of the prior at the parameters that are not frozen.
+
+    Args:
+        prior_prec: Prior precision, of any form.
+        matrix: The curvature.
+        params: The parameters.
+        prior_mean: The prior's mean, a pytree like the parameters; zero by default.
+    """
+    determinant = log_prior_determinant(prior_prec, matrix)
+    distance = prior_distance(prior_prec, matrix, params, prior_mean)
+    return 0.5 * (determinant - distance - matrix.num_free() * jnp.log(2 * jnp.pi))
+
+
+def log_prior_determinant(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> Float[Array, ""]:
+    """Log-determinant of the prior precision, on all but frozen parameters.
+
+    Raises:
+        ValueError: If it is of another form, or not positive.
+    """
+    precision = precision_matrix(prior_prec, matrix)
+    if precision is not None:
+        return precision.log_determinant()
+    pairs = zip(per_block(prior_prec, matrix), matrix.layers, strict=True)
+    logs = [layer.size * jnp.log(value) for value, layer in pairs if not layer.frozen]
+    return sum(logs, jnp.zeros(()))
+
+
+def prior_distance(
+    prior_prec: PriorPrecision,
+    matrix: BlockDiagonal,
+    params: PyTree,
+    prior_mean: PyTree | None = None,
+) -> Float[Array, ""]:
+    """``(params - prior_mean)^T precision (params - prior_mean)``, without frozen parameters."""
+    leaves = matrix.space.flatten(params, name="params")
+    mean = None if prior_mean is None else matrix.space.flatten(prior_mean, name="prior_mean")
+    means = [0.0] * len(leaves) if mean is None else mean
+    offsets = [_offset(jnp.asarray(x), m) for x, m in zip(leaves, means, strict=True)]
+    precision = precision_matrix(prior_prec, matrix)
+    if precision is not None:
+        return precision.quadratic_form(matrix.space.unflatten(offsets))
+    total = jnp.zeros(())
+    for value, layer in zip(per_block(prior_prec, matrix), matrix.layers, strict=True):
+        if not layer.frozen:
+            # By segment: joined to the block's matrix first, they would have to be moved.
+            parts = [matrix.space.read(segment, offsets) for segment in layer.segments]
+            total = total + value * sum(jnp.sum(jnp.abs(part) ** 2) for part in parts)
+    return total
+
+
+def _offset(leaf: Array, mean: Any) -> Array:
+    """Distance of a leaf from the mean; integer leaves are no parameters and have none."""
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.zeros(leaf.shape)
+    return leaf - mean
+
+
+def _from_array(prior_prec: Any, matrix: BlockDiagonal) -> list[Scalar]:
+    if np.ndim(prior_prec) == 0:
+        return [1.0 if layer.frozen else prior_prec for layer in matrix.layers]
+    free = [layer.name for layer in matrix.layers if not layer.frozen]
+    if np.shape(prior_prec) != (len(free),):
+        msg = (
+            f"`prior_prec` has shape {np.shape(prior_prec)}, but the curvature has {len(free)} "
+            f"layers ({', '.join(free)}): pass a scalar, one value a layer, or a pytree prefix of "
+            "`params`."
+        )
+        raise ValueError(msg)
+    values = iter([prior_prec[k] for k in range(len(free))])
+    return [1.0 if layer.frozen else next(values) for layer in matrix.layers]
+
+
+def _broadcast(prior_prec: PyTree, space: ParameterSpace) -> list[Any]:
+    """A pytree prefix of the parameters as one value, or one array, a leaf."""
+    numbers: list[Any] = list(range(len(space.shapes)))
+    everything = space.unflatten(numbers)
+    try:
+        leaves = jax.tree.leaves(jax.tree.broadcast(prior_prec, everything))
+    except ValueError as error:
+        msg = (
+            "`prior_prec` must be a scalar, an array with one value a layer, or a pytree prefix of "
+            f"`params`, found {jax.tree.structure(prior_prec)} for {space.treedef}."
+        )
+        raise ValueError(msg) from error
+    for leaf, shape, path in zip(leaves, space.shapes, space.paths, strict=True):
+        found = np.shape(leaf)
+        fits = len(found) == len(shape) and all(
+            n in (1, m) for n, m in zip(found, shape, strict=True)
+        )
+        if found and not fits:
+            msg = (
+                "`prior_prec` as a pytree prefix of `params` must have scalar leaves, or leaves of "
+                f"the parameters' shapes; found {found} for {path} of shape {shape}."
+            )
+            raise ValueError(msg)
+    return leaves
+
+
+def _from_prefix(prior_prec: PyTree, matrix: BlockDiagonal) -> list[Scalar]:
+    space = matrix.space
+    leaves = _broadcast(prior_prec, space)
+    number = {path: k for k, path in enumerate(space.paths)}
+    return [
+        1.0 if layer.frozen else _common(layer.name, [leaves[number[p]] for p in layer.params])
+        for layer in matrix.layers
+    ]
+
+
+def _common(name: str, values: Sequence[Scalar]) -> Scalar:
+    """The value that the leaves of one block share."""
+    first = values[0]
+    for value in values[1:]:
+        traced = isinstance(value, jax.core.Tracer) or isinstance(first, jax.core.Tracer)
+        if value is not first and (traced or value != first):
+            msg = (
+                f"`prior_prec` differs between the parameters of layer {name!r}, which share a "
+                "block; give them one value, or fit with `separate_weight_and_bias=True`."
+            )
+            raise ValueError(msg)
+    return first

@@ -1,0 +1,220 @@
+"""Streaming statistics: the sums of every layer, and the nearest Kronecker product."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.matrices import normal, positive
+from support.tolerances import tolerance
+
+import laplax_kfac
+from laplax_kfac.factors.statistics import nearest_kronecker
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def sums_of(model_fn, params, data, **options) -> Any:
+    """The accumulated sums of every layer, without the eigendecompositions of `finalize`."""
+    acc = laplax_kfac.accumulator(model_fn, params, **options)
+    return acc.update(acc.init(), data).sums
+
+
+# -- sums of one layer, against their definitions ----------------------------------------------
+
+N, S, IN, OUT = 5, 3, 4, 2
+PARAMS = {"b": normal(OUT, seed=1), "w": normal(IN, OUT, seed=2)}
+X, Y = normal(N, S, IN), normal(N, OUT, seed=3)
+
+
+def attend(z):
+    """Outputs that mix the positions: no sum over positions can be left out."""
+    return jnp.sum(jnp.tanh(z) * jnp.arange(1.0, S + 1)[:, None], axis=0) + z[0] * z[1]
+
+
+def tokens(input, params):
+    return attend(input @ params["w"] + params["b"])
+
+
+def output_jacobians():
+    """d f / d z for every example, shape (N, C, S, OUT), and the outputs f."""
+    z = X @ PARAMS["w"] + PARAMS["b"]
+    return np.asarray(jax.vmap(jax.jacrev(attend))(z)), np.asarray(jax.vmap(attend)(z))
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher_type", ["type2", "empirical"])
+@pytest.mark.parametrize("separate", [False, True], ids=["joint", "separate"])
+def test_sums_follow_their_definition(approx, fisher_type, separate):
+    jacobians, f = output_jacobians()
+    # The loss is ||f - y||^2: Hessian 2 I, gradient 2 (f - y).
+    if fisher_type == "type2":
+        g = np.sqrt(2.0) * jacobians
+    else:
+        g = np.einsum("nc,ncso->nso", 2 * (f - Y), jacobians)[:, None]
+    a, ones = X, np.ones((N, S, 1))
+    inputs = [ones, a] if separate else [np.concatenate([a, ones], axis=-1)]
+    expected_count = N * S
+    if approx == "reduce":
+        g = g.sum(axis=2, keepdims=True)
+        inputs = [x.mean(axis=1, keepdims=True) for x in inputs]
+        expected_count = N
+
+    found = sums_of(
+        tokens, PARAMS, (X, Y), loss_fn="mse", fisher_type=fisher_type, kfac_approx=approx,
+        separate_weight_and_bias=separate,
+    )  # fmt: skip
+    outputs = np.einsum("nrsi,nrsj->ij", g, g)
+    for sums, x in zip(found, inputs, strict=True):
+        gram = np.einsum("nsi,nsj->ij", x, x)
+        np.testing.assert_allclose(sums.inputs[0, 0], gram, **tolerance(jnp.float64))
+        np.testing.assert_allclose(sums.outputs[0, 0], outputs, **tolerance(jnp.float64))
+        np.testing.assert_array_equal(sums.count, [[expected_count]])
+
+
+def twice(input, params):
+    return jnp.tanh(input @ params) @ params
+
+
+def test_a_weight_used_twice_has_a_sum_for_each_use():
+    w = normal(3, 3)
+    x, y = normal(N, 3, seed=1), normal(N, 3, seed=2)
+    (sums,) = sums_of(twice, w, (x, y), loss_fn="mse")
+    hidden = np.tanh(x @ w)
+    np.testing.assert_allclose(sums.inputs[:, 0], [x.T @ x, hidden.T @ hidden], rtol=1e-9)
+    # Cotangents sqrt(2) at the second use; through w^T and tanh' = 1 - tanh^2 at the first.
+    slope = 1 - hidden**2
+    first = 2 * np.einsum("ni,nj,ij->ij", slope, slope, w @ w.T)
+    np.testing.assert_allclose(sums.outputs[:, 0], [first, 2 * N * np.eye(3)], atol=1e-12)
+    np.testing.assert_array_equal(sums.count, [[N], [N]])
+
+
+def test_a_transposed_use_swaps_the_sides():
+    w = normal(4, 3)
+    x, y = normal(N, 4, seed=1), normal(N, 4, seed=2)
+    (sums,) = sums_of(lambda input, params: (input @ params) @ params.T, w, (x, y), loss_fn="mse")
+    hidden = x @ w
+    np.testing.assert_allclose(sums.inputs[:, 0], [x.T @ x, 2 * N * np.eye(4)], atol=1e-12)
+    np.testing.assert_allclose(
+        sums.outputs[:, 0], [2 * N * w.T @ w, hidden.T @ hidden], rtol=1e-9, atol=1e-12
+    )
+
+
+def test_weights_choose_the_examples_that_count():
+    weights = jnp.asarray([1.0, 0.0, 1.0, 1.0, 0.0])
+    acc = laplax_kfac.accumulator(tokens, PARAMS, loss_fn="mse")
+    state: Any = acc.update(acc.init(), (X, Y), weights)
+    (sums,) = state.sums
+    a = np.concatenate([X, np.ones((N, S, 1))], axis=-1)
+    g = np.sqrt(2.0) * output_jacobians()[0]
+    gram = np.einsum("n,nsi,nsj->ij", weights, a, a)
+    np.testing.assert_allclose(sums.inputs[0, 0], gram, **tolerance(jnp.float64))
+    outputs = np.einsum("n,nrsi,nrsj->ij", weights, g, g)
+    np.testing.assert_allclose(sums.outputs[0, 0], outputs, **tolerance(jnp.float64))
+    assert sums.count[0, 0] == S * weights.sum()
+    assert state.num_examples == weights.sum()
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["joint", "separate"])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_input_factor_of_a_convolution_in_a_branch(approx, separate, monkeypatch):
+    """Patches are not formed for `expand`; weights, biases and branches are as elsewhere."""
+    monkeypatch.setattr("laplax_kfac.patterns.registry._LEAST_WORK", 0)
+    images, weights = normal(N, 5, 4, 2), jnp.asarray([1.0, 3.0, 2.0, 0.0, 1.0])
+    params = {"b": normal(3, seed=1), "w": normal(3, 2, 2, 3, seed=2)}
+
+    def convolve(x, params):
+        y = jax.lax.conv_general_dilated(
+            x[None], params["w"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.tanh(y[0] + 2.0 * params["b"]).sum((0, 1))
+
+    def model_fn(input, params):
+        taken = input[0, 0, 0] > 0
+        return jax.lax.cond(taken, convolve, lambda x, _: x[0, 0, :1].repeat(3), input, params)
+
+    acc: Any = laplax_kfac.accumulator(
+        model_fn, params, loss_fn="mse", kfac_approx=approx, separate_weight_and_bias=separate
+    )
+    state = acc.update(acc.init(), (images, normal(N, 3), weights))
+    places = [(i, j) for i in range(3) for j in range(3)]
+    a = np.stack([images[:, i : i + 3, j : j + 2].reshape(N, -1) for i, j in places], axis=1)
+    if not separate:
+        a = np.concatenate([a, np.full((*a.shape[:2], 1), 2.0)], axis=-1)
+    if approx == "reduce":
+        a = a.mean(axis=1, keepdims=True)
+    taken = images[:, 0, 0, 0] > 0
+    assert 0 < (taken * weights).sum() < weights.sum()
+    expected = np.einsum("n,nsp,nsq->pq", weights * taken, a, a)
+    names = [layer.name for layer in state.layers]
+    sums = state.sums[names.index("w") if separate else 0]
+    np.testing.assert_allclose(sums.inputs[0, 0], expected, **tolerance(jnp.float64))
+    np.testing.assert_allclose(sums.count, (weights * taken).sum() * a.shape[1])
+
+
+# -- nearest Kronecker product -----------------------------------------------------------------
+
+
+def rearranged(inputs, outputs):
+    """sum_u vec(A_u) vec(B_u)^T: its best rank-one matrix is the nearest Kronecker product."""
+    return np.einsum("uij,ukl->ijkl", inputs, outputs).reshape(inputs[0].size, outputs[0].size)
+
+
+@pytest.mark.parametrize("uses", [1, 2, 5])
+def test_nearest_kronecker_is_the_best_rank_one_of_the_rearranged_sum(uses):
+    inputs, outputs = positive(uses, 4, seed=0), positive(uses, 3, seed=1)
+    a, b = nearest_kronecker(inputs[:, None], outputs[:, None])
+    u, s, vt = np.linalg.svd(rearranged(inputs, outputs))
+    np.testing.assert_allclose(
+        np.outer(a[0], b[0]), s[0] * np.outer(u[:, 0], vt[0]), **tolerance(jnp.float64)
+    )
+    assert np.linalg.eigvalsh(a[0]).min() > -1e-12
+    assert np.linalg.eigvalsh(b[0]).min() > -1e-12
+
+
+def test_nearest_kronecker_of_a_stack_is_that_of_each():
+    inputs, outputs = positive(3, 2, 4, seed=0), positive(3, 2, 3, seed=1)
+    a, b = nearest_kronecker(inputs, outputs)
+    for k in range(2):
+        alone = nearest_kronecker(inputs[:, k, None], outputs[:, k, None])
+        np.testing.assert_allclose(
+            np.kron(a[k], b[k]), np.kron(alone[0][0], alone[1][0]), **tolerance(jnp.float64)
+        )
+
+
+def test_nearest_kronecker_of_equal_directions_is_exact():
+    a, b = positive(1, 4, seed=0), positive(1, 3, seed=1)
+    scales = np.asarray([0.5, 2.0, 3.0])[:, None, None]
+    found = nearest_kronecker((scales * a)[:, None], jnp.repeat(b, 3, axis=0)[:, None])
+    expected = np.kron(5.5 * a[0], b[0])
+    np.testing.assert_allclose(np.kron(found[0][0], found[1][0]), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("zero", [(0, 1, 2), (1,)], ids=["all", "one"])
+def test_uses_without_curvature_contribute_nothing(zero):
+    inputs, outputs = positive(3, 1, 4, seed=0), positive(3, 1, 3, seed=1)
+    outputs[list(zero)] = 0.0
+    a, b = nearest_kronecker(inputs, outputs)
+    assert np.isfinite(a).all()
+    assert np.isfinite(b).all()
+    kept = [u for u in range(3) if u not in zero]
+    if not kept:
+        np.testing.assert_array_equal(np.kron(a[0], b[0]), 0.0)
+        return
+    expected = nearest_kronecker(inputs[kept], outputs[kept])
+    np.testing.assert_allclose(
+        np.kron(a[0], b[0]), np.kron(expected[0][0], expected[1][0]), **tolerance(jnp.float64)
+    )
+
+
+def test_a_tied_layer_gets_the_nearest_product_of_its_sum():
+    w = normal(3, 3)
+    data = normal(N, 3, seed=1), normal(N, 3, seed=2)
+    (sums,) = sums_of(twice, w, data, loss_fn="mse")
+    inputs, outputs = np.asarray(sums.inputs[:, 0]) / N, np.asarray(sums.outputs[:, 0])
+    u, s, vt = np.linalg.svd(rearranged(inputs, outputs))
+    best = s[0] * np.outer(u[:, 0], vt[0]).reshape(3, 3, 3, 3)
+    expected = best.transpose(0, 2, 1, 3).reshape(9, 9)
+    found = laplax_kfac.kfac(twice, w, data, loss_fn="mse").to_dense()
+    np.testing.assert_allclose(found, expected, **tolerance(jnp.float64))

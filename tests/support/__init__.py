@@ -1,0 +1,1 @@
+"""What tests share: models, dense references, small matrices, tolerances."""
