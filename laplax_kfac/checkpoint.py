@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from laplax_kfac.arguments import no_type_check
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal
 from laplax_kfac.curvature.kfac import Curvature
 from laplax_kfac.parsing.layer import Layer
@@ -29,6 +30,7 @@ FORMAT = 1
 _HEADER = "header"
 
 
+@no_type_check
 def save(path: str | os.PathLike[str], x: Curvature | Posterior) -> None:
     """Write a curvature or a posterior; the file appears whole or not at all.
 
@@ -70,6 +72,7 @@ def save(path: str | os.PathLike[str], x: Curvature | Posterior) -> None:
         raise
 
 
+@no_type_check
 def load(path: str | os.PathLike[str], params: PyTree | None = None) -> Any:
     """Read what `save` wrote.
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from laplax_kfac import jaxprs
+from laplax_kfac import jaxprs, pytrees
 
 _WIDE = 384
 """Width from which tiles pay."""
@@ -29,7 +29,7 @@ _MOST = 6
 """Most tiles along a side: those of wider matrices are wider."""
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class UpperTiles:
     """A symmetric matrix, or a stack of them.
@@ -38,10 +38,10 @@ class UpperTiles:
         rows: For every row of tiles those on and above the diagonal.
     """
 
-    rows: tuple[tuple[Float[Array, "*stack height width"], ...], ...]
+    rows: tuple[tuple[Float[Array, "*stack _ _"], ...], ...]
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class SharedTiles:
     """A symmetric matrix, or a stack of them, of square tiles that are sums of fewer products.
@@ -53,13 +53,13 @@ class SharedTiles:
         border: One more column, with its last entry on the diagonal, if there is one.
     """
 
-    products: tuple[Float[Array, "*stack t k t"], ...]
+    products: tuple[Float[Array, "*stack t _ t"], ...]
     sums: tuple[tuple[tuple[tuple[int, int], ...], ...], ...] = field(metadata={"static": True})
     border: Float[Array, "*stack p+1"] | None = None
 
 
 Tiled = UpperTiles | SharedTiles
-Symmetric = Float[Array, "*stack p p"] | Tiled
+Symmetric = Float[Array, "... _ _"] | Tiled
 
 
 def _spans(width: int) -> list[tuple[int, int]]:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.blocks.blocks import eigh
-from laplax_kfac.capture.batches import positive_integer
 from laplax_kfac.laplax_adapter.plugin import predictives
 from laplax_kfac.predictive.predictive import Marginals, Predictive
 
@@ -22,6 +22,7 @@ Link = Literal[
 _INPUTS_TOGETHER = 64
 
 
+@no_type_check
 def class_probabilities(
     predictive: Predictive | Marginals,
     link: Link = "probit",

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from laplax_kfac.arguments import no_type_check
 from laplax_kfac.capture.capture import record_size
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.program import ModelFn, parse
@@ -99,6 +100,7 @@ def _eigen_numbers(layer: Layer) -> int:
     return layer.stack * sum(n**2 for n, diagonal in sides if not diagonal) + layer.size
 
 
+@no_type_check
 def find_layers(
     model_fn: ModelFn,
     params: PyTree,
@@ -170,7 +172,7 @@ def _row(layer: Layer) -> tuple[str, ...]:
     )
 
 
-def _readable(count: float) -> str:
+def _readable(count: float | int) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.3g} {unit}"

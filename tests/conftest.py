@@ -22,9 +22,27 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
 from loguru import logger
 
 logger.remove()  # laplax logs every step
+
+# Shapes and types in annotations are checked at every call, unless this variable is set.
+if not os.environ.get("LAPLAX_KFAC_UNCHECKED"):
+    FOLDERS = [
+        "blocks",
+        "capture",
+        "curvature",
+        "evidence",
+        "factors",
+        "likelihood",
+        "parsing",
+        "patterns",
+        "posterior",
+        "predictive",
+    ]
+    ROOM = ["checkpoint", "gram", "jaxprs", "links", "plotting", "report"]
+    install_import_hook([f"laplax_kfac.{name}" for name in FOLDERS + ROOM], "beartype.beartype")
 
 
 @pytest.fixture

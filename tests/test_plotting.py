@@ -44,7 +44,7 @@ def stacked():
 def tuned(trace):
     scalar = jnp.zeros(())
     evidence = laplax_kfac.Evidence(scalar, scalar, scalar, scalar)
-    return Tuned(scalar, None, evidence, jnp.asarray(trace), scalar)
+    return Tuned(scalar, None, evidence, jnp.asarray(trace), jnp.asarray(True))
 
 
 @functools.cache

@@ -18,18 +18,19 @@ diagonal                       (None,)         (p,)
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Num, PyTree
 
+from laplax_kfac import pytrees
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace, Segment
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Block:
     """A symmetric matrix ``U diag(eigenvalues) U^T`` with ``U`` the product of ``basis``.
@@ -40,11 +41,12 @@ class Block:
         eigenvalues: Shape (stack..., n) or (stack..., n, m): one for every basis vector.
     """
 
-    basis: tuple[Float[Array, "*stack n n"] | None, ...]
+    basis: tuple[Float[Array, "*stack _ _"] | None, ...]
     eigenvalues: Float[Array, "*stack_and_axes"]
 
 
-Side = tuple[Float[Array, "*stack n"], Float[Array, "*stack n n"] | None]
+Matrix = TypeVar("Matrix", bound="BlockDiagonal")
+Side = tuple[Float[Array, "... _"], Float[Array, "... _ _"] | None]
 """Eigenvalues and eigenvectors of a symmetric matrix; None: those of a diagonal one."""
 _SMALL = 512
 """Width up to which matrices are decomposed in one program, and together if of one width."""
@@ -76,7 +78,7 @@ def eigh(
     return jnp.clip(eigenvalues, 0.0), vectors
 
 
-def eigh_each(matrices: Sequence[Float[Array, "*stack n n"]]) -> list[Side]:
+def eigh_each(matrices: Sequence[Float[Array, "... _ _"]]) -> list[Side]:
     """`eigh` of several matrices: wide ones one after the other, small ones in one program.
 
     Of a program, a CPU decomposes several at the same time, and the threads of LAPACK, which has
@@ -87,7 +89,7 @@ def eigh_each(matrices: Sequence[Float[Array, "*stack n n"]]) -> list[Side]:
 
 
 @jax.jit
-def _eigh_of_small(matrices: Sequence[Float[Array, "*stack n n"]]) -> list[Side]:
+def _eigh_of_small(matrices: Sequence[Float[Array, "... _ _"]]) -> list[Side]:
     """Those of one width are decomposed together, by one call that is compiled."""
     found: dict[int, Side] = {}
     for n in {x.shape[-1] for x in matrices}:
@@ -181,7 +183,7 @@ def diagonal(block: Block) -> Float[Array, "*stack_and_axes"]:
 # -- all blocks of a model ---------------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class BlockDiagonal:
     """A symmetric matrix on the parameters, with one block per layer.
@@ -208,7 +210,7 @@ class BlockDiagonal:
             pieces += _pieces(layer, part)
         return self.space.unflatten(self.space.write(pieces))
 
-    def map(self, function: Callable[[Float[Array, "..."]], Float[Array, "..."]]) -> Self:
+    def map(self: Matrix, function: Callable[[Array], Array]) -> Matrix:
         """The matrix with a function applied to every eigenvalue."""
         blocks = tuple(replace(b, eigenvalues=function(b.eigenvalues)) for b in self.blocks)
         return replace(self, blocks=blocks)
@@ -278,7 +280,7 @@ class BlockDiagonal:
         return sum(logs, jnp.zeros(()))
 
 
-def _read(space: ParameterSpace, layer: Layer, leaves: Sequence[Array]) -> Float[Array, "..."]:
+def _read(space: ParameterSpace, layer: Layer, leaves: Sequence[Array]) -> Num[Array, "..."]:
     rows = [space.read(segment, leaves) for segment in layer.segments]
     if not layer.is_matrix:
         return rows[0]

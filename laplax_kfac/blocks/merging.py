@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from laplax_kfac.arguments import no_type_check
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal, dense_block, eigh
 from laplax_kfac.parsing.layer import Layer
 
@@ -28,6 +29,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 _ITERATIONS = 50
 
 
+@no_type_check
 def merge(first: Matrix, second: BlockDiagonal) -> Matrix:
     """The sum of two curvatures of one model: of all data of both, with no prior in it.
 
@@ -138,7 +140,7 @@ def _add_kronecker(first: Block, second: Block) -> Block:
         q = _diagonals(outputs, d)
         return _unit([jnp.einsum("...ij,...j->...i", values[k], q[k]) for k in range(2)])
 
-    def step(_: int, c: tuple[Array, Array]) -> tuple[Array, Array]:
+    def step(_: Int[Array, ""], c: tuple[Array, Array]) -> tuple[Array, Array]:
         return inputs_given(outputs_given(c))
 
     start = _unit([jnp.sum(x, axis=-1) for x in values])

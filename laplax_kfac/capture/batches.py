@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from laplax_kfac.arguments import no_type_check
+
 Batch = dict[str, PyTree]
 WeightedBatch = tuple[Batch, Float[Array, " size"]]
 
@@ -138,6 +140,7 @@ def batches(data: Any, transform: Callable[[Any], Any] | None = None) -> Iterato
         raise ValueError(msg)
 
 
+@no_type_check
 def require_several_passes(data: Any, purpose: str) -> None:
     """Refuse, before it is touched, data that can be iterated over only once.
 
@@ -223,22 +226,6 @@ def batch_size(batch: Batch) -> int:
         msg = "A batch has no examples: its arrays have a leading axis of length 0."
         raise ValueError(msg)
     return int(size)
-
-
-def positive_integer(name: str, value: Any) -> int:
-    """The value, if it is a positive integer.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        msg = f"`{name}` must be a positive integer, found {value!r}."
-        raise ValueError(msg)
-    return number
 
 
 def pad(batch: Batch, size: int) -> WeightedBatch:

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
-from laplax_kfac import jaxprs
+from laplax_kfac import jaxprs, pytrees
 from laplax_kfac.capture.batches import Batch, as_batch, batch_size, first_example, to_arrays
 from laplax_kfac.capture.rewrites import has_rewrite, rewrite
 from laplax_kfac.likelihood.losses import (
@@ -35,11 +36,11 @@ from laplax_kfac.parsing.walk import Use
 from laplax_kfac.patterns.registry import one_hot
 
 Probes = dict[int, Array]
-Inputs = dict[int, tuple[Array, Array, tuple[Array, ...]]]
+Inputs = dict[int, tuple[ArrayLike, Array, tuple[ArrayLike, ...]]]
 """Use -> its inputs, 1 where its equation ran, and what sums of inputs are formed from, if so."""
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class UseRecord:
     """What one use of a layer saw for one example.
@@ -52,13 +53,13 @@ class UseRecord:
         operands: The equation's other operands, where sums of inputs are formed from them.
     """
 
-    inputs: Float[Array, "*batch S stack rows"]
+    inputs: Shaped[Array, "*batch S stack _"]
     gradients: Float[Array, "*batch R S stack out"]
     active: Float[Array, "*batch S stack"]
-    operands: tuple[Shaped[Array, "..."], ...] = ()
+    operands: tuple[ArrayLike, ...] = ()
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class ParameterRecord:
     """What a probe on parameters saw for one example.
@@ -76,7 +77,7 @@ Record = tuple[UseRecord, ...] | ParameterRecord | None
 def capture(
     program: Program,
     leaves: Sequence[Array],
-    consts: Sequence[Array],
+    consts: Sequence[ArrayLike],
     example: PyTree,
     vectors: Callable[[PyTree], PyTree] | None,
     *,
@@ -161,10 +162,10 @@ def record_size(layer: Layer, pulled: int, *, inputs: bool = True) -> int:
     return uses + (gradients if layer.block == "dense" else 0)
 
 
-def _cotangent(vector: Array, output: Array) -> Array:
+def _cotangent(vector: Array, output: Array) -> Array | np.ndarray:
     if jnp.issubdtype(output.dtype, jnp.inexact):
         return vector.astype(output.dtype)
-    return np.zeros(vector.shape, jax.dtypes.float0)  # type: ignore[return-value]
+    return np.zeros(vector.shape, jax.dtypes.float0)
 
 
 # -- probes ------------------------------------------------------------------------------------
@@ -237,7 +238,8 @@ def _records(
 
 def _use_record(program: Program, member: Member, inputs: Inputs, at_uses: Probes) -> UseRecord:
     claim, use = member.claim, program.uses[member.claim.use]
-    values, active, operands = inputs[claim.use]
+    found, active, operands = inputs[claim.use]
+    values = jnp.asarray(found)
     positions = use.pattern.outputs(
         use.eqn, use.operand, np.empty(jaxprs.shape(use.eqn.outvars[0]), bool)
     ).shape[0]
@@ -462,7 +464,7 @@ def _run_cond(
 def capture_batch(
     program: Program,
     leaves: Sequence[Array],
-    consts: Sequence[Array],
+    consts: Sequence[ArrayLike],
     batch: Batch,
     likelihood: Likelihood,
     fisher_type: FisherType,
@@ -528,7 +530,7 @@ def map_examples(
         return lax.map(functools.partial(function, sequential=True), examples)
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class LayerRecord:
     """Inputs and output gradients of one layer, for every example.

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt
 from tqdm import tqdm
 
-from laplax_kfac import jaxprs
+from laplax_kfac import jaxprs, pytrees
+from laplax_kfac.arguments import no_type_check, positive_integer, require_choice
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import (
     Batch,
@@ -23,7 +25,6 @@ from laplax_kfac.capture.batches import (
     even_batches,
     first_example,
     pad,
-    positive_integer,
     require_several_passes,
     same_number,
     to_arrays,
@@ -68,7 +69,7 @@ _LAYOUTS = 3
 """Copies of what sums are formed from: the model's, a weighted one, one for the products."""
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Curvature(BlockDiagonal):
     """Curvature of the loss at the trained parameters: a sum over the data, without a prior.
@@ -107,6 +108,7 @@ class Options:
     vmap_over_data: bool
     sketches: int | None = None
 
+    @no_type_check
     @classmethod
     def checked(
         cls,
@@ -121,10 +123,10 @@ class Options:
         sketches: int | None = None,
     ) -> "Options":
         """Check values that would otherwise fail far from their cause."""
-        _check_choice("fisher_type", fisher_type, FISHER_TYPES)
+        require_choice("fisher_type", fisher_type, FISHER_TYPES)
         pairs = kfac_approx.items() if isinstance(kfac_approx, Mapping) else [("*", kfac_approx)]
         for _, value in pairs:
-            _check_choice("kfac_approx", value, KFAC_APPROXIMATIONS)
+            require_choice("kfac_approx", value, KFAC_APPROXIMATIONS)
         mc_samples = positive_integer("mc_samples", mc_samples)
         if sketches is not None:
             sketches = positive_integer("sketches", sketches)
@@ -170,12 +172,6 @@ class Options:
                 raise ValueError(msg)
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        msg = f"`{name}` must be one of {', '.join(map(repr, choices))}; found {value!r}."
-        raise ValueError(msg)
-
-
 @dataclass(frozen=True)
 class Accumulator:
     """Streaming curvature: pure functions around `factors.Statistics`; made by `accumulator`.
@@ -198,6 +194,7 @@ class Accumulator:
         """The state before any data."""
         return factors.empty_statistics()
 
+    @no_type_check
     def update(
         self, state: Statistics, batch: Any, weights: Float[Array, " N"] | None = None
     ) -> Statistics:
@@ -482,7 +479,7 @@ class _Arrays(NamedTuple):
     """What a pass over a batch works on; arguments, so that nothing is compiled in."""
 
     leaves: list[Array]
-    consts: list[Array]
+    consts: list[ArrayLike]
     batch: Batch
     weights: Float[Array, " N"]
     key: Key[Array, ""]
@@ -637,6 +634,7 @@ def _summed(
     return sum_over(sums, (*split, jax.random.split(key, parts)))
 
 
+@no_type_check
 def accumulator(
     model_fn: ModelFn,
     params: PyTree,
@@ -675,6 +673,7 @@ def accumulator(
     return Accumulator(model_fn, params, options)
 
 
+@no_type_check
 def kfac(
     model_fn: ModelFn,
     params: PyTree,
@@ -775,9 +774,9 @@ def kfac(
         require_several_passes(data, "`ekfac`" if eigenvalue_correction else "`kfoc`")
     sizes: list[int] = []
 
-    def stream(description: str) -> Iterable[WeightedBatch]:
+    def stream(description: str) -> Iterator[WeightedBatch]:
         parts = accumulate.parts(same_number(batches(data, transform), sizes), batch_size)
-        return tqdm(parts, desc=description, unit="batch", disable=not progress)
+        return iter(tqdm(parts, desc=description, unit="batch", disable=not progress))
 
     state = accumulate.collect(stream("factors"))
     if optimal_factors:
@@ -800,6 +799,7 @@ def _check_refinements(fisher_type: str, curvature: str, **refinements: bool) ->
             raise ValueError(msg)
 
 
+@no_type_check
 def ekfac(model_fn: ModelFn, params: PyTree, data: Any, **options: Any) -> Curvature:
     """Eigenvalue-corrected KFAC (George et al. 2018): `kfac` with ``eigenvalue_correction=True``.
 
@@ -814,6 +814,7 @@ def ekfac(model_fn: ModelFn, params: PyTree, data: Any, **options: Any) -> Curva
     return kfac(model_fn, params, data, **{**options, "eigenvalue_correction": True})
 
 
+@no_type_check
 def kfoc(model_fn: ModelFn, params: PyTree, data: Any, **options: Any) -> Curvature:
     """The Kronecker product nearest to every exact block: `kfac` with ``optimal_factors=True``.
 

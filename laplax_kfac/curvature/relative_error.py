@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num, PyTree
 
+from laplax_kfac import pytrees
+from laplax_kfac.arguments import positive_integer
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal, apply
-from laplax_kfac.capture.batches import batches, even_batches, first_example, positive_integer
+from laplax_kfac.capture.batches import batches, even_batches, first_example
 from laplax_kfac.capture.capture import ParameterRecord, Record, UseRecord
 from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE, Accumulator, Options
 from laplax_kfac.curvature.matching import parse_like
@@ -24,7 +26,7 @@ from laplax_kfac.parsing.program import ModelFn
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class RelativeError:
     """Relative errors in Frobenius norm, ``||C - G|| / ||G||``; printing shows a table.

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from laplax_kfac import pytrees
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import Batch, batches, even_batches
 from laplax_kfac.capture.capture import map_examples
@@ -41,7 +42,7 @@ from laplax_kfac.posterior.prior import (
 )
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class DataFit:
     """How well the trained parameters fit the data: all that the evidence needs of the data.
@@ -123,7 +124,7 @@ def fit_of_batch(
     return fit
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Evidence:
     """A log marginal likelihood and its terms: ``value = log_likelihood - complexity``.

@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Float, Key, PyTree
 from tqdm import tqdm
 
+from laplax_kfac import pytrees
 from laplax_kfac.capture.batches import (
     Batch,
     WeightedBatch,
@@ -44,7 +45,7 @@ from laplax_kfac.posterior.prior import (
 )
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Trained:
     """The best model of a run, and how the run went.

@@ -20,6 +20,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
+from laplax_kfac import pytrees
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.evidence.evidence import DataFit, Evidence, log_marginal_likelihood, require_fit
 from laplax_kfac.posterior.posterior import as_prior
@@ -43,7 +44,7 @@ class BoundaryWarning(UserWarning):
     """A hyperparameter ended at a bound: the evidence has no optimum inside."""
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Tuned:
     """Hyperparameters that maximise the evidence.
@@ -271,7 +272,7 @@ def minimise(
 # -- the compiled loop -------------------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Problem:
     """What the evidence depends on besides the hyperparameters."""

@@ -20,8 +20,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from laplax_kfac import pytrees
 from laplax_kfac.blocks.blocks import Block, Side, block_of_sides, diagonal_block, eigh_each
 from laplax_kfac.capture.capture import ParameterRecord, Record, UseRecord
 from laplax_kfac.factors.eigenvalue_correction import second_moments
@@ -33,7 +35,14 @@ from laplax_kfac.factors.gradients import (
     same_row,
     sum_into_rows,
 )
-from laplax_kfac.gram import Symmetric, Tiled, bordered, self_product, upper_tiles, whole
+from laplax_kfac.gram import (
+    Symmetric,
+    Tiled,
+    bordered,
+    self_product,
+    upper_tiles,
+    whole,
+)
 from laplax_kfac.parsing.grouping import Claim, Member, Resolved
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
@@ -43,7 +52,7 @@ KFAC_APPROXIMATIONS = ("expand", "reduce")
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class KroneckerSums:
     """Sums of one Kronecker layer, with a leading axis over its U uses.
@@ -54,23 +63,23 @@ class KroneckerSums:
         count: M, shape (U, stack).
     """
 
-    inputs: Float[Array, "U stack rows *rows"]
-    outputs: Float[Array, "U stack out *out"]
-    count: Float[Array, "U stack"]
+    inputs: Any
+    outputs: Any
+    count: Float[Array, "*U stack"]
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class ParameterSums:
     """Sums of a probed layer: of g g^T (p, p) for a dense block, of g^2 (p,) for a diagonal."""
 
-    gradients: Float[Array, "p *p"]
+    gradients: Any
 
 
 Sums = KroneckerSums | ParameterSums | None
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Statistics:
     """The state of an accumulation; without layers before the first update.
@@ -130,7 +139,7 @@ def require_same_blocks(first: Statistics, second: Statistics) -> None:
 def mirrored(statistics: Statistics) -> Statistics:
     """Statistics with all entries of the matrices of which sums keep the upper tiles."""
     leaves, treedef = jax.tree.flatten(statistics, is_leaf=_is_tiled)
-    return jax.tree.unflatten(treedef, [whole(leaf) for leaf in leaves])
+    return jax.tree.unflatten(treedef, [whole(x) if _is_tiled(x) else x for x in leaves])
 
 
 def _is_tiled(x: Any) -> bool:
@@ -279,13 +288,15 @@ def _from_operands(layer: Layer, claim: Claim, kfac_approx: KfacApprox) -> bool:
 
 def _moment_of_operands(
     member: Member,
-    operands: tuple[Array, ...],
+    operands: tuple[ArrayLike, ...],
     weights: Float[Array, " N"],
     count: Float[Array, " stack"],
 ) -> Symmetric:
     """Weighted sum of a a^T for every stack index, where the inputs a need not be formed."""
     assert member.claim.moments is not None
-    second, first = member.claim.moments(tuple(map(accumulate, operands)), weights)
+    second, first = member.claim.moments(
+        tuple(accumulate(jnp.asarray(x)) for x in operands), weights
+    )
     if member.joint_bias is not None:
         corner = member.joint_bias**2 * count[:, None]
         border = jnp.concatenate([member.joint_bias * first, corner], axis=-1)
@@ -411,7 +422,7 @@ def nearest_kronecker(
         norm = jnp.sqrt(jnp.einsum("ku,kuv,kv->k", w, gram, w))[:, None]
         return w / jnp.where(norm > 0, norm, 1.0)
 
-    def step(_: int, w: Float[Array, "stack U"]) -> Float[Array, "stack U"]:
+    def step(_: Int[Array, ""], w: Float[Array, "stack U"]) -> Float[Array, "stack U"]:
         v = unit(jnp.einsum("kuv,kv->ku", gram_in, w), gram_out)
         return unit(jnp.einsum("kuv,kv->ku", gram_out, v), gram_in)
 

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Key, Num, PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Key, Num, PyTree, Shaped
 
 FisherType = Literal["type2", "mc", "empirical", "forward_only"]
 LossFunction = Callable[[PyTree, PyTree], PyTree]
@@ -216,7 +217,7 @@ def _sketch(likelihood: Likelihood, key: Key[Array, ""], f: PyTree, y: PyTree) -
     root = likelihood.hessian_root(f, y)
     signs = jax.random.rademacher(key, (len(jax.tree.leaves(root)[0]),))
 
-    def combined(s: Float[Array, "R *output"]) -> Float[Array, "*output"]:
+    def combined(s: Float[Array | np.ndarray, "R *output"]) -> Float[Array, "*output"]:
         return jnp.tensordot(signs.astype(s.dtype), s, 1, precision=_HIGHEST)
 
     return jax.tree.map(combined, root)
@@ -323,7 +324,7 @@ def _check_weights(weights: PyTree, terms: PyTree) -> None:
 def _times(weights: PyTree, tree: PyTree) -> PyTree:
     """Multiply along leading axes; a weight of zero gives zero, even of what is not finite."""
 
-    def scaled(weight: Array, part: PyTree) -> PyTree:
+    def scaled(weight: ArrayLike, part: PyTree) -> PyTree:
         def one(x: Array) -> Array:
             axes = (*jnp.shape(weight), *[1] * (x.ndim - jnp.ndim(weight)))
             factor = jnp.reshape(weight, axes).astype(x.dtype)
@@ -352,7 +353,7 @@ def _gradient(losses: LossFunction, f: PyTree, y: PyTree) -> PyTree:
 
 def _real(f: PyTree) -> PyTree:
     """Outputs in at least float32: square roots and softmaxes of bfloat16 lose too much."""
-    return jax.tree.map(lambda o: o.astype(jnp.promote_types(o.dtype, jnp.float32)), f)
+    return jax.tree.map(lambda o: jnp.asarray(o, jnp.promote_types(o.dtype, jnp.float32)), f)
 
 
 def _one_array(f: PyTree, name: str) -> Num[Array, "..."]:
@@ -363,7 +364,7 @@ def _one_array(f: PyTree, name: str) -> Num[Array, "..."]:
             f"callable loss, or a `model_fn` that returns one array."
         )
         raise ValueError(msg)
-    return leaves[0]
+    return jnp.asarray(leaves[0])
 
 
 def _like(f: PyTree, array: Array) -> PyTree:
@@ -382,13 +383,13 @@ def _only(y: PyTree) -> Any:
     return leaves[0]
 
 
-def _target_like(output: Float[Array, "..."], target: Any) -> Num[Array, "..."]:
+def _target_like(output: Float[Array | np.ndarray, "..."], target: Any) -> Shaped[Array, "..."]:
     """A target in the shape of the output; axes of length one may be missing, or too many."""
     found, wanted = jnp.shape(target), output.shape
     if [n for n in found if n != 1] != [n for n in wanted if n != 1]:
         msg = f"targets must have the shape of the output, {wanted} an example; found {found}."
         raise ValueError(msg)
-    return jnp.reshape(target, wanted)
+    return jnp.asarray(target).reshape(wanted)
 
 
 def _one_target_like(output: Float[Array, "..."], y: PyTree) -> Float[Array, "..."]:
@@ -582,10 +583,10 @@ def categorical(*, ignore_index: int | None = None, label_smoothing: float = 0.0
             q = (1 - label_smoothing) * q + label_smoothing / q.shape[-1]
         return -jnp.sum(q * log_p, axis=-1)
 
-    def space(f: PyTree) -> Float[Array, "... C-1"]:
+    def space(f: PyTree) -> Float[Array, "... columns"]:
         return _one_array(_real(f), "cross_entropy")[..., 1:]
 
-    def product(f: PyTree, w: Float[Array, "... C-1"]) -> PyTree:
+    def product(f: PyTree, w: Float[Array, "... columns"]) -> PyTree:
         """S = diag(s) Q with s = sqrt(p) and Q an orthonormal basis of s's complement.
 
         Q is the last columns of the Householder reflection that takes e_1 to -s.

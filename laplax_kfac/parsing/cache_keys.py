@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn
-from jaxtyping import Array
+from jax.typing import ArrayLike
 
 from laplax_kfac import jaxprs
 from laplax_kfac.parsing.program import Program
@@ -29,7 +29,9 @@ _KEPT: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDict
 """What was made for a model, as long as the model lives: see `kept`."""
 
 
-def kept(model_fn: Any, consts: Sequence[Array], key: Hashable, make: Callable[[], Made]) -> Made:
+def kept(
+    model_fn: Any, consts: Sequence[ArrayLike], key: Hashable, make: Callable[[], Made]
+) -> Made:
     """What was made for a model under an equal key before; made now if there is no such thing.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Num, Shaped
 
 from laplax_kfac import jaxprs
 from laplax_kfac.parsing.indices import FOREIGN
@@ -28,7 +28,7 @@ FACTOR_LIMIT = 16384
 """Largest Kronecker factor that is kept dense; larger ones are diagonal."""
 
 Ids = Int[np.ndarray, "stack rows out"]
-Part = tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " out"]]
+Part = tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]
 
 
 @dataclass(frozen=True)
@@ -273,13 +273,15 @@ def _combined(shifts: list[Shift]) -> list[tuple[Shift, list[int]]]:
     return combined
 
 
-def _constant_along(x: Int[np.ndarray, "..."], axis: int) -> bool:
+def _constant_along(x: Num[np.ndarray, "..."], axis: int) -> bool:
     x = np.moveaxis(x, axis, 0)
     # The second entry decides nearly always, without a pass over all of them.
     return bool(len(x) == 1 or ((x[1] == x[0]).all() and (x == x[0]).all()))
 
 
-def _take_first(x: Int[np.ndarray, "..."], shared: Sequence[bool]) -> Ids:
+def _take_first(
+    x: Num[np.ndarray, "..."], shared: Sequence[bool]
+) -> Num[np.ndarray, "stack rows out"]:
     """Drop the shared leading axes and merge the stacked ones."""
     index = tuple(0 if s else slice(None) for s in shared)
     x = x[index]
@@ -538,6 +540,6 @@ def _plain_layer(
     )
 
 
-def _paths(ids: list[Ids], space: ParameterSpace) -> tuple[str, ...]:
+def _paths(ids: list[Int[np.ndarray, "_ _ _"]], space: ParameterSpace) -> tuple[str, ...]:
     leaves = sorted({leaf for i in ids for leaf in space.leaves_of(i)})
     return tuple(space.paths[leaf] for leaf in leaves)

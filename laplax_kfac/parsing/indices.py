@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from laplax_kfac import jaxprs
 
@@ -68,7 +68,7 @@ class Trace:
         """The array of a shape that has entry i of this one, scaled, at ``places.index[i]``."""
         inside, lanes = places.index != FOREIGN, self.index.shape[places.index.ndim :]
 
-        def scattered(x: Any, fill: float) -> Any:
+        def scattered(x: Num[np.ndarray, "..."], fill: float | int) -> Num[np.ndarray, "..."]:
             whole = np.full((math.prod(shape), *lanes), fill, x.dtype)
             whole[places.index[inside]] = x[inside]
             return whole.reshape(*shape, *lanes)

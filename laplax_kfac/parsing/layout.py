@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Float, Int, Num, PyTree, Shaped
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class ParameterSpace:
         parts = jnp.split(vector, self.offsets[1:-1])
         return [p.reshape(s) for p, s in zip(parts, self.shapes, strict=True)]
 
-    def read(self, segment: Segment, leaves: Sequence[Array]) -> Float[Array, "..."]:
+    def read(self, segment: Segment, leaves: Sequence[Array]) -> Num[Array, "..."]:
         """Entries of a segment, in its shape."""
         place = segment.place
         if isinstance(place, Contiguous):

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr
-from jaxtyping import Array, PyTree
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from laplax_kfac import jaxprs
 from laplax_kfac.parsing.grouping import Resolved, resolve
@@ -39,7 +40,7 @@ class Program:
     """
 
     jaxpr: Jaxpr
-    consts: list[Array]
+    consts: list[ArrayLike]
     space: ParameterSpace
     resolved: tuple[Resolved, ...]
     uses: dict[int, Use]

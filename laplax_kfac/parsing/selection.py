@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from laplax_kfac.arguments import no_type_check
 from laplax_kfac.parsing.layer import BlockKind
 
 Fallback = Literal["dense", "diagonal", "none", "error"]
@@ -64,6 +65,7 @@ class Selection:
         return "diagonal" if wanted == "dense" and not dense else wanted
 
 
+@no_type_check
 def select(
     params_filter: PathFilter = None,
     fallback: str | Mapping[str, str] = "dense",

@@ -411,7 +411,7 @@ def _bias_use(step: Step, weight: Trace) -> Use:
     mine = np.flatnonzero(first != FOREIGN)
     order = mine[np.argsort(first[mine], kind="stable")]
     distinct, counts = np.unique(first[mine], return_counts=True)
-    regular = counts.size > 0 and counts.min() == counts.max()
+    regular = bool(counts.size > 0 and counts.min() == counts.max())
     # (positions, features): in raveled order, the n-th place of every parameter is position n.
     places = order.reshape(distinct.size, -1).T if regular else np.zeros((0, distinct.size), int)
 

@@ -13,6 +13,7 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Float, Int, Shaped
 
 from laplax_kfac import jaxprs
+from laplax_kfac.arguments import no_type_check
 from laplax_kfac.gram import Symmetric
 from laplax_kfac.patterns import correlation
 from laplax_kfac.patterns import patches as windows
@@ -62,6 +63,7 @@ class Pattern:
 _REGISTRY: dict[str, Pattern] = {}
 
 
+@no_type_check
 def register(primitive: str, pattern: Pattern) -> None:
     """Register the pattern for equations of a primitive; a later registration wins.
 

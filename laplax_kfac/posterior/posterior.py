@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
+from laplax_kfac import pytrees
+from laplax_kfac.arguments import positive_integer
 from laplax_kfac.blocks.blocks import BlockDiagonal, rotate_back
 from laplax_kfac.blocks.merging import add
-from laplax_kfac.capture.batches import positive_integer
 from laplax_kfac.posterior.prior import (
     PriorPrecision,
     Scalar,
@@ -30,7 +31,7 @@ NUMBERS_TOGETHER = 2**20
 """Samples are drawn together up to this many numbers, for small models; more is no faster."""
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Posterior:
     """A Gaussian on the parameters, centred at zero.

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal
@@ -53,7 +54,7 @@ def per_block(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> tuple[Scalar
     return tuple(values)
 
 
-def require_positive(name: str, value: Scalar) -> None:
+def require_positive(name: str, value: ArrayLike) -> None:
     """Refuse a value that is not positive, as far as it is known.
 
     Raises:

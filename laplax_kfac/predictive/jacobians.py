@@ -23,10 +23,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from laplax_kfac import pytrees
+from laplax_kfac.arguments import positive_integer
 from laplax_kfac.blocks.blocks import Block, rotate
-from laplax_kfac.capture.batches import batch_size, even_batches, pad, positive_integer
+from laplax_kfac.capture.batches import batch_size, even_batches, pad
 from laplax_kfac.capture.capture import (
     ParameterRecord,
     Record,
@@ -45,7 +48,7 @@ from laplax_kfac.parsing.program import ModelFn, Program
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Matrices:
     """Jacobian of one example, entry by entry: shape (C, p), conjugated where it is complex."""
@@ -53,7 +56,7 @@ class Matrices:
     entries: Float[Array, "C p"]
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Outer:
     """Jacobian ``sum_t a_t g_ct^T`` of one example, as its inputs and cotangents."""
@@ -62,7 +65,7 @@ class Outer:
     gradients: Float[Array, "C S stack out"]
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Picked:
     """Jacobian of one example in a table: row numbers, -1 for none, and the rows' cotangents."""
@@ -74,7 +77,7 @@ class Picked:
 Jacobian = Matrices | Outer | Picked
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Linearised:
     """The model around one input; no prior. Of many inputs with a leading axis everywhere.
@@ -91,7 +94,7 @@ class Linearised:
 def linearise(
     program: Program,
     leaves: Sequence[Array],
-    consts: Sequence[Array],
+    consts: Sequence[ArrayLike],
     blocks: Sequence[Block],
     x: PyTree,
     *,
@@ -293,7 +296,7 @@ class Expansion(NamedTuple):
     """What a model is linearised with, apart from the inputs: arguments of what is compiled."""
 
     leaves: list[Array]
-    consts: list[Array]
+    consts: list[ArrayLike]
     blocks: Sequence[Block]
 
 
@@ -314,7 +317,7 @@ def compiled_linearise(
     return fingerprint.kept(model_fn, program.consts, key, make)
 
 
-def most_inputs(program: Program, most: int, *, traced: bool, pairs: bool = False) -> int:
+def most_inputs(program: Program, most: object, *, traced: bool, pairs: bool = False) -> int:
     """Most inputs that are worked on at once: at least one, and at most ``most``.
 
     Their Jacobians and products fit into `RECORD_BYTES`. On a CPU they fit into memory that is

@@ -17,10 +17,11 @@ from jax.extend.core import Jaxpr
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
-from laplax_kfac import jaxprs
+from laplax_kfac import jaxprs, pytrees
+from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import batch_size as size_of
-from laplax_kfac.capture.batches import first_example, positive_integer, to_arrays
+from laplax_kfac.capture.batches import first_example, to_arrays
 from laplax_kfac.capture.capture import map_examples
 from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE, RECORD_BYTES
 from laplax_kfac.curvature.matching import parse_like
@@ -43,7 +44,7 @@ EVALUATIONS = 2048
 """Most pairs of an input and a weight sample that the network is evaluated at together."""
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Predictive:
     """Gaussian over the model's outputs, one for each input.
@@ -79,7 +80,7 @@ class Predictive:
         return Predictive(self.mean, self.covariance + jnp.diag(noise))
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Marginals:
     """A Gaussian for every single output of the model, for each input.
@@ -106,6 +107,7 @@ class Marginals:
         return Marginals(self.mean, self.variance + noise)
 
 
+@no_type_check
 def predictive_covariance(
     curvature: BlockDiagonal,
     model_fn: ModelFn,
@@ -142,6 +144,7 @@ def predictive_covariance(
     return Predictive(*model.spreads(batch_size, diagonal=False))
 
 
+@no_type_check
 def predictive_variance(
     curvature: BlockDiagonal,
     model_fn: ModelFn,
@@ -176,6 +179,7 @@ def predictive_variance(
     return Marginals(*model.spreads(batch_size, diagonal=True))
 
 
+@no_type_check
 def joint_covariance(
     curvature: BlockDiagonal,
     model_fn: ModelFn,
@@ -224,6 +228,7 @@ def joint_covariance(
     return model.joint(others, batch_size)
 
 
+@no_type_check
 def predictive_samples(
     curvature: BlockDiagonal,
     model_fn: ModelFn,
@@ -290,7 +295,7 @@ def _draw(
     linearised: bool,
     sizes: tuple[int, int, int],
     posterior: Posterior,
-    consts: Sequence[Array],
+    consts: Sequence[ArrayLike],
     params: PyTree,
     inputs: PyTree,
     key: Key[Array, ""],
@@ -429,6 +434,7 @@ class _Model:
         """Outputs and Jacobians at some inputs."""
         return self.linearise(self.expansion, inputs)
 
+    @no_type_check
     def spreads(self, batch_size: int, *, diagonal: bool) -> tuple[Array, Array]:
         """Outputs, and their covariances or variances."""
         traced = jaxprs.is_traced((self.expansion, self.variances, self.inputs))
@@ -440,6 +446,7 @@ class _Model:
 
         return in_parts(of_part, self.inputs, most, traced=traced)
 
+    @no_type_check
     def joint(self, others: PyTree | None, batch_size: int) -> Float[Array, "N C M C"]:
         """Covariances between inputs."""
         traced = jaxprs.is_traced((self.expansion, self.variances, self.inputs, others))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from laplax_kfac import jaxprs
+from laplax_kfac import jaxprs, pytrees
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import Batch, batch_size
 from laplax_kfac.capture.capture import map_examples
@@ -125,7 +125,7 @@ def _with_or_without_vmap(function: Callable[..., Any], x: PyTree) -> Any:
 # -- all inputs of a dataset -------------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Numbered:
     """Stands for one input of a dataset, or for all of them."""
@@ -133,7 +133,7 @@ class Numbered:
     number: Int[Array, "*N"]
 
 
-@jax.tree_util.register_dataclass
+@pytrees.register
 @dataclass(frozen=True)
 class Tabulated:
     """The state of a posterior, and the output variances or covariances at all inputs."""

@@ -273,7 +273,7 @@ def test_curvatures_of_several_passes_do_not_touch_an_iterator(curv_type):
         yield
 
     with pytest.raises(TypeError, match=f"`{curv_type.__name__}` goes through `data` more than"):
-        curv_type(None, {"w": X}, generate(), loss_fn="mse")
+        curv_type(jnp.dot, {"w": X}, generate(), loss_fn="mse")
 
 
 # -- real loaders, where they are installed ----------------------------------------------------

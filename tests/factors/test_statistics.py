@@ -164,7 +164,7 @@ def rearranged(inputs, outputs):
 @pytest.mark.parametrize("uses", [1, 2, 5])
 def test_nearest_kronecker_is_the_best_rank_one_of_the_rearranged_sum(uses):
     inputs, outputs = positive(uses, 4, seed=0), positive(uses, 3, seed=1)
-    a, b = nearest_kronecker(inputs[:, None], outputs[:, None])
+    a, b = nearest_kronecker(jnp.asarray(inputs[:, None]), jnp.asarray(outputs[:, None]))
     u, s, vt = np.linalg.svd(rearranged(inputs, outputs))
     np.testing.assert_allclose(
         np.outer(a[0], b[0]), s[0] * np.outer(u[:, 0], vt[0]), **tolerance(jnp.float64)
@@ -175,9 +175,9 @@ def test_nearest_kronecker_is_the_best_rank_one_of_the_rearranged_sum(uses):
 
 def test_nearest_kronecker_of_a_stack_is_that_of_each():
     inputs, outputs = positive(3, 2, 4, seed=0), positive(3, 2, 3, seed=1)
-    a, b = nearest_kronecker(inputs, outputs)
+    a, b = nearest_kronecker(jnp.asarray(inputs), jnp.asarray(outputs))
     for k in range(2):
-        alone = nearest_kronecker(inputs[:, k, None], outputs[:, k, None])
+        alone = nearest_kronecker(jnp.asarray(inputs[:, k, None]), jnp.asarray(outputs[:, k, None]))
         np.testing.assert_allclose(
             np.kron(a[k], b[k]), np.kron(alone[0][0], alone[1][0]), **tolerance(jnp.float64)
         )
@@ -195,14 +195,14 @@ def test_nearest_kronecker_of_equal_directions_is_exact():
 def test_uses_without_curvature_contribute_nothing(zero):
     inputs, outputs = positive(3, 1, 4, seed=0), positive(3, 1, 3, seed=1)
     outputs[list(zero)] = 0.0
-    a, b = nearest_kronecker(inputs, outputs)
+    a, b = nearest_kronecker(jnp.asarray(inputs), jnp.asarray(outputs))
     assert np.isfinite(a).all()
     assert np.isfinite(b).all()
     kept = [u for u in range(3) if u not in zero]
     if not kept:
         np.testing.assert_array_equal(np.kron(a[0], b[0]), 0.0)
         return
-    expected = nearest_kronecker(inputs[kept], outputs[kept])
+    expected = nearest_kronecker(jnp.asarray(inputs[kept]), jnp.asarray(outputs[kept]))
     np.testing.assert_allclose(
         np.kron(a[0], b[0]), np.kron(expected[0][0], expected[1][0]), **tolerance(jnp.float64)
     )

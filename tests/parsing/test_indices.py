@@ -1,7 +1,6 @@
 """The index rules do to indices what JAX does to numbers."""
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -99,7 +98,8 @@ def test_rules_do_what_jax_does(case, lanes):
 
 
 def test_expand_dims_of_other_versions():
-    eqn: Any = SimpleNamespace(params={"dimensions": (0, 2)})
+    eqn = jax.make_jaxpr(lambda x: x[None])(jnp.zeros(2)).eqns[0]
+    eqn = eqn.replace(params={"dimensions": (0, 2)})
     x = np.arange(6).reshape(2, 3)
     (found,) = INDEX_RULES["expand_dims"](eqn, [x])
     np.testing.assert_array_equal(found, x[None, :, None])

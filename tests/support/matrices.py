@@ -41,7 +41,8 @@ def kronecker_block(
         outputs: Shape (stack..., out, out), or (stack..., out) if it is diagonal.
         diagonal: Whether each of the two is diagonal.
     """
-    pairs = zip((inputs, outputs), diagonal, strict=True)
+    factors = jnp.asarray(inputs), jnp.asarray(outputs)
+    pairs = zip(factors, diagonal, strict=True)
     return block_of_sides([(x, None) if is_diagonal else eigh(x) for x, is_diagonal in pairs])
 
 
@@ -98,7 +99,7 @@ def matrix() -> BlockDiagonal:
         (
             kronecker_block(A, B),
             kronecker_block(A5, B),
-            dense_block(P),
+            dense_block(jnp.asarray(P)),
             diagonal_block(jnp.zeros(5)),
             kronecker_block(AS, BS),
             diagonal_block(jnp.zeros(1)),
