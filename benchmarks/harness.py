@@ -61,16 +61,16 @@ class Worker:
     Threads of OpenMP sleep while they wait, so that processor time is work: torch's would spin.
     """
 
-    def __init__(self, contender: str):
+    def __init__(self, contender: str, root: Path = HERE.parent):
         python, module = worker_of(contender)
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [python, HERE / "worker.py", module, contender],
+            [python, root / "benchmarks/worker.py", module, contender],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_WAIT_POLICY": "PASSIVE"},
+            env={**os.environ, "PYTHONPATH": str(root), "OMP_WAIT_POLICY": "PASSIVE"},
         )
 
     def ask(self, **command: Any) -> Reply:
