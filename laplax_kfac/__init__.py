@@ -8,7 +8,8 @@ from laplax_kfac.capture.capture import LayerRecord, intermediates_and_gradients
 from laplax_kfac.checkpoint import load, save
 from laplax_kfac.curvature.kfac import Accumulator, Curvature, accumulator, ekfac, kfac, kfoc
 from laplax_kfac.curvature.relative_error import RelativeError, relative_error
-from laplax_kfac.evidence.evidence import DataFit, Evidence, data_fit, log_marginal_likelihood
+from laplax_kfac.evidence.evidence import Evidence, log_marginal_likelihood
+from laplax_kfac.evidence.fit import DataFit, data_fit
 from laplax_kfac.evidence.training import Trained, marglik_training
 from laplax_kfac.evidence.tuning import BoundaryWarning, Tuned, tune
 from laplax_kfac.laplax_adapter.plugin import register as _register
@@ -16,14 +17,13 @@ from laplax_kfac.likelihood.losses import Likelihood
 from laplax_kfac.links import class_probabilities
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.posterior.posterior import Posterior, make_posterior
+from laplax_kfac.predictive.gaussians import Marginals, Predictive
 from laplax_kfac.predictive.predictive import (
-    Marginals,
-    Predictive,
     joint_covariance,
     predictive_covariance,
-    predictive_samples,
     predictive_variance,
 )
+from laplax_kfac.predictive.samples import predictive_samples
 from laplax_kfac.report import LayerReport, find_layers
 
 _register()

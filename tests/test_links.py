@@ -11,7 +11,7 @@ from support.matrices import normal, positive
 from support.tolerances import tolerance
 
 from laplax_kfac.links import class_probabilities
-from laplax_kfac.predictive.predictive import Marginals, Predictive
+from laplax_kfac.predictive.gaussians import Marginals, Predictive
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -15,7 +15,7 @@ from support.tolerances import tolerance
 import laplax_kfac
 from laplax_kfac import plotting
 from laplax_kfac.evidence.tuning import Tuned
-from laplax_kfac.predictive.predictive import Marginals, Predictive
+from laplax_kfac.predictive.gaussians import Marginals, Predictive
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num, PyTree
 
 from laplax_kfac import pytrees
-from laplax_kfac.arguments import positive_integer
+from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal, apply
 from laplax_kfac.capture.batches import batches, even_batches, first_example
 from laplax_kfac.capture.capture import ParameterRecord, Record, UseRecord
@@ -59,6 +59,7 @@ class RelativeError:
         return "\n".join(f"{name:{width}}  {float(error):8.3g}" for name, error in rows)
 
 
+@no_type_check
 def relative_error(
     curvature: BlockDiagonal,
     model_fn: ModelFn,

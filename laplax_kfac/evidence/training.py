@@ -5,7 +5,7 @@ arXiv 2104.04975, Algorithm 1. No validation data: of all epochs, the one with t
 the training data wins.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,32 +17,25 @@ from jaxtyping import Array, Float, Key, PyTree
 from tqdm import tqdm
 
 from laplax_kfac import pytrees
+from laplax_kfac.arguments import no_type_check
 from laplax_kfac.capture.batches import (
-    Batch,
-    WeightedBatch,
-    batches,
-    even_batches,
     require_several_passes,
-    to_arrays,
 )
-from laplax_kfac.capture.batches import batch_size as size_of
 from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE, Curvature, accumulator
-from laplax_kfac.evidence.evidence import DataFit, Evidence, fit_of_batch, require_fit, summed_fit
-from laplax_kfac.evidence.tuning import (
+from laplax_kfac.evidence.evidence import Evidence
+from laplax_kfac.evidence.fit import fit_of_batch, require_fit
+from laplax_kfac.evidence.passes import Passes, Schedule
+from laplax_kfac.evidence.problem import (
     DEFAULT_BOUNDS,
     PriorFunction,
     Problem,
     check_start,
     start_of,
 )
+from laplax_kfac.evidence.steps import Target, evidence_step, trainable, training_step
 from laplax_kfac.parsing.program import ModelFn
 from laplax_kfac.posterior.posterior import as_prior
-from laplax_kfac.posterior.prior import (
-    PriorPrecision,
-    Scalar,
-    log_prior_determinant,
-    prior_distance,
-)
+from laplax_kfac.posterior.prior import PriorPrecision, Scalar, log_prior_determinant
 
 
 @pytrees.register
@@ -74,6 +67,7 @@ class Trained:
     hyperparameters: PyTree = None
 
 
+@no_type_check
 def marglik_training(
     model_fn: ModelFn,
     params: PyTree,
@@ -141,7 +135,8 @@ def marglik_training(
             never finite.
         TypeError: If ``data`` or ``loss_fn`` is of an unsupported type.
     """
-    _check(epochs=epochs, every=every, hyper_steps=hyper_steps, burn_in=burn_in)
+    schedule = Schedule(epochs, burn_in, every, hyper_steps)
+    schedule.check()
     require_several_passes(data, "`marglik_training`")
     function, start = start_of(prior_prec, hyperparameters, noise_variance)
     check_start(start, bounds)
@@ -150,32 +145,18 @@ def marglik_training(
         model_fn, params, loss_fn=loss_fn, key=key, vmap_over_data=vmap_over_data, **options
     )
     of_batch = fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data)
-    fit_here = jax.jit(of_batch)
+    passes = Passes(data, transform, batch_size, accumulate, of_batch, eigenvalue_correction)
 
-    def stream() -> Iterable[WeightedBatch]:
-        return even_batches(batches(data, transform), batch_size)
-
-    def curvature_at(params: PyTree) -> Curvature:
-        here = accumulate.at(params)
-        state = here.init()
-        for batch, weights in stream():
-            state = here.update(state, batch, weights)
-        curvature = here.finalize(state)
-        return here.correct(curvature, stream()) if eigenvalue_correction else curvature
-
-    def fit_at(params: PyTree) -> DataFit:
-        return summed_fit(fit_here(params, *part) for part in stream())
-
-    curvature = curvature_at(params)  # before any training: it says which layers there are
-    require_fit(fit_at(params), noise_variance)
+    curvature = passes.curvature_at(params)  # before any training: it says which layers there are
+    require_fit(passes.fit_at(params), noise_variance)
     log_prior_determinant(as_prior(function(start["hyperparameters"])), curvature)
-    num_examples = sum(float(jnp.sum(weights)) for _, weights in stream())
+    num_examples = sum(float(jnp.sum(weights)) for _, weights in passes.stream())
     logs = jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)
     optimizer = optax.adam(1e-3) if optimizer is None else optimizer
-    step = _training_step(optimizer, of_batch, function)
-    inner = optimizer.init(_trainable(params))
+    step = training_step(optimizer, of_batch, function)
+    inner = optimizer.init(trainable(params))
     hyper = optax.adam(hyper_learning_rate)
-    climb = _evidence_step(hyper, function, hyper_steps, jnp.log(jnp.asarray(bounds)))
+    climb = evidence_step(hyper, function, hyper_steps, jnp.log(jnp.asarray(bounds)))
     hyper_inner = hyper.init(logs)
 
     best: Trained | None = None
@@ -183,20 +164,16 @@ def marglik_training(
     losses: list[float] = []
     worse = 0
     for epoch in tqdm(range(1, epochs + 1), desc="training", unit="epoch", disable=not progress):
-        values = jax.tree.map(jnp.exp, logs)
+        target = Target(jax.tree.map(jnp.exp, logs), curvature, prior_mean, num_examples)
         found = []
-        for batch, weights in even_batches(
-            _shuffled(data, transform, jax.random.fold_in(key, epoch)), batch_size
-        ):
-            params, inner, loss = step(
-                params, inner, batch, weights, values, curvature, prior_mean, num_examples
-            )
+        for part in passes.shuffled(jax.random.fold_in(key, epoch)):
+            params, inner, loss = step(params, inner, part, target)
             found.append(loss)
         losses.append(float(jnp.mean(jnp.stack(found))))
-        if epoch <= burn_in or (epoch - burn_in) % every:
+        if not schedule.has_evidence(epoch):
             continue
-        curvature = curvature_at(params)
-        problem = Problem(curvature, params, fit_at(params), prior_mean)
+        curvature = passes.curvature_at(params)
+        problem = Problem(curvature, params, passes.fit_at(params), prior_mean)
         logs, hyper_inner, evidence = climb(problem, logs, hyper_inner)
         trace.append(float(evidence.value))
         if np.isfinite(trace[-1]) and (best is None or trace[-1] > best.evidence.value):
@@ -217,116 +194,3 @@ def marglik_training(
         )
         raise ValueError(msg)
     return replace(best, trace=np.asarray(trace), losses=np.asarray(losses))
-
-
-def _check(*, epochs: int, every: int, hyper_steps: int, burn_in: int) -> None:
-    for name, value, least in (
-        ("epochs", epochs, 1),
-        ("every", every, 1),
-        ("hyper_steps", hyper_steps, 0),
-        ("burn_in", burn_in, 0),
-    ):
-        if value < least:
-            msg = f"`{name}` must be {least} or more; found {value}."
-            raise ValueError(msg)
-    if burn_in + every > epochs:
-        msg = (
-            f"No evidence is computed in {epochs} epochs with burn_in={burn_in} and every={every}: "
-            "`burn_in` + `every` must not exceed `epochs`."
-        )
-        raise ValueError(msg)
-
-
-def _shuffled(
-    data: Any, transform: Callable[[Any], Any] | None, key: Key[Array, ""]
-) -> Iterable[Batch]:
-    """The batches of one epoch: a single one in a new order, those of an iterable as they come."""
-    if not isinstance(data, tuple | Mapping):
-        yield from batches(data, transform)
-        return
-    (batch,) = batches(data, transform)
-    arrays = to_arrays(batch)
-    order = np.asarray(jax.random.permutation(key, size_of(arrays)))
-    yield jax.tree.map(lambda x: x[order], arrays)
-
-
-def _trainable(params: PyTree) -> PyTree:
-    """The parameters, without leaves of integers."""
-    return jax.tree.map(
-        lambda p: p if jnp.issubdtype(jnp.result_type(p), jnp.inexact) else None, params
-    )
-
-
-def _completed(moving: PyTree, params: PyTree) -> PyTree:
-    """The parameters with their leaves of integers again."""
-
-    def pick(new: Any, old: Any) -> Any:
-        return old if new is None else new
-
-    return jax.tree.map(pick, moving, params, is_leaf=lambda x: x is None)
-
-
-def _training_step(
-    optimizer: optax.GradientTransformation, of_batch: Callable[..., DataFit], function: Any
-) -> Callable[..., Any]:
-    """One step of the optimizer on a batch."""
-
-    def objective(
-        moving: PyTree,
-        params: PyTree,
-        batch: Batch,
-        weights: Float[Array, " N"],
-        values: PyTree,
-        curvature: Curvature,
-        prior_mean: PyTree | None,
-        num_examples: Scalar,
-    ) -> Float[Array, ""]:
-        params = _completed(moving, params)
-        fit = of_batch(params, batch, weights).log_likelihood(values.get("noise_variance"))
-        prior = as_prior(function(values["hyperparameters"]))
-        distance = prior_distance(prior, curvature, params, prior_mean)
-        return -fit / jnp.sum(weights) + 0.5 * distance / num_examples
-
-    with_extras = optax.with_extra_args_support(optimizer)
-
-    @jax.jit
-    def step(params: PyTree, inner: Any, *arguments: Any) -> tuple[PyTree, Any, Array]:
-        moving = _trainable(params)
-        loss, gradient = jax.value_and_grad(objective)(moving, params, *arguments)
-        updates, inner = with_extras.update(  # line searches evaluate the objective again
-            gradient,
-            inner,
-            moving,
-            value=loss,
-            grad=gradient,
-            value_fn=lambda moving: objective(moving, params, *arguments),
-        )
-        return _completed(optax.apply_updates(moving, updates), params), inner, loss
-
-    return step
-
-
-def _evidence_step(
-    optimizer: optax.GradientTransformation,
-    function: PriorFunction,
-    steps: int,
-    limits: Float[Array, "2"],
-) -> Callable[[Problem, PyTree, Any], tuple[PyTree, Any, Evidence]]:
-    """Some steps up the evidence, and the evidence after them."""
-
-    @jax.jit
-    def climb(problem: Problem, logs: PyTree, inner: Any) -> tuple[PyTree, Any, Evidence]:
-        def evidence(logs: PyTree) -> Evidence:
-            return problem.evidence(function, jax.tree.map(jnp.exp, logs))
-
-        def one(state: tuple[PyTree, Any], _: None) -> tuple[tuple[PyTree, Any], None]:
-            logs, inner = state
-            gradient = jax.grad(lambda logs: -evidence(logs).value)(logs)
-            updates, inner = optimizer.update(gradient, inner, logs)
-            moved = optax.apply_updates(logs, updates)
-            return (jax.tree.map(lambda x: jnp.clip(x, *limits), moved), inner), None
-
-        (logs, inner), _ = jax.lax.scan(one, (logs, inner), length=steps)
-        return logs, inner, evidence(logs)
-
-    return climb

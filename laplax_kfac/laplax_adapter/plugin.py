@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, PyTree
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import Batch, as_batch, batch_size
 from laplax_kfac.curvature.kfac import Curvature, ekfac, kfac, kfoc
-from laplax_kfac.evidence.tuning import minimise
+from laplax_kfac.evidence.minimisation import minimise
 from laplax_kfac.posterior.posterior import Posterior, make_posterior
 from laplax_kfac.posterior.prior import log_prior
 from laplax_kfac.predictive.pushforward import (

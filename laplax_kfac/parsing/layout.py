@@ -192,7 +192,7 @@ class ParameterSpace:
                 f"{self.treedef} with shapes {self.shapes}, found {treedef} with shapes {shapes}."
             )
             raise ValueError(msg)
-        return leaves
+        return [jnp.asarray(leaf) for leaf in leaves]
 
     def unflatten(self, leaves: Sequence[Array]) -> PyTree:
         """The pytree with these leaves."""

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from laplax_kfac import pytrees
-from laplax_kfac.arguments import positive_integer
+from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.blocks.blocks import BlockDiagonal, rotate_back
 from laplax_kfac.blocks.merging import add
 from laplax_kfac.posterior.prior import (
@@ -183,6 +183,7 @@ def as_prior(prior_prec: PriorPrecision | Posterior) -> PriorPrecision:
     return prior_prec.precision if isinstance(prior_prec, Posterior) else prior_prec
 
 
+@no_type_check
 def make_posterior(
     curvature: BlockDiagonal,
     prior_prec: PriorPrecision | Posterior,

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, PyTree
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal
 from laplax_kfac.parsing.layout import ParameterSpace
 
-Scalar = Float[Array, ""] | float
+Scalar = Float[Array, ""] | float | int
+"""One number, known or traced."""
 PriorPrecision = Any
 """A scalar, an array with one value a layer, a pytree prefix of the parameters (of scalars, or of
 arrays of the parameters' shapes), or a matrix."""
@@ -183,6 +184,8 @@ def _offset(leaf: Array, mean: Any) -> Array:
 
 
 def _from_array(prior_prec: Any, matrix: BlockDiagonal) -> list[Scalar]:
+    if isinstance(prior_prec, np.generic | np.ndarray):
+        prior_prec = jnp.asarray(prior_prec)
     if np.ndim(prior_prec) == 0:
         return [1.0 if layer.frozen else prior_prec for layer in matrix.layers]
     free = [layer.name for layer in matrix.layers if not layer.frozen]
@@ -199,8 +202,8 @@ def _from_array(prior_prec: Any, matrix: BlockDiagonal) -> list[Scalar]:
 
 def _broadcast(prior_prec: PyTree, space: ParameterSpace) -> list[Any]:
     """A pytree prefix of the parameters as one value, or one array, a leaf."""
-    numbers: list[Any] = list(range(len(space.shapes)))
-    everything = space.unflatten(numbers)
+    numbers = list(range(len(space.shapes)))
+    everything = jax.tree.unflatten(space.treedef, numbers)
     try:
         leaves = jax.tree.leaves(jax.tree.broadcast(prior_prec, everything))
     except ValueError as error:

@@ -13,8 +13,8 @@ from support.linear_regression import TALL, fitted, most_probable
 from support.tolerances import tolerance
 
 import laplax_kfac
-from laplax_kfac.evidence.evidence import fit_of_batch
-from laplax_kfac.evidence.tuning import Method
+from laplax_kfac.evidence.fit import fit_of_batch
+from laplax_kfac.evidence.search import Method
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -16,15 +16,14 @@ from laplax_kfac.blocks.blocks import Block
 from laplax_kfac.curvature.kfac import Curvature
 from laplax_kfac.parsing.program import parse
 from laplax_kfac.parsing.selection import select
-from laplax_kfac.predictive import jacobians, predictive
+from laplax_kfac.predictive import jacobians, samples
+from laplax_kfac.predictive.gaussians import Marginals, Predictive
 from laplax_kfac.predictive.predictive import (
-    Marginals,
-    Predictive,
     joint_covariance,
     predictive_covariance,
-    predictive_samples,
     predictive_variance,
 )
+from laplax_kfac.predictive.samples import predictive_samples
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -273,7 +272,7 @@ def test_sampled_functions_do_not_depend_on_the_parts_they_are_drawn_in(monkeypa
         predictive_samples, curvature, model_fn, params, inputs, jax.random.key(0), prior_prec=1.0
     )
     whole = draw(5)
-    monkeypatch.setattr(predictive, "RECORD_BYTES", 3 * 2 * 8 * curvature.space.size)  # 2 at once
+    monkeypatch.setattr(samples, "RECORD_BYTES", 3 * 2 * 8 * curvature.space.size)  # 2 at once
     np.testing.assert_allclose(draw(5, batch_size=2), whole, **CLOSE)
     np.testing.assert_allclose(draw(2), whole[:2], **CLOSE)
 

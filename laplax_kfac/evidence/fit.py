@@ -1,0 +1,121 @@
+"""How well the trained parameters fit the data: all that the evidence needs of the data."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from laplax_kfac import pytrees
+from laplax_kfac.arguments import no_type_check
+from laplax_kfac.capture.batches import Batch, batches, even_batches
+from laplax_kfac.capture.capture import map_examples
+from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE
+from laplax_kfac.likelihood.losses import resolve_likelihood
+from laplax_kfac.parsing.program import ModelFn, per_example
+from laplax_kfac.posterior.prior import Scalar, require_positive
+
+
+@pytrees.register
+@dataclass(frozen=True)
+class DataFit:
+    """How well the trained parameters fit the data: all that the evidence needs of the data.
+
+    Attributes:
+        loss: Sum of the loss over the data.
+        num_outputs: Number of scalar outputs over the data, N C; weighted as the loss is.
+        gaussian: Whether the loss is ``mse``, so that it is a likelihood only with a noise
+            variance. (`likelihood.gaussian` has one, and needs none here.)
+    """
+
+    loss: Float[Array, ""]
+    num_outputs: Float[Array, ""]
+    gaussian: bool = field(metadata={"static": True})
+
+    def log_likelihood(self, noise_variance: Scalar | None = None) -> Float[Array, ""]:
+        """Fit, log p(D | theta); ``mse`` is a Gaussian, of variance 1/2 where none is given."""
+        if not self.gaussian:
+            return -self.loss
+        variance = 0.5 if noise_variance is None else noise_variance
+        normaliser = 0.5 * self.num_outputs * jnp.log(2 * math.pi * variance)
+        return -self.loss / (2 * variance) - normaliser
+
+    def curvature_factor(self, noise_variance: Scalar | None = None) -> Scalar:
+        """Curvature of the negative log-likelihood over that of the loss."""
+        return 1.0 / (2 * noise_variance) if noise_variance is not None else 1.0
+
+
+@no_type_check
+def data_fit(
+    model_fn: ModelFn,
+    params: PyTree,
+    data: Any,
+    *,
+    loss_fn: Any,
+    vmap_over_data: bool = True,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    transform: Callable[[Any], Any] | None = None,
+) -> DataFit:
+    """Sum the loss over the data, in one streaming pass.
+
+    Args:
+        model_fn: ``model_fn(input=, params=)``.
+        params: The trained parameters.
+        data: One batch or an iterable of batches, as for `kfac`.
+        loss_fn: As for `kfac`. A callable must be a negative log-likelihood, with its constants;
+            so are the losses of `likelihood`.
+        vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
+        batch_size: Most examples that are worked on at once.
+        transform: Applied to every batch first.
+    """
+    compiled = jax.jit(fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data))
+    stream = even_batches(batches(data, transform), batch_size)
+    return summed_fit(compiled(params, batch, weights) for batch, weights in stream)
+
+
+def summed_fit(parts: Iterable[DataFit]) -> DataFit:
+    """The fit to the data of all parts."""
+    return functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
+
+
+def fit_of_batch(
+    model_fn: ModelFn, loss_fn: Any, *, vmap_over_data: bool
+) -> Callable[[PyTree, Batch, Float[Array, " N"]], DataFit]:
+    """The fit to one batch, as a function of the parameters, the batch, and weights of examples."""
+    likelihood = resolve_likelihood(loss_fn)
+    single = per_example(model_fn, vmap_over_data=vmap_over_data)
+
+    def fit(params: PyTree, batch: Batch, weights: Float[Array, " N"]) -> DataFit:
+        def one(example: tuple[PyTree, PyTree], *, sequential: bool = False) -> tuple[Array, Array]:
+            del sequential  # one example has nothing to vmap
+            x, y = example
+            out = single(params, x)
+            return likelihood.loss(out, y), likelihood.num_outputs(out, y)
+
+        losses, sizes = map_examples(one, (batch["input"], batch["target"]))
+        squared = likelihood.squared_error
+        return DataFit(jnp.sum(losses * weights), jnp.sum(sizes * weights), squared)
+
+    return fit
+
+
+@no_type_check
+def require_fit(log_likelihood: Any, noise_variance: Scalar | None) -> None:
+    """Refuse what is no `DataFit`, and a noise variance that does not belong to it.
+
+    Raises:
+        TypeError: If ``log_likelihood`` is no `DataFit`.
+        ValueError: If there is a noise variance and the loss is not ``mse``, or it is not positive.
+    """
+    if not isinstance(log_likelihood, DataFit):
+        msg = f"`log_likelihood` must come from `data_fit`, got {type(log_likelihood).__name__}."
+        raise TypeError(msg)
+    if noise_variance is not None and not log_likelihood.gaussian:
+        msg = "`noise_variance` belongs to the Gaussian likelihood of `mse`; leave it out here."
+        raise ValueError(msg)
+    if noise_variance is not None:
+        require_positive("noise_variance", noise_variance)

@@ -1,0 +1,74 @@
+"""Minimising any function of positive numbers, as `tune` does."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, PyTree
+
+from laplax_kfac.arguments import no_type_check
+from laplax_kfac.evidence.problem import DEFAULT_BOUNDS, check_start
+from laplax_kfac.evidence.search import DEFAULT_STEPS, Hill, checked_steps, climb, pushed
+
+
+@no_type_check
+def minimise(
+    objective: Callable[[PyTree], Float[Array, ""]],
+    start: PyTree,
+    *,
+    steps: int = DEFAULT_STEPS["lbfgs"],
+    bounds: tuple[float, float] = DEFAULT_BOUNDS,
+    tolerance: float = 1e-3,
+) -> tuple[PyTree, Bool[Array, ""]]:
+    """Minimise any differentiable function of positive numbers, as `tune` does by ``"lbfgs"``.
+
+    Args:
+        objective: The function.
+        start: Pytree of positive numbers.
+        steps: Most steps.
+        bounds: Smallest and largest value of every number.
+        tolerance: Largest derivative in the logarithm of a number, relative to the value.
+
+    Returns:
+        The best values, and whether they were found.
+
+    Raises:
+        ValueError: If an option has no sense, if the start is not positive or out of bounds, or if
+            the derivative there is zero or not finite.
+    """
+    checked_steps("lbfgs", steps, bounds)
+    check_start({"hyperparameters": start}, bounds)
+    logs, unravel = ravel_pytree(
+        jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)
+    )
+    limits = jnp.log(jnp.asarray(bounds, logs.dtype))
+
+    def value(logs: Array) -> Array:
+        return -objective(jax.tree.map(jnp.exp, unravel(logs)))
+
+    size, slope = jax.jit(jax.value_and_grad(value))(logs)
+    if not (np.all(np.isfinite(slope)) and np.any(slope)):
+        msg = (
+            f"The objective has the derivative {-slope} in the logarithms at the start, {start}: "
+            "it is not differentiable there (a calibration error is not, anywhere); use a grid."
+        )
+        raise ValueError(msg)
+
+    def unconverged(logs: Array, gradient: Array) -> Bool[Array, " d"]:
+        outwards = jnp.where(gradient > 0, logs >= limits[1], logs <= limits[0])
+        return ~((jnp.abs(gradient) <= tolerance * jnp.abs(value(logs))) | outwards)
+
+    hill = Hill(value, unconverged, limits)
+
+    @jax.jit
+    def search(logs: Array) -> tuple[Array, Array]:
+        shares = jnp.full_like(logs, jnp.maximum(jnp.abs(size), 1e-30) / len(logs))
+        found, *_ = climb(hill, logs, shares, optax.lbfgs(), steps)
+        found = pushed(hill, found)
+        return found, ~jnp.any(unconverged(found, jax.grad(value)(found)))
+
+    found, converged = search(logs)
+    return jax.tree.map(jnp.exp, unravel(found)), converged

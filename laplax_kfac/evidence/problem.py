@@ -1,0 +1,98 @@
+"""What the evidence depends on besides the hyperparameters, and where these start."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from laplax_kfac import pytrees
+from laplax_kfac.blocks.blocks import BlockDiagonal
+from laplax_kfac.evidence.evidence import Evidence, log_marginal_likelihood
+from laplax_kfac.evidence.fit import DataFit
+from laplax_kfac.posterior.posterior import as_prior
+from laplax_kfac.posterior.prior import log_prior_determinant, prior_distance, require_positive
+
+PriorFunction = Callable[[PyTree], Any]
+DEFAULT_BOUNDS = (1e-8, 1e8)
+
+
+def identity(hyperparameters: PyTree) -> PyTree:
+    """The prior precision is its own hyperparameter."""
+    return hyperparameters
+
+
+def start_of(prior_prec: Any, hyperparameters: PyTree, noise_variance: Any) -> tuple[Any, PyTree]:
+    """The prior precision as a function of hyperparameters, and where all of them start."""
+    if callable(prior_prec) != (hyperparameters is not None):
+        msg = (
+            "`hyperparameters` says where the arguments of a function `prior_prec` start: pass "
+            f"both, or a start `prior_prec` alone; found `prior_prec` of type "
+            f"{type(prior_prec).__name__} and `hyperparameters` {hyperparameters!r}."
+        )
+        raise ValueError(msg)
+    if isinstance(as_prior(prior_prec), BlockDiagonal):
+        msg = (
+            "`prior_prec` is a matrix, which leaves nothing to tune in it: pass a function, such "
+            "as `lambda h: make_posterior(curvature, h)` with `hyperparameters=1.0`, or "
+            "`lambda _: posterior` with `hyperparameters=()` to tune the noise variance alone."
+        )
+        raise ValueError(msg)  # noqa: TRY004 (the type is right, for other functions)
+    function = prior_prec if callable(prior_prec) else identity
+    start = {"hyperparameters": hyperparameters if callable(prior_prec) else prior_prec}
+    if noise_variance is not None:
+        start["noise_variance"] = noise_variance
+    if not jax.tree.leaves(start):
+        msg = "There is nothing to tune: `hyperparameters` is empty and `noise_variance` is None."
+        raise ValueError(msg)
+    return function, start
+
+
+def check_start(start: PyTree, bounds: tuple[float, float]) -> None:
+    """Refuse starts that are known and not positive, or out of bounds."""
+    names = {"hyperparameters": "prior_prec", "noise_variance": "noise_variance"}
+    for name, values in start.items():
+        for value in jax.tree.leaves(values):
+            require_positive(names[name], value)
+            if isinstance(value, jax.core.Tracer):
+                continue
+            if np.any(np.asarray(value) < bounds[0]) or np.any(np.asarray(value) > bounds[1]):
+                msg = f"`{names[name]}` starts at {value}, outside `bounds` = {bounds}."
+                raise ValueError(msg)
+
+
+@pytrees.register
+@dataclass(frozen=True)
+class Problem:
+    """What the evidence depends on besides the hyperparameters."""
+
+    curvature: BlockDiagonal
+    params: PyTree
+    log_likelihood: DataFit
+    prior_mean: PyTree | None
+
+    def evidence(self, function: PriorFunction, values: PyTree) -> Evidence:
+        """The evidence, with ``function`` the prior precision of ``values["hyperparameters"]``."""
+        return log_marginal_likelihood(
+            self.curvature,
+            self.params,
+            log_likelihood=self.log_likelihood,
+            prior_prec=function(values["hyperparameters"]),
+            prior_mean=self.prior_mean,
+            noise_variance=values.get("noise_variance"),
+        )
+
+    def terms(self, function: PriorFunction, values: PyTree) -> tuple[Array, Array]:
+        """Fit and distance to the prior, the terms of the evidence that cost nothing."""
+        prior = as_prior(function(values["hyperparameters"]))
+        distance = prior_distance(prior, self.curvature, self.params, self.prior_mean)
+        return self.log_likelihood.log_likelihood(values.get("noise_variance")), -0.5 * distance
+
+    def shares(self, function: PriorFunction, values: PyTree) -> Array:
+        """Half the number of parameters, or of targets, that is governed by the values."""
+        prior = as_prior(function(values["hyperparameters"]))
+        targets = self.log_likelihood.num_outputs * jnp.log(values.get("noise_variance", 1.0))
+        return 0.5 * (log_prior_determinant(prior, self.curvature) + targets)

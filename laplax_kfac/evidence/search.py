@@ -1,0 +1,146 @@
+"""Searches for the best logarithms of hyperparameters: by derivatives, or on grids.
+
+All work within bounds, in compiled loops. In the logarithms of prior precisions and noise variance
+the negative evidence is convex (see `tuning`), so that any start leads to the optimum.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+Method = Literal["lbfgs", "adam", "grid"]
+DEFAULT_STEPS = {"lbfgs": 100, "adam": 1000, "grid": 33}
+_ROUNDS = 6
+"""Rounds of the grid: each is finer than the last, by a factor of 8 for 33 points."""
+
+
+def checked_steps(method: str, steps: int | None, bounds: tuple[float, float]) -> int:
+    """Refuse options without sense, and fill in the number of steps."""
+    if method not in DEFAULT_STEPS:
+        msg = f"`method` must be one of {', '.join(map(repr, DEFAULT_STEPS))}; found {method!r}."
+        raise ValueError(msg)
+    low, high = bounds
+    if not 0 < low < high < float("inf"):
+        msg = f"`bounds` must be two positive numbers, the smaller one first; found {bounds}."
+        raise ValueError(msg)
+    steps = DEFAULT_STEPS[method] if steps is None else steps
+    if steps < (5 if method == "grid" else 1):
+        msg = f"`steps` must be a positive integer; for the grid, 5 or more; found {steps}."
+        raise ValueError(msg)
+    return steps
+
+
+@dataclass(frozen=True)
+class Hill:
+    """A function of logarithms that is climbed, within bounds.
+
+    Attributes:
+        value: (logs) -> the value.
+        unconverged: (logs, gradient) -> where the search has not come to its end yet.
+        limits: Least and largest logarithm.
+    """
+
+    value: Callable[[Array], Array]
+    unconverged: Callable[[Array, Array], Array]
+    limits: Float[Array, "2"]
+
+    def inside(self, logs: Float[Array, " d"]) -> Float[Array, " d"]:
+        """The nearest logarithms within the bounds."""
+        return jnp.clip(logs, self.limits[0], self.limits[1])
+
+
+def climb(
+    hill: Hill,
+    start: Float[Array, " d"],
+    shares: Float[Array, " d"],
+    optimizer: optax.GradientTransformation,
+    steps: int,
+) -> tuple[Float[Array, " d"], Float[Array, " steps"], Array]:
+    """Climb from the start by optax; logs, the value before every step, and how many were taken.
+
+    Coordinates are scaled by the roots of the numbers of parameters that they govern, which makes
+    the optimum about as sharp in all of them. Out of bounds the value stays as it is at the bound,
+    less a parabola: flat regions from which there is no way back would be left otherwise.
+    """
+    total = jnp.sum(shares)
+    weights = jnp.sqrt(shares / total)
+
+    def loss(scaled: Array) -> Array:
+        logs = scaled / weights
+        inside = hill.inside(logs)
+        return -hill.value(inside) / total + 0.5 * jnp.sum((weights * (logs - inside)) ** 2)
+
+    def step(state: Any) -> Any:
+        scaled, inner, trace, taken, _ = state
+        logs = scaled / weights
+        inside = hill.inside(logs)
+        outside = weights * (logs - inside)
+        here, gradient = jax.value_and_grad(hill.value)(inside)
+        unfinished = jnp.any(hill.unconverged(inside, gradient))
+        slope = outside - jnp.where(logs == inside, gradient, 0.0) / (total * weights)
+        updates, inner = with_extras.update(
+            slope,
+            inner,
+            scaled,
+            value=0.5 * jnp.sum(outside**2) - here / total,
+            grad=slope,
+            value_fn=loss,
+        )
+        moved = jnp.where(unfinished, optax.apply_updates(scaled, updates), scaled)
+        return moved, inner, trace.at[taken].set(here), taken + 1, unfinished
+
+    def goes_on(state: Any) -> Array:
+        *_, taken, unfinished = state
+        return unfinished & (taken < steps)
+
+    with_extras = optax.with_extra_args_support(optimizer)
+    scaled, trace = start * weights, jnp.zeros(steps, start.dtype)
+    first = scaled, with_extras.init(scaled), trace, jnp.zeros((), int), jnp.asarray(True)
+    scaled, _, trace, taken, _ = jax.lax.while_loop(goes_on, step, first)
+    return hill.inside(scaled / weights), trace, taken
+
+
+def search_grid(
+    hill: Hill, start: Float[Array, " d"], points: int
+) -> tuple[Float[Array, " d"], Float[Array, " searches"]]:
+    """The best of a grid in each coordinate in turn; each round spans two spacings of the last."""
+    sweeps = 1 if len(start) == 1 else 3
+    rounds = np.repeat(np.arange(_ROUNDS), sweeps * len(start))
+    coordinates = np.tile(np.arange(len(start)), sweeps * _ROUNDS)
+    everywhere = hill.limits[1] - hill.limits[0]
+
+    def search(logs: Array, turn: tuple[Array, Array]) -> tuple[Array, Array]:
+        number, i = turn
+        reach = 0.5 * everywhere * (4.0 / (points - 1)) ** number
+        center = jnp.where(number == 0, jnp.mean(hill.limits), logs[i])
+        ends = hill.inside(jnp.stack([center - reach, center + reach]))
+        candidates = jnp.linspace(ends[0], ends[1], points)
+        values = jax.lax.map(lambda c: hill.value(logs.at[i].set(c)), candidates)
+        values = jnp.where(jnp.isnan(values), -jnp.inf, values)
+        best = jnp.argmax(values)
+        return logs.at[i].set(candidates[best]), values[best]
+
+    return jax.lax.scan(search, start, (jnp.asarray(rounds), jnp.asarray(coordinates)))
+
+
+def pushed(hill: Hill, logs: Float[Array, " d"]) -> Float[Array, " d"]:
+    """Take coordinates to the bound that they are on the way to, if the way goes on behind it.
+
+    The evidence is concave, and may flatten out towards an optimum at infinity so much that
+    rounding stops the search half-way.
+    """
+    slope = jax.grad(hill.value)
+
+    def push(logs: Array, i: Array) -> tuple[Array, None]:
+        gradient = slope(logs)
+        moved = logs.at[i].set(jnp.where(gradient[i] > 0, hill.limits[1], hill.limits[0]))
+        goes_on = slope(moved)[i] * jnp.sign(gradient[i]) >= 0
+        return jnp.where(hill.unconverged(logs, gradient)[i] & goes_on, moved, logs), None
+
+    return jax.lax.scan(push, logs, jnp.arange(len(logs)))[0]

@@ -1,0 +1,73 @@
+"""Gaussians over the model's outputs: what a predictive is."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from laplax_kfac import pytrees
+from laplax_kfac.posterior.prior import require_positive
+
+
+@pytrees.register
+@dataclass(frozen=True)
+class Predictive:
+    """Gaussian over the model's outputs, one for each input.
+
+    Attributes:
+        mean: The model's outputs, raveled: shape (N, C).
+        covariance: Shape (N, C, C).
+    """
+
+    mean: Float[Array, "N C"]
+    covariance: Float[Array, "N C C"]
+
+    @property
+    def variance(self) -> Float[Array, "N C"]:
+        """Diagonal of the covariances."""
+        return jnp.diagonal(self.covariance, axis1=-2, axis2=-1)
+
+    def with_noise(self, noise_variance: ArrayLike) -> "Predictive":
+        """The predictive of noisy observations: adds Gaussian noise to every output.
+
+        For ``loss_fn="mse"`` and noise of variance s the curvature belongs to the likelihood with
+        ``sigma_squared = 1 / (2 s)``.
+
+        Args:
+            noise_variance: Variance of the noise, positive; one number, or one for every output.
+
+        Raises:
+            ValueError: If it is not positive.
+        """
+        noise = jnp.asarray(noise_variance)
+        require_positive("noise_variance", noise)
+        noise = jnp.broadcast_to(noise, self.mean.shape[-1:])
+        return Predictive(self.mean, self.covariance + jnp.diag(noise))
+
+
+@pytrees.register
+@dataclass(frozen=True)
+class Marginals:
+    """A Gaussian for every single output of the model, for each input.
+
+    Attributes:
+        mean: The model's outputs, raveled: shape (N, C).
+        variance: Shape (N, C).
+    """
+
+    mean: Float[Array, "N C"]
+    variance: Float[Array, "N C"]
+
+    def with_noise(self, noise_variance: ArrayLike) -> "Marginals":
+        """The predictive of noisy observations; see `Predictive.with_noise`.
+
+        Args:
+            noise_variance: Variance of the noise, positive; one number, or one for every output.
+
+        Raises:
+            ValueError: If it is not positive.
+        """
+        noise = jnp.asarray(noise_variance)
+        require_positive("noise_variance", noise)
+        return Marginals(self.mean, self.variance + noise)

@@ -1,0 +1,94 @@
+"""The model, linearised at new inputs, with the posterior of its parameters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+from jaxtyping import Array, Float, PyTree
+
+from laplax_kfac import jaxprs
+from laplax_kfac.arguments import no_type_check
+from laplax_kfac.capture.batches import batch_size as size_of
+from laplax_kfac.capture.batches import first_example, to_arrays
+from laplax_kfac.curvature.matching import parse_like
+from laplax_kfac.parsing.program import ModelFn, Program
+from laplax_kfac.posterior.posterior import Posterior
+from laplax_kfac.predictive.jacobians import (
+    Expansion,
+    Linearised,
+    compiled_linearise,
+    in_parts,
+    joint_output_covariances,
+    most_inputs,
+    output_covariances,
+)
+
+
+@dataclass(frozen=True)
+class LinearModel:
+    """The model, linearised at its inputs, and its posterior."""
+
+    program: Program
+    linearise: Callable[[Expansion, PyTree], Linearised]
+    expansion: Expansion
+    variances: list[Array]  # in the bases of the blocks
+    inputs: PyTree
+
+    @classmethod
+    def of(
+        cls,
+        posterior: Posterior,
+        model_fn: ModelFn,
+        params: PyTree,
+        inputs: PyTree,
+        *,
+        vmap_over_data: bool,
+    ) -> "LinearModel":
+        """Parse the model, whose layers must be those of the posterior."""
+        precision = posterior.precision
+        batch = to_arrays({"input": inputs})
+        size_of(batch)
+        program = parse_like(
+            precision, model_fn, params, first_example(batch), vmap_over_data=vmap_over_data
+        )
+        return cls(
+            program,
+            compiled_linearise(model_fn, program),
+            Expansion(jax.tree.leaves(params), program.consts, precision.blocks),
+            [1.0 / block.eigenvalues for block in precision.blocks],
+            batch["input"],
+        )
+
+    def at(self, inputs: PyTree) -> Linearised:
+        """Outputs and Jacobians at some inputs."""
+        return self.linearise(self.expansion, inputs)
+
+    @no_type_check
+    def spreads(self, batch_size: int, *, diagonal: bool) -> tuple[Array, Array]:
+        """Outputs, and their covariances or variances."""
+        traced = jaxprs.is_traced((self.expansion, self.variances, self.inputs))
+        most = most_inputs(self.program, batch_size, traced=traced)
+
+        def of_part(part: PyTree) -> tuple[Array, Array]:
+            linear = self.at(part)
+            return linear.output, output_covariances(linear, self.variances, diagonal=diagonal)
+
+        return in_parts(of_part, self.inputs, most, traced=traced)
+
+    @no_type_check
+    def joint(self, others: PyTree | None, batch_size: int) -> Float[Array, "N C M C"]:
+        """Covariances between inputs."""
+        traced = jaxprs.is_traced((self.expansion, self.variances, self.inputs, others))
+        most = most_inputs(self.program, batch_size, traced=traced, pairs=True)
+
+        def of_rows(part: PyTree) -> Float[Array, "n M C C"]:
+            mine = self.at(part)
+
+            def of_columns(other: PyTree) -> Float[Array, "m n C C"]:
+                theirs = mine if other is part else self.at(other)
+                return joint_output_covariances(mine, theirs, self.variances)
+
+            columns = self.inputs if others is None else others
+            return in_parts(of_columns, columns, most, traced=traced).swapaxes(0, 1)
+
+        return in_parts(of_rows, self.inputs, most, traced=traced).swapaxes(1, 2)
