@@ -95,19 +95,20 @@ LAYERS = (
 @functools.cache
 def matrix() -> BlockDiagonal:
     """One block of each kind."""
-    return BlockDiagonal(
-        (
-            kronecker_block(A, B),
-            kronecker_block(A5, B),
-            dense_block(jnp.asarray(P)),
-            diagonal_block(jnp.zeros(5)),
-            kronecker_block(AS, BS),
-            diagonal_block(jnp.zeros(1)),
-            diagonal_block(jnp.asarray(D)),
-        ),
-        LAYERS,
-        SPACE,
-    )
+    with jax.ensure_compile_time_eval():  # it may be called while something is traced
+        return BlockDiagonal(
+            (
+                kronecker_block(A, B),
+                kronecker_block(A5, B),
+                dense_block(jnp.asarray(P)),
+                diagonal_block(jnp.zeros(5)),
+                kronecker_block(AS, BS),
+                diagonal_block(jnp.zeros(1)),
+                diagonal_block(jnp.asarray(D)),
+            ),
+            LAYERS,
+            SPACE,
+        )
 
 
 def dense_matrix() -> np.ndarray:
