@@ -4,16 +4,20 @@ __version__ = "0.1.0"
 
 from laplax_kfac import likelihood, patterns
 from laplax_kfac.blocks.merging import merge
+from laplax_kfac.caches import clear_caches
 from laplax_kfac.capture.capture import LayerRecord, intermediates_and_gradients
 from laplax_kfac.checkpoint import load, save
-from laplax_kfac.curvature.kfac import Accumulator, Curvature, accumulator, ekfac, kfac, kfoc
+from laplax_kfac.curvature.accumulator import Accumulator, accumulator
+from laplax_kfac.curvature.curvature import Curvature
+from laplax_kfac.curvature.kfac import ekfac, kfac, kfoc
+from laplax_kfac.curvature.options import Options
 from laplax_kfac.curvature.relative_error import RelativeError, relative_error
 from laplax_kfac.evidence.evidence import Evidence, log_marginal_likelihood
 from laplax_kfac.evidence.fit import DataFit, data_fit
 from laplax_kfac.evidence.training import Trained, marglik_training
 from laplax_kfac.evidence.tuning import BoundaryWarning, Tuned, tune
 from laplax_kfac.laplax_adapter.plugin import register as _register
-from laplax_kfac.likelihood.losses import Likelihood
+from laplax_kfac.likelihood.record import Likelihood
 from laplax_kfac.links import class_probabilities
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.posterior.posterior import Posterior, make_posterior
@@ -39,6 +43,7 @@ __all__ = [
     "LayerReport",
     "Likelihood",
     "Marginals",
+    "Options",
     "Posterior",
     "Predictive",
     "RelativeError",
@@ -46,6 +51,7 @@ __all__ = [
     "Tuned",
     "accumulator",
     "class_probabilities",
+    "clear_caches",
     "data_fit",
     "ekfac",
     "find_layers",

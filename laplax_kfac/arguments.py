@@ -1,10 +1,10 @@
 """Arguments of public functions: checks with errors that name the argument and what to do."""
 
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import TypeVar
 
-Function = TypeVar("Function", bound=Callable[..., object])
+Function = TypeVar("Function")
 
 
 def no_type_check(function: Function) -> Function:

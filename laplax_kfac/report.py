@@ -1,17 +1,17 @@
 """What the parser found, as a table a person can act on."""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Unpack
 
 import jax
 from jaxtyping import PyTree
 
 from laplax_kfac.arguments import no_type_check
 from laplax_kfac.capture.capture import record_size
+from laplax_kfac.curvature.options import OptionKeywords, Options
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.program import ModelFn, parse
-from laplax_kfac.parsing.selection import DENSE_LIMIT, PathFilter, select
 
 _BYTES = 4  # factors are kept in float32 unless x64 is on
 
@@ -106,12 +106,8 @@ def find_layers(
     params: PyTree,
     example_input: PyTree,
     *,
-    vmap_over_data: bool = True,
-    params_filter: PathFilter = None,
-    fallback: str | Mapping[str, str] = "dense",
-    dense_limit: int = DENSE_LIMIT,
-    separate_weight_and_bias: bool = False,
-    curvature: str = "kronecker",
+    options: Options | None = None,
+    **keywords: Unpack[OptionKeywords],
 ) -> LayerReport:
     """The layers that curvature is computed for, without running anything.
 
@@ -120,12 +116,8 @@ def find_layers(
         params: Its parameters.
         example_input: An input as ``model_fn`` takes it: one example, or a batch where
             ``vmap_over_data`` is False. Only its shapes and dtypes matter.
-        vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
-        params_filter: As for `kfac`.
-        fallback: As for `kfac`.
-        dense_limit: As for `kfac`.
-        separate_weight_and_bias: As for `kfac`.
-        curvature: As for `kfac`.
+        options: As for `kfac`.
+        **keywords: Any of the `Options` by their names; they change those given.
 
     Returns:
         The layers, ordered by their first parameter. Printing them shows a table.
@@ -134,6 +126,8 @@ def find_layers(
         ValueError: If the model uses parameters inside a while loop, or has no parameters, or if
             some have no Kronecker form and their fallback is ``"error"``.
     """
+    chosen = Options.of(options, keywords)
+    vmap_over_data = chosen.vmap_over_data
 
     def shape_of(x: Any) -> jax.ShapeDtypeStruct:
         found = jax.typeof(x)
@@ -144,13 +138,7 @@ def find_layers(
         params,
         jax.tree.map(shape_of, example_input),
         vmap_over_data=vmap_over_data,
-        selection=select(
-            params_filter,
-            fallback,
-            dense_limit,
-            separate_weight_and_bias=separate_weight_and_bias,
-            curvature=curvature,
-        ),
+        selection=chosen.selection(),
     )
     outputs = sum(math.prod(o.shape) for o in jax.tree.leaves(program.output))
     return LayerReport(program.layers, outputs)

@@ -17,7 +17,7 @@ from support.tolerances import tolerance
 
 import laplax_kfac
 from laplax_kfac.blocks.blocks import Block
-from laplax_kfac.curvature.kfac import Curvature
+from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.parsing.layout import ParameterSpace, Scattered
 from laplax_kfac.posterior.posterior import Posterior
 

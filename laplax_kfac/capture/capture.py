@@ -22,13 +22,8 @@ from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 from laplax_kfac import jaxprs, pytrees
 from laplax_kfac.capture.batches import Batch, as_batch, batch_size, first_example, to_arrays
 from laplax_kfac.capture.rewrites import has_rewrite, rewrite
-from laplax_kfac.likelihood.losses import (
-    FisherType,
-    Likelihood,
-    columns,
-    num_columns,
-    resolve_likelihood,
-)
+from laplax_kfac.fisher import Columns, fisher_type_of
+from laplax_kfac.likelihood.named import resolve_likelihood
 from laplax_kfac.parsing.grouping import Member, Part, Resolved
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.program import ModelFn, Program, parse
@@ -463,21 +458,18 @@ def _run_cond(
 
 def capture_batch(
     program: Program,
-    leaves: Sequence[Array],
-    consts: Sequence[ArrayLike],
+    values: tuple[Sequence[Array], Sequence[ArrayLike]],
     batch: Batch,
-    likelihood: Likelihood,
-    fisher_type: FisherType,
+    columns: Columns,
     *,
     key: Key[Array, ""],
-    mc_samples: int = 1,
-    sketches: int | None = None,
     window: tuple[Int[Array, ""], int] | None = None,
 ) -> list[Record]:
     """`capture` every example of a batch; the records' leaves get a leading axis N.
 
     With a window (first column, number) only these columns are pulled back; zeros beyond the last.
     """
+    leaves, consts = values
 
     def one(
         example: tuple[PyTree, PyTree, Key[Array, ""]], *, sequential: bool = False
@@ -485,17 +477,11 @@ def capture_batch(
         x, y, key = example
 
         def vectors(f: PyTree) -> PyTree:
-            everything = columns(
-                likelihood, fisher_type, f, y, key=key, mc_samples=mc_samples, sketches=sketches
-            )
+            everything = columns.vectors(key, f, y)
             return everything if window is None else _in_window(everything, *window)
 
-        # Sketches are there to avoid as many pullbacks as there are unit vectors.
-        sketched = sketches is not None and sketches < num_columns(
-            likelihood, fisher_type, program.output, y, mc_samples
-        )
-        by_units = program.custom_vjp and fisher_type == "type2" and not sketched
-        pulled = None if fisher_type == "forward_only" else vectors
+        by_units = program.custom_vjp and columns.are_root(program.output, y)
+        pulled = vectors if columns.pull_back else None
         return capture(
             program, leaves, consts, x, pulled, by_units=by_units, sequential=sequential
         )[1]
@@ -584,11 +570,9 @@ def intermediates_and_gradients(
     )  # fmt: skip
     records = capture_batch(
         program,
-        jax.tree.leaves(params),
-        program.consts,
+        (jax.tree.leaves(params), program.consts),
         batch,
-        resolve_likelihood(loss_fn),
-        "empirical",
+        Columns(resolve_likelihood(loss_fn), fisher_type_of("empirical")),
         key=jax.random.key(0),
     )
     return {

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -15,8 +15,10 @@ from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal, apply
 from laplax_kfac.capture.batches import batches, even_batches, first_example
 from laplax_kfac.capture.capture import ParameterRecord, Record, UseRecord
-from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE, Accumulator, Options
+from laplax_kfac.curvature.accumulator import Accumulator
 from laplax_kfac.curvature.matching import parse_like
+from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
+from laplax_kfac.curvature.options import Options
 from laplax_kfac.factors.gradients import sum_into_rows
 from laplax_kfac.parsing.grouping import Member, Resolved
 from laplax_kfac.parsing.layer import Layer
@@ -111,8 +113,9 @@ def relative_error(
         else _normal(jax.random.fold_in(key, number), num_probes, layer, curvature.space)
         for number, (layer, small) in enumerate(zip(curvature.layers, exactly, strict=True))
     )
-    options = Options.checked(loss_fn, selection=program.selection, vmap_over_data=vmap_over_data)
-    exact = Accumulator(model_fn, params, options).total(
+    settings = Options(vmap_over_data=vmap_over_data).settings(loss_fn)
+    settings = replace(settings, selection=program.selection)
+    exact = Accumulator(model_fn, params, settings).total(
         _products, itertools.chain([first], stream), vectors
     )
     columns = zip(curvature.blocks, curvature.layers, vectors, exact, exactly, strict=True)

@@ -14,8 +14,8 @@ from laplax_kfac import pytrees
 from laplax_kfac.arguments import no_type_check
 from laplax_kfac.capture.batches import Batch, batches, even_batches
 from laplax_kfac.capture.capture import map_examples
-from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE
-from laplax_kfac.likelihood.losses import resolve_likelihood
+from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
+from laplax_kfac.likelihood.named import resolve_likelihood
 from laplax_kfac.parsing.program import ModelFn, per_example
 from laplax_kfac.posterior.prior import Scalar, require_positive
 

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from laplax_kfac.capture.batches import Batch, WeightedBatch, batches, even_batches, to_arrays
 from laplax_kfac.capture.batches import batch_size as size_of
-from laplax_kfac.curvature.kfac import Accumulator, Curvature
+from laplax_kfac.curvature.accumulator import Accumulator
+from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.evidence.fit import DataFit, summed_fit
 
 

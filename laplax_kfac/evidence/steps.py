@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.capture.batches import WeightedBatch
-from laplax_kfac.curvature.kfac import Curvature
+from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.evidence.evidence import Evidence
 from laplax_kfac.evidence.fit import DataFit
 from laplax_kfac.evidence.problem import PriorFunction, Problem

@@ -21,7 +21,9 @@ from laplax_kfac.arguments import no_type_check
 from laplax_kfac.capture.batches import (
     require_several_passes,
 )
-from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE, Curvature, accumulator
+from laplax_kfac.curvature.accumulator import accumulator
+from laplax_kfac.curvature.curvature import Curvature
+from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.evidence.evidence import Evidence
 from laplax_kfac.evidence.fit import fit_of_batch, require_fit
 from laplax_kfac.evidence.passes import Passes, Schedule

@@ -27,7 +27,8 @@ from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import Batch, as_batch, batch_size
-from laplax_kfac.curvature.kfac import Curvature, ekfac, kfac, kfoc
+from laplax_kfac.curvature.curvature import Curvature
+from laplax_kfac.curvature.kfac import ekfac, kfac, kfoc
 from laplax_kfac.evidence.minimisation import minimise
 from laplax_kfac.posterior.posterior import Posterior, make_posterior
 from laplax_kfac.posterior.prior import log_prior

@@ -1,8 +1,10 @@
-"""What tells two programs apart, so that one that was compiled before is not compiled again.
+"""Cache keys: what tells two programs apart, so that none is compiled twice, and none mistaken.
 
 A model is traced anew at every fit, for it may have changed; what was compiled for it is used
 again only if everything that went into the compilation is the same. So is a loss: what its code
-refers to may have changed as well.
+refers to may have changed as well. Equations are compared by what JAX itself compares: primitives
+and their parameters by their own equality, whatever they print, bodies equation by equation. What
+has no hash is unlike everything, so that a program with such a thing in it is not kept.
 """
 
 import dataclasses
@@ -14,18 +16,16 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.typing import ArrayLike
 
-from laplax_kfac import jaxprs
+from laplax_kfac import jaxprs, machine
+from laplax_kfac.caches import Cache
 from laplax_kfac.parsing.program import Program
 
 Made = TypeVar("Made")
 
-MOST_KEPT = 16
-"""Most compiled functions of one model that are kept, for other calls with it."""
-
-_KEPT: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
+_KEPT: weakref.WeakKeyDictionary[Any, Cache[Any]] = weakref.WeakKeyDictionary()
 """What was made for a model, as long as the model lives: see `kept`."""
 
 
@@ -44,14 +44,16 @@ def kept(
     if jaxprs.is_traced(list(consts)):
         return make()
     try:
-        mine = _KEPT.setdefault(model_fn, {})
+        mine = _KEPT.setdefault(model_fn, Cache(machine.PASSES_KEPT))
     except TypeError:  # a model that cannot be referred to weakly, or has no hash
         return make()
-    if key not in mine:
-        while len(mine) >= MOST_KEPT:
-            mine.pop(next(iter(mine)))
-        mine[key] = make()
-    return mine[key]
+    found: Made = mine.get(key, make)
+    return found
+
+
+def of_mesh() -> Hashable:
+    """The mesh that programs are traced on at this moment."""
+    return jax.sharding.get_abstract_mesh()
 
 
 def of_program(program: Program) -> Hashable:
@@ -59,6 +61,7 @@ def of_program(program: Program) -> Hashable:
     outputs, treedef = jax.tree.flatten(program.output)
     return (
         of_jaxpr(program.jaxpr, program.consts),
+        of_mesh(),
         program.space,
         program.space.paths,
         (treedef, tuple((o.shape, str(o.dtype)) for o in outputs)),
@@ -67,8 +70,8 @@ def of_program(program: Program) -> Hashable:
 
 
 def of_jaxpr(jaxpr: Jaxpr, consts: Sequence[Any]) -> Hashable:
-    """Equal for jaxprs that compute the same from constants of the same shapes."""
-    return str(jaxpr), _inner_constants(jaxpr), tuple((c.shape, str(c.dtype)) for c in consts)
+    """Equal for jaxprs that compute the same from constants of the same types."""
+    return _of_equations(jaxpr), tuple(jax.typeof(c) for c in consts)
 
 
 def of_function(function: Callable[..., Any], *args: Any) -> Hashable:
@@ -80,16 +83,55 @@ def of_function(function: Callable[..., Any], *args: Any) -> Hashable:
     return of_jaxpr(jaxpr, consts), of_value(consts), jax.tree.structure(output)
 
 
-def _inner_constants(jaxpr: Jaxpr) -> Hashable:
-    """Arrays that bodies inside a jaxpr carry along: a compilation has their values."""
-    found: list[Hashable] = []
-    for eqn in jaxpr.eqns:
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(getattr(inner, "jaxpr", inner), Jaxpr):
-                    body, constants = jaxprs.open_jaxpr(inner)
-                    found += [of_value(constants), _inner_constants(body)]
-    return tuple(found)
+def _of_equations(jaxpr: Jaxpr) -> Hashable:
+    """Variables by number in the order of their appearance, equations one by one."""
+    number: dict[Any, int] = {}
+    for variable in [*jaxpr.constvars, *jaxpr.invars]:
+        number.setdefault(variable, len(number))
+
+    def of_atom(atom: Any) -> Hashable:
+        return of_value(atom.val) if isinstance(atom, Literal) else number[atom]
+
+    def of_equation(eqn: JaxprEqn) -> Hashable:
+        operands = tuple(map(of_atom, eqn.invars))
+        for variable in eqn.outvars:
+            number[variable] = len(number)
+        types_out = tuple(variable.aval for variable in eqn.outvars)
+        parameters = tuple((name, _of_parameter(v)) for name, v in sorted(eqn.params.items()))
+        return eqn.primitive, operands, types_out, parameters, _of_context(eqn), *eqn.effects
+
+    types_in = tuple(variable.aval for variable in [*jaxpr.constvars, *jaxpr.invars])
+    equations = tuple(map(of_equation, jaxpr.eqns))
+    return types_in, equations, tuple(map(of_atom, jaxpr.outvars))
+
+
+def _of_context(eqn: JaxprEqn) -> Hashable:
+    """What of the context that an equation was traced in changes what it computes."""
+    names = ("compute_type", "threefry_partitionable", "cur_abstract_mesh", "xla_metadata")
+    return tuple(hashable(getattr(eqn.ctx, name, None)) for name in names)
+
+
+def _of_parameter(value: Any) -> Hashable:
+    """A parameter of an equation: by its own equality; bodies by their equations and constants."""
+    if isinstance(getattr(value, "jaxpr", value), Jaxpr):
+        body, constants = jaxprs.open_jaxpr(value)
+        return _of_equations(body), of_value(constants)
+    if isinstance(value, np.ndarray | jax.Array | np.generic):
+        return of_value(value)
+    if isinstance(value, tuple | list):
+        return (type(value), *map(_of_parameter, value))
+    if isinstance(value, Mapping):
+        return tuple((hashable(k), _of_parameter(v)) for k, v in value.items())
+    return hashable(value)
+
+
+def hashable(value: Any) -> Hashable:
+    """The value itself, compared as it compares itself; unlike everything if it has no hash."""
+    try:
+        hash(value)
+    except TypeError:
+        return object()
+    return type(value), value
 
 
 def of_value(value: Any) -> Hashable:
@@ -101,7 +143,7 @@ def of_value(value: Any) -> Hashable:
         digest = hashlib.blake2b(np.ascontiguousarray(array).tobytes()).digest()
         return (array.shape, str(array.dtype), digest)
     if isinstance(value, JaxprEqn):
-        return None  # told apart by the text of its jaxpr and its site
+        return None  # told apart by its jaxpr and its site
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = [of_value(getattr(value, f.name)) for f in dataclasses.fields(value)]
         return (type(value), *parts)
@@ -112,4 +154,4 @@ def of_value(value: Any) -> Hashable:
         return tuple((k, of_value(v)) for k, v in sorted(value.items()))
     if isinstance(value, tuple | list):
         return tuple(of_value(v) for v in value)
-    return value if isinstance(value, Hashable) else object()  # unlike everything
+    return hashable(value)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from laplax_kfac import pytrees
+from laplax_kfac import machine, pytrees
 from laplax_kfac.arguments import positive_integer
 from laplax_kfac.blocks.blocks import Block, rotate
 from laplax_kfac.capture.batches import batch_size, even_batches, pad
@@ -38,7 +38,7 @@ from laplax_kfac.capture.capture import (
     record_size,
     unit_vectors,
 )
-from laplax_kfac.curvature.kfac import RECORD_BYTES, REUSED_BYTES, sum_bytes
+from laplax_kfac.curvature.memory import sum_bytes
 from laplax_kfac.factors.gradients import gradient_matrices, rotated_records
 from laplax_kfac.parsing import cache_keys as fingerprint
 from laplax_kfac.parsing.grouping import Resolved
@@ -337,9 +337,11 @@ def most_inputs(program: Program, most: object, *, traced: bool, pairs: bool = F
         linear += record_size(resolved.layer, outputs) + jacobian
         square += product
         bases += sum_bytes(resolved.layer)
-    room = numbers_that_fit(RECORD_BYTES)
+    room = numbers_that_fit(machine.RECORD_BYTES)
     if jax.default_backend() == "cpu" and not traced:
-        room = min(room, numbers_that_fit(max(REUSED_BYTES, 4 * bases)))  # bases are read anew
+        room = min(
+            room, numbers_that_fit(max(machine.REUSED_BYTES, 4 * bases))
+        )  # bases are read anew
     if pairs:  # n on either side: 2 linear n + square n^2 numbers
         fitting = (math.sqrt(linear**2 + square * room) - linear) / max(square, 1)
     else:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from laplax_kfac.arguments import no_type_check
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import first_example, to_arrays
-from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE
+from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.parsing.program import ModelFn
 from laplax_kfac.posterior.posterior import make_posterior
 from laplax_kfac.posterior.prior import PriorPrecision, Scalar

@@ -20,8 +20,8 @@ from laplax_kfac import jaxprs, pytrees
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import Batch, batch_size
 from laplax_kfac.capture.capture import map_examples
-from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE
 from laplax_kfac.curvature.matching import parse_like
+from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.parsing.program import ModelFn, Program
 from laplax_kfac.posterior.posterior import Posterior
 from laplax_kfac.predictive.jacobians import (

@@ -12,13 +12,13 @@ from jax.extend.core import Jaxpr
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
-from laplax_kfac import jaxprs
+from laplax_kfac import jaxprs, machine
 from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import batch_size as size_of
 from laplax_kfac.capture.batches import first_example, to_arrays
 from laplax_kfac.capture.capture import map_examples
-from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE, RECORD_BYTES
+from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.parsing import cache_keys as fingerprint
 from laplax_kfac.parsing.program import ModelFn, per_example
 from laplax_kfac.posterior.posterior import Posterior, make_posterior
@@ -78,7 +78,7 @@ def predictive_samples(
     function = per_example(model_fn, vmap_over_data=vmap_over_data)
     jaxpr, consts, _ = jaxprs.trace(function, params, first_example(batch))
     each = min(
-        numbers_that_fit(RECORD_BYTES) // (3 * curvature.space.size),
+        numbers_that_fit(machine.RECORD_BYTES) // (3 * curvature.space.size),
         EVALUATIONS // min(size_of(batch), batch_size),
     )
     sizes = num_samples, max(1, each), batch_size

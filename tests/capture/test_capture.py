@@ -15,7 +15,8 @@ import laplax_kfac
 from laplax_kfac import patterns
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.capture import ParameterRecord, capture, capture_batch
-from laplax_kfac.likelihood.losses import resolve_likelihood
+from laplax_kfac.fisher import Columns, fisher_type_of
+from laplax_kfac.likelihood.named import resolve_likelihood
 from laplax_kfac.parsing.program import parse, per_example
 from laplax_kfac.parsing.selection import Selection
 
@@ -244,10 +245,10 @@ def test_no_gradient_of_a_kronecker_layer_is_formed(make, fisher_type):
 
     def captured(leaves, inputs):
         batch = {"input": inputs, "target": targets}
+        columns = Columns(resolve_likelihood("mse"), fisher_type_of(fisher_type), mc_samples=2)
         return capture_batch(
-            program, leaves, program.consts, batch, resolve_likelihood("mse"), fisher_type,
-            key=jax.random.key(0), mc_samples=2,
-        )  # fmt: skip
+            program, (leaves, program.consts), batch, columns, key=jax.random.key(0)
+        )
 
     def gradients(leaves, inputs):
         return oracles.per_example_gradients(

@@ -15,7 +15,7 @@ from support.oracles import LOSSES, block_mask, dense_empirical_fisher, dense_gg
 from support.tolerances import tolerance
 
 import laplax_kfac
-from laplax_kfac.curvature import kfac as module
+from laplax_kfac.curvature import memory
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -655,9 +655,7 @@ NUMBERS = {"type2": 27, "empirical": 18, "mc": 18}
 
 def bounded(monkeypatch, examples, fisher_type="type2"):
     """Let the records of so many examples fit in memory."""
-    monkeypatch.setattr(
-        "laplax_kfac.curvature.kfac.RECORD_BYTES", 4 * examples * NUMBERS[fisher_type]
-    )
+    monkeypatch.setattr("laplax_kfac.machine.RECORD_BYTES", 4 * examples * NUMBERS[fisher_type])
 
 
 @jax.jit
@@ -695,7 +693,7 @@ def test_a_cpu_works_on_records_that_are_a_few_times_as_large_as_the_sums(monkey
     whole = gained_fit(data)
     assert largest() >= 2 * 3 * examples  # two columns, three outputs
     # The sums have 5^2 + 3^2 and 4^2 + 3^2 numbers: 5/2 times as many are records of 5 examples.
-    monkeypatch.setattr("laplax_kfac.curvature.kfac.REUSED_BYTES", 0)
+    monkeypatch.setattr("laplax_kfac.machine.REUSED_BYTES", 0)
     assert largest() <= 4 * (examples + 3)  # inputs, padded for parts of 4
     np.testing.assert_allclose(
         to_dense(gained_fit(data)), to_dense(whole), **tolerance(jnp.float64)
@@ -705,7 +703,7 @@ def test_a_cpu_works_on_records_that_are_a_few_times_as_large_as_the_sums(monkey
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="others form the patches")
 def test_a_cpu_works_on_more_examples_where_no_patches_are_formed(monkeypatch):
     """Factors of a convolution are summed up without patches, but for `reduce` and EKFAC."""
-    monkeypatch.setattr("laplax_kfac.curvature.kfac.REUSED_BYTES", 2**17)
+    monkeypatch.setattr("laplax_kfac.machine.REUSED_BYTES", 2**17)
     monkeypatch.setattr("laplax_kfac.patterns.registry._LEAST_WORK", 0)
     kernel = {"w": normal(3, 3, 2, 4)}
     dimensions = ("NHWC", "HWIO", "NHWC")
@@ -725,7 +723,7 @@ def test_a_cpu_works_on_more_examples_where_no_patches_are_formed(monkeypatch):
             found.append(examples_at_once(*args))
             return found[-1]
 
-        monkeypatch.setattr("laplax_kfac.curvature.kfac._examples_at_once", noted)
+        monkeypatch.setattr("laplax_kfac.curvature.passes.examples_at_once", noted)
         curvature = laplax_kfac.kfac(
             convolved,
             kernel,
@@ -737,13 +735,13 @@ def test_a_cpu_works_on_more_examples_where_no_patches_are_formed(monkeypatch):
         )
         return min(found), curvature
 
-    examples_at_once = module._examples_at_once
+    examples_at_once = memory.examples_at_once
     records, images = 4 * 64 * (9 * 2 + 4), 4 * 64 * (3 * 2 + 4)
     assert at_once("reduce")[0] == 16 <= 2**17 // records
     few, curvature = at_once("expand")
     assert few == 32 <= 2**17 // images
     assert at_once("expand", eigenvalue_correction=True)[0] == 16
-    monkeypatch.setattr("laplax_kfac.curvature.kfac.REUSED_BYTES", 2**25)
+    monkeypatch.setattr("laplax_kfac.machine.REUSED_BYTES", 2**25)
     whole = at_once("expand")[1]
     np.testing.assert_allclose(to_dense(curvature), to_dense(whole), **tolerance(jnp.float64))
 
@@ -785,8 +783,8 @@ def test_working_in_some_columns_of_an_example_changes_nothing(
         )
 
     whole = fit()  # five or four columns: of the last window some are zeros
-    monkeypatch.setattr("laplax_kfac.curvature.kfac._columns_at_once", lambda *_: at_once)
-    monkeypatch.setattr("laplax_kfac.curvature.kfac.RECORD_BYTES", 2**20)  # not compiled before
+    monkeypatch.setattr("laplax_kfac.curvature.passes.columns_at_once", lambda *_: at_once)
+    monkeypatch.setattr("laplax_kfac.machine.RECORD_BYTES", 2**20)  # not compiled before
     for got, expected in zip(*(to_dense(c) for c in (fit(), whole)), strict=True):
         assert np.abs(got).max() > 0
         np.testing.assert_allclose(got, expected, **tolerance(jnp.float64))
@@ -809,7 +807,7 @@ def test_records_of_one_example_are_bounded_too(columns, monkeypatch):
 
     assert largest() >= (classes - 1) * tokens * width
     inputs, column = tokens * 4 + width + 1, tokens * width + classes
-    monkeypatch.setattr("laplax_kfac.curvature.kfac.RECORD_BYTES", 4 * (inputs + columns * column))
+    monkeypatch.setattr("laplax_kfac.machine.RECORD_BYTES", 4 * (inputs + columns * column))
     assert largest() <= columns * tokens * width
 
 

@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import laplax_kfac
-from laplax_kfac.curvature.kfac import RECORD_BYTES
+from laplax_kfac.machine import RECORD_BYTES
 
 
 def shaped(*shape, dtype=jnp.float32):

@@ -20,14 +20,10 @@ from support.tolerances import tolerance
 
 import laplax_kfac
 from laplax_kfac import likelihood as lik
-from laplax_kfac.likelihood.losses import (
-    FisherType,
-    Likelihood,
-    columns,
-    num_columns,
-    resolve_likelihood,
-    weighted,
-)
+from laplax_kfac.fisher import Columns, fisher_type_of
+from laplax_kfac.likelihood.named import resolve_likelihood
+from laplax_kfac.likelihood.record import Likelihood
+from laplax_kfac.likelihood.weighted import weighted
 
 pytestmark = pytest.mark.usefixtures("x64")
 KEY = jax.random.key(0)
@@ -263,6 +259,17 @@ LIKELIHOODS = [
 ]
 
 
+def columns(likelihood, fisher_type, f, y, *, key, mc_samples=1, sketches=None):
+    """The vectors that are pulled back for one example."""
+    chosen = Columns(likelihood, fisher_type_of(fisher_type), mc_samples, sketches)
+    return chosen.vectors(key, f, y)
+
+
+def num_columns(likelihood, fisher_type, f, y, mc_samples, sketches=None):
+    """How many there are."""
+    return Columns(likelihood, fisher_type_of(fisher_type), mc_samples, sketches).number(f, y)
+
+
 def flat_columns(vectors):
     return jax.vmap(lambda v: ravel_pytree(v)[0])(vectors)
 
@@ -466,7 +473,7 @@ def test_sampling_from_a_callable_is_refused():
 
 
 @pytest.mark.parametrize("fisher_type", ["type2", "empirical"])
-def test_a_callable_that_is_not_scalar_is_refused(fisher_type: FisherType):
+def test_a_callable_that_is_not_scalar_is_refused(fisher_type: str):
     likelihood = resolve_likelihood(lambda f, y: (f - y) ** 2)
     with pytest.raises(ValueError, match=r"one number an example, found shape \(3,\); sum it"):
         columns(likelihood, fisher_type, normal(3), normal(3), key=KEY)

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import weakref
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 import laplax_kfac
-from laplax_kfac import patterns
+from laplax_kfac import machine, patterns
 from laplax_kfac.parsing import cache_keys as fingerprint
 
 PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
@@ -87,9 +86,9 @@ def test_what_is_kept_is_bounded_and_dies_with_the_model():
     def model_fn(input, params):
         return input @ params["w"] + params["b"]
 
-    for samples in range(1, fingerprint.MOST_KEPT + 3):
+    for samples in range(1, machine.PASSES_KEPT + 3):
         passes(model_fn, fisher_type="mc", mc_samples=samples)
-    assert len(fingerprint._KEPT[model_fn]) == fingerprint.MOST_KEPT
+    assert len(fingerprint._KEPT[model_fn]) == machine.PASSES_KEPT
     reference = weakref.ref(model_fn)
     del model_fn
     gc.collect()
@@ -118,9 +117,7 @@ def test_constants_inside_a_jaxpr_count():
     def inside(value):
         constant = jnp.full(2, value)
         closed = jax.make_jaxpr(lambda x: x + constant)(jnp.zeros(2))
-        eqn: Any = SimpleNamespace(params={"branches": (closed,)})
-        outer: Any = SimpleNamespace(eqns=[eqn])
-        return fingerprint._inner_constants(outer)
+        return fingerprint._of_parameter(closed)
 
     assert inside(1.0) == inside(1.0)
     assert inside(1.0) != inside(2.0)

@@ -11,7 +11,7 @@ from jax import lax
 from support.images import CASES, cut_out, images
 
 import laplax_kfac
-from laplax_kfac.curvature import kfac as curvature
+from laplax_kfac.curvature import accumulator as curvature
 from laplax_kfac.gram import whole
 from laplax_kfac.patterns import correlation
 from laplax_kfac.patterns.patches import Axis

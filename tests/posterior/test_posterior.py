@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from support.matrices import LAYERS, PARAMS, SPACE, dense_matrix, matrix, normal, tree
 from support.tolerances import tolerance
 
-from laplax_kfac.curvature.kfac import Curvature
+from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.parsing.layer import FROZEN
 from laplax_kfac.posterior.posterior import Posterior, make_posterior
 

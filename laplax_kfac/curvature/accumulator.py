@@ -1,0 +1,279 @@
+"""Streaming curvature: `init`, `update`, `merge` and `finalize`."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from laplax_kfac import jaxprs, machine
+from laplax_kfac.arguments import no_type_check
+from laplax_kfac.caches import Cache
+from laplax_kfac.capture.batches import (
+    Batch,
+    WeightedBatch,
+    as_batch,
+    even_batches,
+    first_example,
+    to_arrays,
+    weighted_batch,
+)
+from laplax_kfac.curvature.curvature import Curvature
+from laplax_kfac.curvature.options import OptionKeywords, Options, Settings
+from laplax_kfac.curvature.passes import Arrays, Compiled, OfRecords, compiled_for, zeros_of
+from laplax_kfac.factors import optimal_factors
+from laplax_kfac.factors import statistics as factors
+from laplax_kfac.factors.eigenvalue_correction import corrected_eigenvalues
+from laplax_kfac.factors.statistics import Statistics
+from laplax_kfac.parsing.cache_keys import of_mesh
+from laplax_kfac.parsing.program import ModelFn, parse
+
+KFOC_ITERATIONS = 30
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """Streaming curvature: pure functions around `factors.Statistics`; made by `accumulator`.
+
+    Statistics are sums: they may be accumulated in any order and over any split of the data, and
+    merged. `finalize` does the eigendecompositions.
+    """
+
+    model_fn: ModelFn
+    params: PyTree
+    settings: Settings
+    programs: Cache[Compiled] = field(
+        default_factory=lambda: Cache(machine.SHAPES_KEPT), repr=False, compare=False
+    )
+
+    def at(self, params: PyTree) -> "Accumulator":
+        """The same at other parameters of the same shapes; nothing is traced or compiled anew."""
+        return replace(self, params=params)  # with the same programs
+
+    def init(self) -> Statistics:
+        """The state before any data."""
+        return factors.empty_statistics()
+
+    @no_type_check
+    def update(
+        self, state: Statistics, batch: Any, weights: Float[Array, " N"] | None = None
+    ) -> Statistics:
+        """Add one batch; compiled once for each shape of a batch.
+
+        Args:
+            state: Statistics so far.
+            batch: ``(input, target)`` or ``{"input": ..., "target": ...}``, either with a weight
+                for every example if these differ; see `kfac`.
+            weights: 1 for every example that counts and 0 for padding; all count by default.
+                They multiply the weights of the batch.
+
+        Raises:
+            TypeError: If the batch is of no known form.
+            ValueError: If its arrays disagree about the number of examples.
+        """
+        batch, weights = weighted_batch(to_arrays(as_batch(batch)), weights)
+        compiled, arrays = self._pass(batch, weights, state.num_updates)
+        return _added(state, compiled, arrays)
+
+    def collect(self, data: Iterable[WeightedBatch]) -> Statistics:
+        """Statistics of all data: updates from the first, but in place.
+
+        Args:
+            data: Batches with their weights, such as `parts` of data.
+        """
+        state = self.init()
+        for number, part in enumerate(data):
+            compiled, arrays = self._pass(*weighted_batch(*part), number)
+            state = _added(state, compiled, arrays, in_place=True)
+        return factors.mirrored(state)
+
+    def merge(self, first: Statistics, second: Statistics) -> Statistics:
+        """Statistics of the data of both."""
+        return factors.merge(first, second)
+
+    def parts(self, data: Iterable[Any], batch_size: int) -> Iterator[WeightedBatch]:
+        """Split batches into parts of one size for `collect`, with weights 0 for padding.
+
+        Args:
+            data: Batches.
+            batch_size: Most examples of a part.
+        """
+        return even_batches(map(as_batch, data), batch_size)
+
+    def finalize(self, state: Statistics) -> Curvature:
+        """The curvature of all data seen.
+
+        Raises:
+            ValueError: If the state has seen no data.
+        """
+        blocks = factors.finalize(state)
+        assert state.space is not None
+        return Curvature(blocks, state.layers, state.space)
+
+    def optimise(
+        self,
+        state: Statistics,
+        passes: Callable[[], Iterable[WeightedBatch]],
+        *,
+        iterations: int = KFOC_ITERATIONS,
+    ) -> Curvature:
+        """The curvature with the Kronecker products nearest to the exact blocks (Frobenius norm).
+
+        A power iteration from the factors of the state, two passes over the data a step, that
+        never forms a block. It stops when the input factors' directions stay the same.
+
+        Args:
+            state: Statistics of the data.
+            passes: Gives the same batches with their weights, at every call.
+            iterations: Most steps.
+
+        Raises:
+            ValueError: If the state has seen no data.
+        """
+        factors.require_data(state)
+        old_inputs, outputs = factors.kronecker_factors(state)
+        for _ in range(iterations):
+            inputs = self._half_step(optimal_factors.over_outputs, passes(), outputs)
+            outputs = self._half_step(optimal_factors.over_inputs, passes(), inputs)
+            if optimal_factors.same_directions(old_inputs, inputs):
+                break
+            old_inputs = inputs
+        else:
+            msg = (
+                f"`kfoc` stopped after {iterations} steps before the factors had settled: they are "
+                "nearer to the exact blocks than KFAC's, but not the nearest. Raise `iterations`."
+            )
+            warnings.warn(msg, stacklevel=3)
+        return self.finalize(factors.with_kronecker_factors(state, inputs, outputs))
+
+    def _half_step(
+        self, contract: Any, data: Iterable[WeightedBatch], others: Sequence[Array | None]
+    ) -> list[Array | None]:
+        contracted = self.total(contract, data, others)
+        return [
+            None if new is None or other is None else optimal_factors.over_squared_norm(new, other)
+            for new, other in zip(contracted, others, strict=True)
+        ]
+
+    def correct(self, curvature: Curvature, data: Iterable[WeightedBatch]) -> Curvature:
+        """Replace the eigenvalues of Kronecker blocks by exact second moments in their bases.
+
+        Args:
+            curvature: The curvature of the same data.
+            data: The same batches with their weights, once more.
+        """
+        moments = self.total(corrected_eigenvalues, data, curvature.blocks)
+        blocks = tuple(
+            replace(block, eigenvalues=m) if layer.block == "kronecker" else block
+            for layer, block, m in zip(curvature.layers, curvature.blocks, moments, strict=True)
+        )
+        return replace(curvature, blocks=blocks)
+
+    def total(self, of_records: OfRecords, data: Iterable[WeightedBatch], *operands: Any) -> Any:
+        """Sum a function of the layers' records over the data.
+
+        Args:
+            of_records: ``(layers, records, weights, *operands)`` -> a pytree of arrays, for the
+                records of some examples; compiled once for each shape of a batch.
+            data: Batches with their weights.
+            *operands: What else it takes.
+        """
+        total: Any = None
+        for number, (batch, weights) in enumerate(weighted_batch(*part) for part in data):
+            compiled, arrays = self._pass(batch, weights, number)
+            if total is None:
+                shapes = jax.eval_shape(compiled.total, of_records, arrays, *operands)
+                total = zeros_of(shapes)
+            if jaxprs.is_traced((arrays, operands)):
+                new = compiled.total(of_records, arrays, *operands)
+                total = jax.tree.map(jnp.add, total, new)
+            else:
+                total = compiled.add_total(of_records, total, arrays, *operands)
+        return total
+
+    def _pass(
+        self, batch: Batch, weights: Float[Array, " N"], number: int | Int[Array, ""]
+    ) -> tuple["Compiled", "Arrays"]:
+        """What is compiled for a batch, and its arguments; batches have a number each."""
+        compiled = self._compiled(batch)
+        leaves, consts = jax.tree.leaves(self.params), compiled.program.consts
+        number = jnp.asarray(number, jnp.uint32)
+        return compiled, Arrays(leaves, consts, batch, weights, self.settings.key, number)
+
+    def _compiled(self, batch: Batch) -> "Compiled":
+        """The parsed model and its compiled statistics, for one shape of examples."""
+        example, target = first_example(batch), first_example(batch, "target")
+        leaves, treedef = jax.tree.flatten((example, target))
+        shapes = (treedef, of_mesh(), tuple((x.shape, x.dtype) for x in leaves))
+
+        def make() -> Compiled:
+            program = parse(
+                self.model_fn,
+                self.params,
+                example,
+                vmap_over_data=self.settings.vmap_over_data,
+                selection=self.settings.selection,
+            )
+            self.settings.check_layers(program.layers)
+            return compiled_for(self.model_fn, program, self.settings, target)
+
+        return self.programs.get(shapes, make)
+
+
+def _added(
+    state: Statistics, compiled: Compiled, arrays: "Arrays", *, in_place: bool = False
+) -> Statistics:
+    """A state and the statistics of one batch more."""
+    statistics, add = compiled.whole_statistics, compiled.add
+    if in_place:
+        statistics, add = compiled.statistics, compiled.add_in_place
+    new = compiled.shapes(statistics, arrays)
+    if not state.layers:
+        state = zeros_of(new)
+    factors.require_same_blocks(state, new)
+    if in_place and not _have_one_form(state, new):  # those of images of another size may differ
+        return _added(factors.mirrored(state), compiled, arrays)
+    leaves, treedef = jax.tree.flatten(state)
+    if jaxprs.is_traced((leaves, arrays)):  # nothing can be changed in place
+        leaves = list(map(jnp.add, leaves, jax.tree.leaves(statistics(arrays))))
+    else:
+        leaves = add(leaves, arrays)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _have_one_form(first: Statistics, second: Statistics) -> bool:
+    """Whether sums of two statistics can be added entry by entry."""
+    ours, theirs = (jax.tree.map(lambda x: x.shape, s.sums) for s in (first, second))
+    return bool(ours == theirs)
+
+
+@no_type_check
+def accumulator(
+    model_fn: ModelFn,
+    params: PyTree,
+    *,
+    loss_fn: Any,
+    options: Options | None = None,
+    **keywords: Unpack[OptionKeywords],
+) -> Accumulator:
+    """Streaming curvature: ``init``, ``update``, ``merge`` and ``finalize``.
+
+    States that are accumulated apart and merged need accumulators with a ``key`` each if
+    ``fisher_type`` is ``"mc"``, or if there are ``sketches``: every state draws the same sequence
+    from its key.
+
+    Args:
+        model_fn: ``model_fn(input=, params=)``.
+        params: The trained parameters, a pytree of arrays.
+        loss_fn: As for `kfac`.
+        options: What kind of curvature is computed.
+        **keywords: Any of the `Options` by their names; they change those given.
+
+    Raises:
+        ValueError: If an option has an unknown value.
+        TypeError: If ``loss_fn`` is neither a name nor a callable, or an option is unknown.
+    """
+    return Accumulator(model_fn, params, Options.of(options, keywords).settings(loss_fn))

@@ -1,0 +1,36 @@
+"""The curvature of the loss at the trained parameters."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Array, Float, Key, PyTree
+
+from laplax_kfac import pytrees
+from laplax_kfac.blocks.blocks import BlockDiagonal
+from laplax_kfac.posterior.posterior import make_posterior
+from laplax_kfac.posterior.prior import PriorPrecision
+
+
+@pytrees.register
+@dataclass(frozen=True)
+class Curvature(BlockDiagonal):
+    """Curvature of the loss at the trained parameters: a sum over the data, without a prior.
+
+    A pytree: it goes through ``jit``, ``vmap`` and ``grad``. `mv`, `to_dense`, `diagonal` and
+    `trace` are of the curvature alone; the methods here add a prior, posterior precision being
+    ``curvature + prior_prec * I``; ``prior_prec`` is a scalar, an array with one value a layer,
+    or a pytree prefix of the parameters.
+    """
+
+    def inverse_mv(self, v: PyTree, *, prior_prec: PriorPrecision) -> PyTree:
+        """Posterior covariance times a pytree like the parameters."""
+        return make_posterior(self, prior_prec).covariance_mv(v)
+
+    def logdet(self, *, prior_prec: PriorPrecision) -> Float[Array, ""]:
+        """Log-determinant of the posterior precision."""
+        return make_posterior(self, prior_prec).log_determinant()
+
+    def sample(
+        self, key: Key[Array, ""], n: int, params: PyTree, *, prior_prec: PriorPrecision
+    ) -> PyTree:
+        """Draw ``n`` parameter pytrees from the posterior around ``params``, stacked in front."""
+        return make_posterior(self, prior_prec).sample(key, n, params)

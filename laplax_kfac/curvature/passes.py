@@ -1,0 +1,207 @@
+"""Compiled passes over a batch: capture, and a sum of a function of what it hands on."""
+
+import functools
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt
+
+from laplax_kfac import machine
+from laplax_kfac.caches import Cache
+from laplax_kfac.capture.batches import Batch, pad
+from laplax_kfac.capture.batches import batch_size as size_of
+from laplax_kfac.capture.capture import Record, capture_batch
+from laplax_kfac.curvature.memory import (
+    columns_at_once,
+    examples_at_once,
+    formed_bytes,
+    num_columns_of,
+    record_bytes,
+)
+from laplax_kfac.curvature.options import Settings
+from laplax_kfac.factors import statistics as factors
+from laplax_kfac.factors.gradients import sum_over
+from laplax_kfac.factors.statistics import Statistics
+from laplax_kfac.likelihood.named import NAMED
+from laplax_kfac.parsing.cache_keys import kept, of_function, of_mesh, of_program
+from laplax_kfac.parsing.program import ModelFn, Program
+
+OfRecords = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A parsed model, and its passes over a batch, compiled when first called.
+
+    Attributes:
+        program: The parsed model.
+        statistics: Arrays -> the statistics of one batch, of wide matrices the upper tiles.
+        add_in_place: (leaves of these, arrays) -> the leaves with one batch more; the old ones must
+            not be used again.
+        whole_statistics: Arrays -> the statistics of one batch.
+        add: (leaves of these, arrays) -> leaves with one batch more.
+        total: (function, arrays, *operands) -> sum of a function of the records of one batch.
+        add_total: (function, total, arrays, *operands) -> the total, in place, with a batch more.
+        known_shapes: What `shapes` has found so far; a loop over batches asks with every one.
+    """
+
+    program: Program
+    statistics: Callable[..., Statistics]
+    add_in_place: Callable[..., list[Array]]
+    whole_statistics: Callable[..., Statistics]
+    add: Callable[..., list[Array]]
+    total: Callable[..., Any]
+    add_total: Callable[..., Any]
+    known_shapes: Cache[Statistics] = field(default_factory=lambda: Cache(machine.SHAPES_KEPT))
+
+    def shapes(self, statistics: Callable[..., Statistics], arrays: "Arrays") -> Statistics:
+        """Shapes of statistics; known from the last batch of the same size."""
+        leaves, treedef = jax.tree.flatten(arrays)
+        key = statistics, treedef, of_mesh(), tuple(jax.typeof(x) for x in leaves)
+        return self.known_shapes.get(key, lambda: jax.eval_shape(statistics, arrays))
+
+    @classmethod
+    def of(cls, program: Program, settings: Settings) -> "Compiled":
+        """The passes of a model; `add` and its like have their traces from what they add."""
+        statistics = jax.jit(functools.partial(_statistics, program, settings))
+        whole_statistics = jax.jit(lambda arrays: factors.mirrored(statistics(arrays)))
+        total = jax.jit(functools.partial(_total, program, settings), static_argnums=0)
+
+        def add(of: Callable[..., Any], leaves: list[Array], arrays: "Arrays") -> list[Array]:
+            return list(map(jnp.add, leaves, jax.tree.leaves(of(arrays))))
+
+        def add_total(of_records: OfRecords, old: Any, arrays: "Arrays", *operands: Any) -> Any:
+            return jax.tree.map(jnp.add, old, total(of_records, arrays, *operands))
+
+        return cls(
+            program,
+            statistics, jax.jit(functools.partial(add, statistics), donate_argnums=0),
+            whole_statistics, jax.jit(functools.partial(add, whole_statistics)),
+            total, jax.jit(add_total, static_argnums=0, donate_argnums=1),
+        )  # fmt: skip
+
+
+def compiled_for(
+    model_fn: ModelFn, program: Program, settings: Settings, target: PyTree
+) -> Compiled:
+    """The passes of a model; those of an earlier fit where nothing they depend on has changed."""
+    columns = settings.columns
+    kind = columns.fisher, columns.mc_samples, columns.sketches, settings.kfac_approx
+    # The selection is part of the program, the random key an argument.
+    key = (of_program(program), _of_loss(program, settings, target), kind)
+    without_arrays = replace(program, consts=[])  # they are arguments: the latest ones
+    found = kept(
+        model_fn,
+        program.consts,
+        (*key, machine.RECORD_BYTES, machine.REUSED_BYTES),
+        lambda: Compiled.of(without_arrays, settings),
+    )
+    return replace(found, program=program)
+
+
+def _of_loss(program: Program, settings: Settings, target: PyTree) -> Hashable:
+    """Equal for losses with the same vectors to pull back; they may be other functions."""
+    columns = settings.columns
+    if not columns.pull_back:
+        return None
+    if any(columns.likelihood is known for known in NAMED.values()):
+        return columns.likelihood.name
+
+    def vectors(f: PyTree, y: PyTree, key: Key[Array, ""]) -> PyTree:
+        return columns.vectors(key, f, y)
+
+    return of_function(vectors, program.output, target, settings.key)
+
+
+class Arrays(NamedTuple):
+    """What a pass over a batch works on; arguments, so that nothing is compiled in."""
+
+    leaves: list[Array]
+    consts: list[ArrayLike]
+    batch: Batch
+    weights: Float[Array, " N"]
+    key: Key[Array, ""]
+    number: UInt[Array, ""]
+
+
+def zeros_of(shapes: Any) -> Any:
+    """Arrays of zeros; made without JAX, which compiles a program for every shape."""
+    return jax.tree.map(lambda s: jnp.array(np.zeros(s.shape, s.dtype)), shapes)
+
+
+def _total(
+    program: Program, settings: Settings, of_records: OfRecords, arrays: Arrays, *operands: Any
+) -> Any:
+    def sums(records: list[Record], weights: Float[Array, " n"], _: Float[Array, " n"]) -> Any:
+        return of_records(program.resolved, records, weights, *operands)
+
+    return _summed(program, settings, arrays, sums, functools.partial(record_bytes, program))
+
+
+def _statistics(program: Program, settings: Settings, arrays: Arrays) -> Statistics:
+    def sums(
+        records: list[Record], weights: Float[Array, " n"], input_weights: Float[Array, " n"]
+    ) -> Any:
+        approximation = settings.kfac_approx_for
+        return factors.batch_sums(program.resolved, records, weights, approximation, input_weights)
+
+    formed = functools.partial(formed_bytes, program, settings)
+    total = _summed(program, settings, arrays, sums, formed)
+    count, updates = jnp.sum(arrays.weights), jnp.ones((), jnp.int32)
+    return Statistics(count, updates, total, program.layers, program.space)
+
+
+def _summed(
+    program: Program,
+    settings: Settings,
+    arrays: Arrays,
+    of_records: Callable[[list[Record], Float[Array, " n"], Float[Array, " n"]], Any],
+    record_bytes: Callable[[int], int],
+) -> Any:
+    """Sum over a batch, in parts of no more than `examples_at_once`.
+
+    A part has at least one example; if the records of one are too large, some columns of it.
+
+    Args:
+        program: The parsed model.
+        settings: What is pulled back.
+        arrays: The batch, and what else the pass works on.
+        of_records: Takes records, the weights of their examples, and those of their inputs: these
+            are zeros with all columns of an example but the first.
+        record_bytes: Memory for what this needs of one example, for a number of columns.
+    """
+    leaves, consts, batch, weights, key, number = arrays
+    key = jax.random.fold_in(key, number)
+    size, columns = size_of(batch), num_columns_of(program, settings.columns, batch)
+    at_once = columns_at_once(program, settings.columns.fisher, columns)
+
+    def sums(part: tuple[Batch, Float[Array, " n"], Key[Array, ""]]) -> Any:
+        batch, weights, key = part
+
+        def of_window(first: Int[Array, ""] | None) -> Any:
+            records = capture_batch(
+                program, (leaves, consts), batch, settings.columns,
+                key=key, window=None if first is None else (first, at_once),
+            )  # fmt: skip
+            return of_records(
+                records, weights, weights if first is None else weights * (first == 0)
+            )
+
+        if at_once == columns:
+            return of_window(None)
+        return sum_over(of_window, jnp.arange(0, columns, at_once))
+
+    parts = math.ceil(size / examples_at_once(program, record_bytes(at_once)))
+    if parts == 1:
+        return sums((batch, weights, key))
+    each = math.ceil(size / parts)
+    padded, _ = pad(batch, each * parts)
+    weights = jnp.concatenate([weights, jnp.zeros(each * parts - size, weights.dtype)])
+    split = jax.tree.map(lambda x: x.reshape(parts, each, *x.shape[1:]), (padded, weights))
+    return sum_over(sums, (*split, jax.random.split(key, parts)))

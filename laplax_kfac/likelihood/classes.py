@@ -1,0 +1,138 @@
+"""Likelihoods of classes and labels: softmax and logistic cross-entropy."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key, PyTree
+
+from laplax_kfac.likelihood.analytic import analytic
+from laplax_kfac.likelihood.pieces import (
+    like_output,
+    one_array,
+    one_target_like,
+    only,
+    real,
+)
+from laplax_kfac.likelihood.record import Likelihood
+
+
+def categorical(*, ignore_index: int | None = None, label_smoothing: float = 0.0) -> Likelihood:
+    """Softmax cross-entropy over the last axis; terms have the other axes.
+
+    Targets are class numbers of the shape of the terms, or probabilities of that of the output. The
+    Hessian is ``diag(p) - p p^T`` whatever the target, of rank C - 1: so many columns a term.
+
+    Args:
+        ignore_index: Class number that marks terms which do not count, such as padding.
+        label_smoothing: What part of a target is spread evenly over all classes. It changes the
+            loss and ``empirical``; ``type2`` does not depend on targets, and ``mc`` draws them from
+            the model.
+
+    Raises:
+        ValueError: If ``label_smoothing`` is not in [0, 1).
+    """
+    _check_smoothing(label_smoothing)
+
+    def log_probabilities(f: PyTree) -> Float[Array, "... C"]:
+        return jax.nn.log_softmax(one_array(real(f), "cross_entropy"))
+
+    def losses(f: PyTree, y: PyTree) -> Float[Array, "*terms"]:
+        log_p = log_probabilities(f)
+        q = _class_probabilities(y, log_p)
+        if label_smoothing:
+            q = (1 - label_smoothing) * q + label_smoothing / q.shape[-1]
+        return -jnp.sum(q * log_p, axis=-1)
+
+    def space(f: PyTree) -> Float[Array, "... columns"]:
+        return one_array(real(f), "cross_entropy")[..., 1:]
+
+    def product(f: PyTree, w: Float[Array, "... columns"]) -> PyTree:
+        """S = diag(s) Q with s = sqrt(p) and Q an orthonormal basis of s's complement.
+
+        Q is the last columns of the Householder reflection that takes e_1 to -s.
+        """
+        s = jnp.exp(0.5 * log_probabilities(f))  # differentiable where p underflows
+        first, rest = s[..., :1], s[..., 1:]
+        along = jnp.sum(rest * w, axis=-1, keepdims=True)
+        return like_output(
+            f, s * jnp.concatenate([-along, w - rest * (along / (1 + first))], axis=-1)
+        )
+
+    def sample_gradient(key: Key[Array, ""], f: PyTree) -> PyTree:
+        log_p = log_probabilities(f)
+        drawn = jax.random.categorical(key, log_p)
+        return like_output(
+            f, jnp.exp(log_p) - jax.nn.one_hot(drawn, log_p.shape[-1], dtype=log_p.dtype)
+        )
+
+    def counted(f: PyTree, y: PyTree) -> Bool[Array, "*terms"]:
+        logits = one_array(f, "cross_entropy")
+        labels = jnp.asarray(only(y))
+        if labels.shape == logits.shape or not jnp.issubdtype(labels.dtype, jnp.integer):
+            msg = (
+                f"`ignore_index` needs targets that are integer classes of shape "
+                f"{logits.shape[:-1]} an example; found {labels.dtype} of shape {labels.shape}."
+            )
+            raise ValueError(msg)
+        return jnp.asarray(labels.reshape(logits.shape[:-1]) != ignore_index)
+
+    return analytic(
+        "cross_entropy", losses, product, sample_gradient, space=space,
+        weights=None if ignore_index is None else counted,
+    )  # fmt: skip
+
+
+def _class_probabilities(y: PyTree, logits: Float[Array, "... C"]) -> Float[Array, "... C"]:
+    target = jnp.asarray(only(y))
+    if target.shape == logits.shape and target.ndim > 0:
+        return target.astype(logits.dtype)
+    if jnp.issubdtype(target.dtype, jnp.integer) and target.size * logits.shape[-1] == logits.size:
+        labels = target.reshape(logits.shape[:-1])
+        return jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    msg = (
+        f"`loss_fn='cross_entropy'` needs targets that are integer classes of shape "
+        f"{logits.shape[:-1]} or probabilities of shape {logits.shape} an example; found "
+        f"{target.dtype} of shape {target.shape}."
+    )
+    raise ValueError(msg)
+
+
+def bernoulli(*, label_smoothing: float = 0.0) -> Likelihood:
+    """Binary cross-entropy on logits: every output a label of its own (multi-label).
+
+    Targets are 0, 1, or probabilities, in the shape of the output. Loss terms are single outputs.
+
+    Args:
+        label_smoothing: What part of a target is spread evenly over true and false; see
+            `categorical`.
+
+    Raises:
+        ValueError: If ``label_smoothing`` is not in [0, 1).
+    """
+    _check_smoothing(label_smoothing)
+
+    def logits(f: PyTree) -> Float[Array, "..."]:
+        return one_array(real(f), "binary_cross_entropy")
+
+    def losses(f: PyTree, y: PyTree) -> Float[Array, "*terms"]:
+        x = logits(f)
+        target = one_target_like(x, y)
+        if label_smoothing:
+            target = (1 - label_smoothing) * target + 0.5 * label_smoothing
+        return jax.nn.softplus(x) - target * x
+
+    def product(f: PyTree, w: PyTree) -> PyTree:
+        x = logits(f)
+        deviation = jnp.sqrt(jax.nn.sigmoid(x) * jax.nn.sigmoid(-x))
+        return jax.tree.map(lambda u: deviation * u, w)
+
+    def sample_gradient(key: Key[Array, ""], f: PyTree) -> PyTree:
+        p = jax.nn.sigmoid(logits(f))
+        return like_output(f, p - jax.random.bernoulli(key, p).astype(p.dtype))
+
+    return analytic("binary_cross_entropy", losses, product, sample_gradient)
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 1:
+        msg = f"`label_smoothing` must be in [0, 1), found {label_smoothing}."
+        raise ValueError(msg)
