@@ -11,7 +11,7 @@ from laplax_kfac.curvature.relative_error import RelativeError, relative_error
 from laplax_kfac.evidence.evidence import DataFit, Evidence, data_fit, log_marginal_likelihood
 from laplax_kfac.evidence.training import Trained, marglik_training
 from laplax_kfac.evidence.tuning import BoundaryWarning, Tuned, tune
-from laplax_kfac.laplax_adapter.plugin import register as _register
+from laplax_kfac.laplax_adapter import register as _register
 from laplax_kfac.likelihood.losses import Likelihood
 from laplax_kfac.links import class_probabilities
 from laplax_kfac.parsing.layer import Layer

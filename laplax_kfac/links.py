@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from laplax_kfac.blocks.blocks import eigh
 from laplax_kfac.capture.batches import positive_integer
-from laplax_kfac.laplax_adapter.plugin import predictives
+from laplax_kfac.laplax_adapter import predictives
 from laplax_kfac.predictive.predictive import Marginals, Predictive
 
 Link = Literal[

@@ -1,40 +1,40 @@
-"""The closed-form predictive in the form that laplax's pushforward works with.
+"""Predictions at all inputs of a dataset, worked out together, in the form that laplax works with.
 
-laplax asks for the covariance of the outputs at one input as a product with vectors, made anew for
-every input and every prior. `closed_form` gives it the contraction of the layers' Jacobians. A
-`Dataset` works out the predictions for all inputs together, and hands them to laplax by number;
-what does not depend on the prior, the Jacobians in the eigenbases, is then worked out once for a
-whole grid of priors.
+laplax makes predictions for one input at a time, and all of them anew for every prior. A `Dataset`
+works them out together and hands them to laplax by number; what does not depend on the prior, the
+Jacobians in the eigenbases, is then worked out once for a whole grid of priors.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
+from laplax.curv.cov import Posterior as LaplaxPosterior
 
 from laplax_kfac import jaxprs
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import Batch, batch_size
 from laplax_kfac.capture.capture import map_examples
 from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE
-from laplax_kfac.curvature.matching import parse_like
+from laplax_kfac.laplax_adapter.curvature_types import PriorArguments
+from laplax_kfac.laplax_adapter.output_covariance import Numbered, Tabulated
 from laplax_kfac.parsing.program import ModelFn, Program
-from laplax_kfac.posterior.posterior import Posterior
+from laplax_kfac.posterior.prior import Scalar
 from laplax_kfac.predictive.jacobians import (
     Expansion,
     Linearised,
     compiled_linearise,
     in_parts,
-    linearise,
     most_inputs,
-    output_covariance,
     output_covariances,
-    output_variance,
 )
+
+Spreads: TypeAlias = Float[Array, "N C"] | Float[Array, "N C C"]
+PosteriorFn: TypeAlias = Callable[..., LaplaxPosterior]
 
 TABLE_BYTES = 2**28
 """Most memory for the predictions of a dataset, and for the Jacobians kept for a grid of priors."""
@@ -42,110 +42,8 @@ TABLE_BYTES = 2**28
 LINEARISED = "laplax_kfac_linearised"
 """The prior argument that carries the linearised model along a grid of priors."""
 
-
-# -- one input ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OutputCovariance:
-    """Covariance of the outputs at one input, as a product with vectors.
-
-    Attributes:
-        shape: Shape of the model's output.
-        variance: Makes the variances of the raveled output, (C,).
-        covariance: Makes their covariance, (C, C).
-    """
-
-    shape: tuple[int, ...]
-    variance: Callable[[], Float[Array, " C"]]
-    covariance: Callable[[], Float[Array, "C C"]]
-
-    def __call__(self, vector: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The product with a vector like the output."""
-        flat = jnp.reshape(vector, -1)
-        product = jnp.matmul(self.covariance(), flat, precision=jax.lax.Precision.HIGHEST)
-        return product.reshape(self.shape)
-
-    def to_dense(self) -> Float[Array, "..."]:
-        """The covariance with its second axis in the shape of the output, all axes reversed."""
-        dense = self.covariance()
-        return dense.reshape(len(dense), *self.shape).transpose()
-
-
-def closed_form(
-    posterior: Posterior, model_fn: ModelFn, params: PyTree, x: PyTree
-) -> OutputCovariance | None:
-    """Covariance of the outputs at one input.
-
-    Args:
-        posterior: The posterior.
-        model_fn: ``model_fn(input=, params=)``, for one example.
-        params: The trained parameters.
-        x: One input.
-
-    Returns:
-        None if there is no closed form: the model has not the layers of the posterior (it may be
-        another function of the same parameters), or not one array as its output.
-    """
-    program = program_of(posterior.precision, model_fn, params, x)
-    if program is None:
-        return None
-    blocks = posterior.precision.blocks
-    linear = _with_or_without_vmap(
-        functools.partial(linearise, program, jax.tree.leaves(params), program.consts, blocks), x
-    )
-    variances = [1.0 / block.eigenvalues for block in blocks]
-    return OutputCovariance(
-        program.output.shape,
-        lambda: output_variance(linear, variances),
-        lambda: output_covariance(linear, linear, variances),
-    )
-
-
-def program_of(
-    matrix: BlockDiagonal, model_fn: ModelFn, params: PyTree, x: PyTree
-) -> Program | None:
-    """The model with the layers of a matrix and one output array; None if it is another."""
-    example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), x)
-    try:
-        program = parse_like(matrix, model_fn, params, example)
-    except ValueError:
-        return None
-    return program if hasattr(program.output, "shape") else None
-
-
-def _with_or_without_vmap(function: Callable[..., Any], x: PyTree) -> Any:
-    """A function of one example; without vmap where a primitive of the model has no rule for it."""
-    try:
-        return function(x)
-    except NotImplementedError:
-        return function(x, sequential=True)
-
-
-# -- all inputs of a dataset -------------------------------------------------------------------
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Numbered:
-    """Stands for one input of a dataset, or for all of them."""
-
-    number: Int[Array, "*N"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Tabulated:
-    """The state of a posterior, and the output variances or covariances at all inputs."""
-
-    posterior: Posterior
-    spreads: Float[Array, "N C *C"]
-
-    def at(self, x: Numbered, shape: tuple[int, ...]) -> OutputCovariance:
-        """Covariance of the outputs, of that shape, at one input."""
-        spread = self.spreads[x.number]
-        diagonal = spread if spread.ndim == 1 else jnp.diagonal(spread)
-        return OutputCovariance(shape, lambda: diagonal, lambda: spread)
+ITEM = 8
+"""Bytes of a floating-point number, at most."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +63,7 @@ class Dataset:
         diagonal: Whether variances are enough.
     """
 
-    own_posterior_fn: Callable[..., Any]
+    own_posterior_fn: PosteriorFn
     model_fn: ModelFn
     params: PyTree
     batch: Batch
@@ -177,7 +75,7 @@ class Dataset:
     def fits(self) -> bool:
         """Whether the predictions at all inputs take at most `TABLE_BYTES`."""
         outputs = self.program.output.size
-        return _ITEM * len(self) * outputs * (1 if self.diagonal else outputs) <= TABLE_BYTES
+        return ITEM * len(self) * outputs * (1 if self.diagonal else outputs) <= TABLE_BYTES
 
     def __len__(self) -> int:
         return batch_size(self.batch)
@@ -203,7 +101,16 @@ class Dataset:
         of_part = functools.partial(outputs, self.params)
         return in_parts(of_part, self.batch["input"], most, traced=False)
 
-    def predict(self, input: Any, params: PyTree) -> Any:
+    def in_place_of_own(self) -> dict[str, object]:
+        """Arguments of laplax's pushforward with which it looks predictions up by number."""
+        assert len(self.outputs) == len(self)  # worked out here, not within a loop of laplax's
+        return {
+            "posterior_fn": self.posterior_fn,
+            "model_fn": self.predict,
+            "num_samples": 0,  # laplax would draw samples of weights, which nothing here needs
+        }
+
+    def predict(self, input: PyTree, params: PyTree) -> PyTree:
         """The model, on inputs and on their numbers."""
         if isinstance(input, Numbered):
             return self.outputs[input.number]
@@ -228,7 +135,9 @@ class Dataset:
     def _expansion(self) -> Expansion:
         return Expansion(jax.tree.leaves(self.params), self.program.consts, self.matrix.blocks)
 
-    def posterior_fn(self, prior_arguments: Any, loss_scaling_factor: Any = 1.0) -> Any:
+    def posterior_fn(
+        self, prior_arguments: PriorArguments, loss_scaling_factor: Scalar | int = 1.0
+    ) -> LaplaxPosterior:
         """laplax's posterior, with the predictions at all inputs in its state."""  # noqa: D403
         arguments = dict(prior_arguments)
         linear = arguments.pop(LINEARISED, self.batch["input"])
@@ -236,12 +145,12 @@ class Dataset:
         spreads = self._spreads(posterior.state.precision, linear)
         return replace(
             posterior,
-            state=Tabulated(posterior.state, spreads),
+            state=Tabulated(posterior.state, tuple(self.program.output.shape), spreads),
             cov_mv=lambda state: posterior.cov_mv(state.posterior),
             scale_mv=lambda state: posterior.scale_mv(state.posterior),
         )
 
-    def _spreads(self, precision: BlockDiagonal, linear: PyTree) -> Float[Array, "N C *C"]:
+    def _spreads(self, precision: BlockDiagonal, linear: PyTree) -> Spreads:
         """Variances or covariances, from the linearised model or from the inputs."""
         variances = [1.0 / block.eigenvalues for block in precision.blocks]
         expansion = self._expansion._replace(blocks=precision.blocks)
@@ -256,6 +165,3 @@ class Dataset:
     def _most(self, *, traced: bool) -> int:
         """How many inputs are worked on at once."""
         return most_inputs(self.program, DEFAULT_BATCH_SIZE, traced=traced)
-
-
-_ITEM = 8  # bytes of a number, at most
