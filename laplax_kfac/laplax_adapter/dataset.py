@@ -12,6 +12,8 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 from laplax.curv.cov import Posterior as LaplaxPosterior
 
@@ -22,6 +24,7 @@ from laplax_kfac.capture.capture import map_examples
 from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE
 from laplax_kfac.laplax_adapter.curvature_types import PriorArguments
 from laplax_kfac.laplax_adapter.output_covariance import Numbered, Tabulated
+from laplax_kfac.parsing import cache_keys
 from laplax_kfac.parsing.program import ModelFn, Program
 from laplax_kfac.posterior.prior import Scalar
 from laplax_kfac.predictive.jacobians import (
@@ -88,18 +91,11 @@ class Dataset:
     @functools.cached_property
     def outputs(self) -> Float[Array, "N *shape"]:
         """The model's outputs at all inputs."""
-
-        @jax.jit
-        def outputs(params: PyTree, xs: PyTree) -> Array:
-            def one(x: PyTree, *, sequential: bool = False) -> Array:
-                del sequential
-                return self.model_fn(input=x, params=params)
-
-            return map_examples(one, xs)
-
-        most = self._most(traced=False)
-        of_part = functools.partial(outputs, self.params)
-        return in_parts(of_part, self.batch["input"], most, traced=False)
+        expansion = self._expansion
+        of_part = functools.partial(
+            compiled_outputs(self.model_fn, self.program), expansion.consts, expansion.leaves
+        )
+        return in_parts(of_part, self.batch["input"], self._most(traced=False), traced=False)
 
     def in_place_of_own(self) -> dict[str, object]:
         """Arguments of laplax's pushforward with which it looks predictions up by number."""
@@ -165,3 +161,30 @@ class Dataset:
     def _most(self, *, traced: bool) -> int:
         """How many inputs are worked on at once."""
         return most_inputs(self.program, DEFAULT_BATCH_SIZE, traced=traced)
+
+
+def compiled_outputs(model_fn: ModelFn, program: Program) -> Callable[..., Array]:
+    """The model at many inputs, compiled once for a model that stays the same.
+
+    Args:
+        model_fn: The model; what is compiled is kept no longer than it lives.
+        program: The parsed model, with one array as its output.
+
+    Returns:
+        A function of the constants, of the leaves of the parameters, and of the inputs.
+    """
+
+    def make() -> Callable[..., Array]:
+        jaxpr = program.jaxpr
+
+        def outputs(consts: list[ArrayLike], leaves: list[Array], inputs: PyTree) -> Array:
+            def one(x: PyTree, *, sequential: bool = False) -> Array:
+                del sequential
+                return eval_jaxpr(jaxpr, [], *consts, *leaves, *jax.tree.leaves(x))[0]
+
+            return map_examples(one, inputs)
+
+        return jax.jit(outputs)
+
+    key = ("outputs", cache_keys.of_program(program))
+    return cache_keys.kept(model_fn, program.consts, key, make)
