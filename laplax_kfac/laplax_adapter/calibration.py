@@ -1,4 +1,7 @@
-"""A calibration method for laplax: descent on the log prior precision."""
+"""A calibration method for laplax: descent on the log prior precision.
+
+laplax's own, a grid search, finds one number for all parameters, as near as the grid is fine.
+"""
 
 from collections.abc import Callable
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import laplax.util.mv
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from laplax_kfac.posterior.posterior import Posterior
@@ -26,7 +27,9 @@ class OutputCovariance:
     variance: Callable[[], Float[Array, " C"]]
     covariance: Callable[[], Float[Array, "C C"]]
 
-    def __call__(self, vector: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(
+        self, vector: Float[Array, "..."] | Float[np.ndarray, "..."]
+    ) -> Float[Array, "..."]:
         """The product with a vector like the output."""
         flat = jnp.reshape(vector, -1)
         product = jnp.matmul(self.covariance(), flat, precision=jax.lax.Precision.HIGHEST)

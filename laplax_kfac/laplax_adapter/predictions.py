@@ -69,18 +69,22 @@ def needs_covariance(functions: Sequence[Callable[..., object]]) -> bool | None:
 
     So it is with functions that draw samples, and with functions that are not laplax's.
     """
-    known: dict[object, bool] = {setup_linearised: False}
-    for module in (laplax.eval.pushforward, laplax.api):
-        known |= {getattr(module, n, None): need for n, need in NEEDS_COVARIANCE.items()}
-    known.pop(None, None)
-    special = {laplax.eval.pushforward.lin_special_pred_act, laplax.api.lin_special_pred_act}
-    needs = []
+    modules = (laplax.eval.pushforward, laplax.api)
+    known = [
+        (getattr(module, name, None), covariance)
+        for module in modules
+        for name, covariance in NEEDS_COVARIANCE.items()
+    ]
+    special = [module.lin_special_pred_act for module in modules]
+    needs: list[bool | None] = []
     for function in functions:
         if isinstance(function, functools.partial) and function.func in special:
             kind = str(function.keywords.get("special_pred_type")).lower()
             needs.append(SPECIAL_NEEDS_COVARIANCE.get(kind))
-        else:
-            needs.append(known.get(function))
+        elif function is setup_linearised:
+            needs.append(False)
+        else:  # by identity: a user's function need have no hash
+            needs.append(next((need for f, need in known if f is function), None))
     return None if None in needs else any(needs)
 
 

@@ -31,11 +31,15 @@ class Rebound:
 
 
 def rebind(module: ModuleType, name: str, handler: Callable[..., object]) -> None:
-    """Bind a name of a module of laplax to a handler around what it was bound to.
+    """Bind a name of a module of laplax to a handler around what it was bound to."""
+    setattr(module, name, rebound(handler, getattr(module, name)))
 
-    Doing it again replaces the handler.
-    """
-    setattr(module, name, Rebound(handler, original_of(getattr(module, name))))
+
+def rebound(handler: Callable[..., object], function: Callable[..., object]) -> Rebound:
+    """A handler around a function of laplax, in place of an earlier handler around it."""
+    if isinstance(function, Rebound) and function.handler is handler:
+        return function
+    return Rebound(handler, original_of(function))
 
 
 def original_of(function: Callable[..., object]) -> Callable[..., object]:

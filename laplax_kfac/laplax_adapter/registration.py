@@ -67,5 +67,5 @@ def register() -> None:
     output_covariance.answer_at_once()
     for module, name, handler in FOR_SPEED:
         rebinding.rebind(module, name, handler)
-    search = rebinding.original_of(laplax.api.calibration_options[GRID_SEARCH])
-    laplax.api.calibration_options[GRID_SEARCH] = rebinding.Rebound(grid_search.search_grid, search)
+    options = laplax.api.calibration_options
+    options[GRID_SEARCH] = rebinding.rebound(grid_search.search_grid, options[GRID_SEARCH])

@@ -13,7 +13,7 @@ import laplax.enums
 import laplax.eval.likelihood
 import laplax.register
 
-from laplax_kfac.laplax_adapter.curvature_types import CURVATURE_TYPES, CurvatureType
+from laplax_kfac.laplax_adapter import curvature_types
 
 TABLES = (
     "CURVATURE_METHODS",
@@ -34,13 +34,13 @@ class AnyCase(UserDict[str, Function]):
     The entries are laplax's own dictionary, not a copy: what is added to either is in both.
     """
 
-    def __init__(self, table: dict[str, Function]) -> None:
+    def __init__(self, table: dict[str, Function] | UserDict[str, Function]) -> None:
         super().__init__()
-        earlier = getattr(table, "data", None)  # there is one if we have been here before
-        self.data = table if earlier is None else earlier
+        # If we have been here before, it is already one of these.
+        self.data = table.data if isinstance(table, UserDict) else table
 
     def __missing__(self, name: str) -> Function:
-        if isinstance(name, str) and name.lower() in CURVATURE_TYPES:
+        if isinstance(name, str) and name.lower() in curvature_types.CURVATURE_TYPES:
             return self.data[name.lower()]
         raise KeyError(name)
 
@@ -67,7 +67,7 @@ def add_members() -> None:
     """
     enum = laplax.enums.CurvApprox
     enum._missing_ = classmethod(lambda _, value: member(value))
-    for name in CURVATURE_TYPES:
+    for name in curvature_types.CURVATURE_TYPES:
         member(name)
 
 
@@ -76,7 +76,7 @@ def member(value: object) -> object | None:
     enum = laplax.enums.CurvApprox
     wanted = value.lower() if isinstance(value, str) else value
     for name, create in laplax.curv.cov.CURVATURE_METHODS.items():
-        if name.lower() == wanted and isinstance(create, CurvatureType):
+        if name.lower() == wanted and isinstance(create, curvature_types.CurvatureType):
             if getattr(enum, name.upper(), None) != name:
                 made = str.__new__(enum, name)
                 made._name_, made._value_ = name.upper(), name
