@@ -46,7 +46,8 @@ def closed_form(
     if program is None:
         return None
     blocks = posterior.precision.blocks
-    of_one = functools.partial(linearise, program, jax.tree.leaves(params), program.consts, blocks)
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    of_one = functools.partial(linearise, program, leaves, program.consts, blocks)
     try:
         linear = of_one(x)
     except NotImplementedError:  # a primitive of the model has no rule for vmap

@@ -14,7 +14,7 @@ from laplax.util.mv import diagonal, to_dense
 from support.linear_models import REGRESSION, TRAINED, Loader, fit, linear
 
 from laplax_kfac.laplax_adapter.problem import LazyProduct, problem_of
-from laplax_kfac.laplax_adapter.rebinding import original_of
+from laplax_kfac.laplax_adapter.rebinding import Rebound, original_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -101,3 +101,17 @@ def test_errors_of_laplax_come_when_one_multiplies():
     product = laplax.api.GGN(linear, TRAINED, REGRESSION.data, loss_fn="l1")
     with pytest.raises(ValueError, match="unsupported loss function provided"):
         product(TRAINED)
+
+
+@pytest.mark.parametrize("curv_type", ["full", "diagonal"])
+@pytest.mark.parametrize("loader", [False, True], ids=["batch", "loader"])
+@pytest.mark.parametrize("curv_mv_jit", [False, True], ids=["", "jit"])
+def test_the_product_of_laplax_is_what_other_types_get(curv_type, loader, curv_mv_jit, monkeypatch):
+    # A product over a loader has methods of its own in laplax.
+    data = Loader(*REGRESSION.data) if loader else REGRESSION.data
+    options: Any = {"loss_fn": "mse", "curv_type": curv_type, "curv_mv_jit": curv_mv_jit}
+    found = laplax.laplace(linear, TRAINED, data, **options)
+    monkeypatch.setattr(laplax.api, "GGN", original_of(laplax.api.GGN))
+    assert not isinstance(laplax.api.GGN, Rebound)
+    expected = laplax.laplace(linear, TRAINED, data, **options)
+    np.testing.assert_array_equal(found[1], expected[1])

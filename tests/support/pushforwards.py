@@ -17,7 +17,9 @@ from laplax.eval.pushforward import (
 )
 
 import laplax_kfac
+from laplax_kfac.laplax_adapter import closed_form, dataset
 from laplax_kfac.laplax_adapter.rebinding import original_of
+from laplax_kfac.predictive import jacobians
 from support import models
 from support.matrices import normal
 
@@ -93,3 +95,20 @@ def assert_same(found: Any, expected: Any) -> None:
         error, size = np.abs(got - values).max(), np.abs(values).max()
         assert 0 < size < np.inf, entry
         assert error <= RELATIVE[values.dtype] * size, (entry, error, size)
+
+
+def count_linearisations(monkeypatch: Any) -> list[int]:
+    """Grows by one whenever the model is linearised: for one input while tracing, or for many."""
+    count: list[int] = []
+
+    def counting(function):
+        def counted(*args, **kwargs):
+            count.append(1)
+            return function(*args, **kwargs)
+
+        return counted
+
+    compiled = jacobians.compiled_linearise
+    monkeypatch.setattr(dataset, "compiled_linearise", lambda *args: counting(compiled(*args)))
+    monkeypatch.setattr(closed_form, "linearise", counting(jacobians.linearise))
+    return count
