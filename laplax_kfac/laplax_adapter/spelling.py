@@ -39,7 +39,7 @@ class AnyCase(UserDict[str, Function]):
         # If we have been here before, it is already one of these.
         self.data = table.data if isinstance(table, UserDict) else table
 
-    def __missing__(self, name: str) -> Function:
+    def __missing__(self, name: object) -> Function:
         if isinstance(name, str) and name.lower() in curvature_types.CURVATURE_TYPES:
             return self.data[name.lower()]
         raise KeyError(name)
@@ -76,7 +76,7 @@ def member(value: object) -> object | None:
     enum = laplax.enums.CurvApprox
     wanted = value.lower() if isinstance(value, str) else value
     for name, create in laplax.curv.cov.CURVATURE_METHODS.items():
-        if name.lower() == wanted and isinstance(create, curvature_types.CurvatureType):
+        if str(name).lower() == wanted and isinstance(create, curvature_types.CurvatureType):
             if getattr(enum, name.upper(), None) != name:
                 made = str.__new__(enum, name)
                 made._name_, made._value_ = name.upper(), name
