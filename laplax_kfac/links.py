@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.blocks.blocks import eigh
-from laplax_kfac.laplax_adapter.plugin import predictives
+from laplax_kfac.laplax_adapter import predictives
 from laplax_kfac.predictive.gaussians import Marginals, Predictive
 
 Link = Literal[

@@ -16,7 +16,7 @@ from laplax_kfac.blocks.blocks import BlockDiagonal, apply
 from laplax_kfac.evidence.evidence import Evidence, log_marginal_likelihood
 from laplax_kfac.evidence.fit import DataFit
 from laplax_kfac.evidence.tuning import Tuned
-from laplax_kfac.laplax_adapter.plugin import metrics
+from laplax_kfac.laplax_adapter import metrics
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.posterior.prior import Scalar, require_positive
 from laplax_kfac.predictive.gaussians import Marginals, Predictive

@@ -29,20 +29,7 @@ logger.remove()  # laplax logs every step
 
 # Shapes and types in annotations are checked at every call, unless this variable is set.
 if not os.environ.get("LAPLAX_KFAC_UNCHECKED"):
-    FOLDERS = [
-        "blocks",
-        "capture",
-        "curvature",
-        "evidence",
-        "factors",
-        "likelihood",
-        "parsing",
-        "patterns",
-        "posterior",
-        "predictive",
-    ]
-    ROOM = ["checkpoint", "gram", "jaxprs", "links", "plotting", "report"]
-    install_import_hook([f"laplax_kfac.{name}" for name in FOLDERS + ROOM], "beartype.beartype")
+    install_import_hook("laplax_kfac", "beartype.beartype")
 
 
 @pytest.fixture

@@ -1,11 +1,5 @@
 """laplax with "kfac" and "ekfac" against laplax with "full", on models where the three agree."""
 
-import functools
-import importlib
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,8 +11,6 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from laplax.curv.cov import create_posterior_fn, estimate_curvature
-from laplax.enums import CurvApprox
-from laplax.eval import pushforward
 from laplax.eval.utils import transfer_entry
 from laplax.util.tree import normal_like
 from support.linear_models import (
@@ -38,10 +30,10 @@ from support.oracles import dense_ggn
 from support.tolerances import tolerance
 
 import laplax_kfac
-import laplax_kfac.laplax_adapter.plugin
+from laplax_kfac import laplax_adapter
 
 pytestmark = pytest.mark.usefixtures("x64")
-OURS = list(laplax_kfac.laplax_adapter.plugin.CURVATURE_TYPES)
+OURS = list(laplax_adapter.CURVATURE_TYPES)
 
 
 # -- the same numbers as "full" ----------------------------------------------------------------
@@ -147,16 +139,6 @@ def test_sampled_evaluation_agrees_with_full(case):
 
 
 # -- forms of arguments ------------------------------------------------------------------------
-
-
-def test_the_types_are_members_of_the_enumeration():
-    assert CurvApprox.KFAC is CurvApprox("kfac")
-    assert isinstance(CurvApprox("ekfac"), CurvApprox)
-    assert CurvApprox("kfac") == "kfac"
-    assert [member.name for member in CurvApprox].count("KFAC") == 1
-    assert list(CurvApprox)[:4] == ["full", "diagonal", "lanczos", "lobpcg"]
-    with pytest.raises(ValueError, match="'other' is not a valid CurvApprox"):
-        CurvApprox("other")
 
 
 @pytest.mark.parametrize(
@@ -280,228 +262,3 @@ def test_states_of_posteriors_go_through_jit_and_vmap_over_the_prior():
     for got, prior_prec in zip(found, priors, strict=True):
         precision = np.asarray(curv.to_dense()) + prior_prec * np.eye(flat.size)
         np.testing.assert_allclose(got, np.linalg.solve(precision, flat), **tolerance(jnp.float64))
-
-
-# -- registering -------------------------------------------------------------------------------
-
-BEFORE_AND_AFTER = """
-import inspect, json
-import jax, jax.numpy as jnp, laplax, numpy as np
-from laplax import calibration, evaluation, laplace  # references from before laplax_kfac
-from laplax.curv.lanczos import lanczos_lowrank
-from laplax.eval.pushforward import lin_pred_mean, lin_pred_std, lin_setup
-from loguru import logger
-
-logger.remove()
-try:  # laplax turns x64 on for lanczos, and not off again if there is an error
-    lanczos_lowrank(jnp.eye(3), rank=2)
-except ValueError as e:
-    failed_with_x64 = [str(e), jax.config.jax_enable_x64]
-jax.config.update("jax_enable_x64", True)  # laplax's lanczos does so anyway
-rng = np.random.default_rng(0)
-params = {"v": jnp.asarray(rng.normal(size=(4, 2))), "w": jnp.asarray(rng.normal(size=(3, 4)))}
-data = jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(5, 2)))
-
-def model_fn(input, params):
-    return jnp.tanh(input @ params["w"]) @ params["v"]
-
-def outcome(function, curv_type, **options):
-    posterior_fn, curv = function(
-        model_fn, params, data, loss_fn="mse", curv_type=curv_type, **options
-    )
-    posterior = posterior_fn({"prior_prec": 0.7})
-    product = posterior.cov_mv(posterior.state)(params)
-    return [np.asarray(x) for x in jax.tree.leaves((curv, posterior.state, product))]
-
-def error(function, **arguments):
-    try:
-        function(model_fn, params, data, **arguments)
-    except Exception as e:
-        return [type(e).__name__, str(e)]
-
-OPTIONS = {
-    "FULL": {"curv_mv_jit": True, "num_curv_samples": 2, "num_total_samples": 3},
-    "diagonal": {},
-    "lanczos": {"rank": 5, "key": jax.random.key(1)},
-    "lobpcg": {"rank": 3, "key": jax.random.key(1)},
-}
-
-def predictions(curv_type):
-    posterior_fn, curv = laplace(model_fn, params, data, loss_fn="mse", curv_type=curv_type)
-    prior, set_predictive = calibration(
-        posterior_fn, model_fn, params, data, loss_fn="mse", curv_estimate=curv,
-        curv_type=curv_type, grid_size=2, pushforward_fns=[lin_setup, lin_pred_mean, lin_pred_std],
-    )
-    results = evaluation(posterior_fn, model_fn, params, prior, data)[0]
-    return [np.asarray(x) for x in jax.tree.leaves((prior, results))]
-
-def observe(function):
-    return {
-        "predictions": {"full": predictions("full")},
-        "fits": {name: outcome(function, name, **options) for name, options in OPTIONS.items()},
-        "errors": [
-            error(function, loss_fn="mse", curv_type="ggn"),
-            error(function, loss_fn="mse", curv_type=None),
-            error(function, loss_fn="mse"),
-            error(function, curv_type="full"),
-            error(function, loss_fn="l1", curv_type="full"),
-        ],
-        "signature": str(inspect.signature(function)),
-        "parameters": list(inspect.signature(function).parameters),
-        "doc": function.__doc__,
-        "name": [function.__module__, function.__qualname__],
-    }
-
-before = observe(laplace)
-unknown = error(laplace, loss_fn="mse", curv_type="kfac")
-import laplax_kfac
-after = observe(laplax.laplace)
-same = {
-    what: {
-        name: len(a) == len(after[what][name]) > 2
-        and all(np.array_equal(x, y) for x, y in zip(a, after[what][name]))
-        for name, a in before.pop(what).items()
-    }
-    for what in ("fits", "predictions")
-}
-del after["fits"], after["predictions"]
-print(json.dumps({
-    "same": same,
-    "before": before,
-    "after": after,
-    "unknown before": unknown,
-    "one function": laplace is laplax.laplace is laplax.api.laplace
-    and calibration is laplax.api.calibration
-    and evaluation is laplax.evaluation
-    and lin_setup is laplax.api.lin_setup is laplax.eval.pushforward.lin_setup,
-    "early reference": len(outcome(laplace, "kfac")),
-    "early predictions": len(predictions("kfac")),
-    "failed with x64": failed_with_x64,
-}))
-"""
-
-
-@pytest.fixture(scope="module")
-def observed():
-    """laplax in a fresh process, before and after `import laplax_kfac`."""
-    run = subprocess.run(
-        [sys.executable, "-c", BEFORE_AND_AFTER],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
-
-
-@pytest.mark.parametrize("curv_type", ["FULL", "diagonal", "lanczos", "lobpcg"])
-def test_other_curvature_types_give_bitwise_the_same(observed, curv_type):
-    assert observed["same"]["fits"][curv_type]
-
-
-def test_predictions_with_other_curvature_types_are_bitwise_the_same(observed):
-    assert observed["same"]["predictions"] == {"full": True}
-
-
-def test_errors_signature_and_documentation_of_laplace_stay(observed):
-    assert observed["after"] == observed["before"]
-    kinds = [error and error[0] for error in observed["before"]["errors"]]
-    assert kinds == ["ValueError", "AttributeError", "TypeError", "TypeError", "ValueError"]
-    assert observed["before"]["parameters"][:3] == ["model_fn", "params", "data"]
-
-
-def test_a_reference_to_laplace_from_before_the_import_dispatches_too(observed):
-    assert observed["one function"]
-    assert observed["unknown before"] == ["ValueError", "'kfac' is not a valid CurvApprox"]
-    assert observed["early reference"] > 2
-    assert observed["early predictions"] == 5
-
-
-ROUTED = [laplax.laplace, laplax.calibration, laplax.evaluation, pushforward.lin_setup]
-
-
-def test_defect_x64_stays_on_where_lanczos_fails(observed):
-    assert observed["failed with x64"] == ["Either key or b must be provided", True]
-
-
-def test_reloading_and_registering_again_is_harmless():
-    originals = [laplax_kfac.laplax_adapter.plugin._original_of(function) for function in ROUTED]
-    importlib.reload(laplax_kfac.laplax_adapter.plugin)
-    laplax_kfac.laplax_adapter.plugin.register()
-    laplax_kfac.laplax_adapter.plugin.register()
-    now = [laplax.laplace, laplax.calibration, laplax.evaluation, pushforward.lin_setup]
-    assert all(function is routed for function, routed in zip(now, ROUTED, strict=True))
-    for function, original in zip(ROUTED, originals, strict=True):
-        assert laplax_kfac.laplax_adapter.plugin._original_of(function) is original
-        assert original is not function
-    assert len(CurvApprox) == 4 + len(OURS)
-    for curv_type in ("full", "kfac"):
-        found, expected = fit.__wrapped__(REGRESSION, curv_type), fit(REGRESSION, curv_type)
-        for got, want in zip(*(jax.tree.leaves(f[1]) for f in (found, expected)), strict=True):
-            np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.parametrize(
-    ("path", "change", "lacks"),
-    [
-        ("register.register_curvature_method", None, r"register\.register_curvature_method"),
-        ("curv.cov.CURVATURE_METHODS", None, r"laplax\.curv\.cov\.CURVATURE_METHODS"),
-        ("api.laplace", lambda model_fn, params: (model_fn, params), r"laplace\(data, loss_fn, "),
-        ("api.laplace", functools.partial(print), r"laplace\(model_fn, params, data, loss_fn, cur"),
-        ("__version__", "0.0.1", r"laplax 0\.0\.1, which lacks much that 0\.0\.2 has"),
-    ],
-    ids=["register", "a dictionary", "parameters", "no function", "version"],
-)  # fmt: skip
-def test_a_laplax_that_cannot_be_registered_with_is_refused(path, change, lacks, monkeypatch):
-    replace(monkeypatch, path, change)
-    with pytest.raises(ImportError, match=f"{lacks}.*; install laplax 0\\.0\\.2, or a later"):
-        laplax_kfac.laplax_adapter.plugin.register()
-
-
-@pytest.mark.parametrize(
-    ("path", "change", "lacks"),
-    [
-        ("eval.pushforward.lin_setup", None, r"laplax\.eval\.pushforward\.lin_setup"),
-        ("api.evaluation", lambda **given: given, r"laplax\.api\.evaluation\(posterior_fn, "),
-        ("util.mv.diagonal", lambda mv: mv, r"laplax\.util\.mv\.diagonal\(layout\)"),
-    ],
-    ids=["a function", "parameters", "parameter"],
-)  # fmt: skip
-def test_a_laplax_without_its_pushforward_is_slow_and_a_warning_says_so(
-    path, change, lacks, monkeypatch
-):
-    replace(monkeypatch, path, change)
-    with pytest.warns(UserWarning, match=f"lacks {lacks}.*: .* are right but slow"):
-        laplax_kfac.laplax_adapter.plugin.register()
-
-
-def test_a_function_with_variables_of_its_surroundings_is_not_routed():
-    def surrounding(variable):
-        return lambda *args: (variable, args)
-
-    laplax.api._wrapped = surrounding(1)
-    try:
-        assert laplax_kfac.laplax_adapter.plugin._not_plain(["laplax.api._wrapped"]) == [
-            "laplax.api._wrapped as a plain function"
-        ]
-    finally:
-        del laplax.api._wrapped
-    assert (
-        laplax_kfac.laplax_adapter.plugin._not_plain(laplax_kfac.laplax_adapter.plugin.ROUTES) == []
-    )
-
-
-def replace(monkeypatch, path, change):
-    *modules, name = path.split(".")
-    module = functools.reduce(getattr, modules, laplax)
-    if change is None:
-        monkeypatch.delattr(module, name)
-    else:
-        monkeypatch.setattr(module, name, change)
-
-
-@pytest.mark.parametrize("curv_type", ["full", "diagonal"])
-def test_the_original_is_what_runs_for_other_types(curv_type):
-    options: Any = {"loss_fn": "mse", "curv_type": curv_type}
-    found = laplax.laplace(linear, TRAINED, REGRESSION.data, **options)
-    original = laplax_kfac.laplax_adapter.plugin._original_of(laplax.laplace)
-    expected = original(linear, TRAINED, REGRESSION.data, **options)
-    np.testing.assert_array_equal(found[1], expected[1])

@@ -11,7 +11,7 @@ import pytest
 from support import models
 
 import laplax_kfac
-import laplax_kfac.laplax_adapter.plugin
+from laplax_kfac import laplax_adapter
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -73,19 +73,19 @@ def test_any_differentiable_objective_has_its_minimum_found():
         return jnp.log(jnp.cosh(logs[0])) + jnp.log(jnp.cosh(logs[1] - 0.5 * logs[0])) + 1.0
 
     start = {"prior_prec": [1e-3, 1e4]}
-    found = laplax_kfac.laplax_adapter.plugin.calibrate(objective, 2.0, start, tolerance=1e-6)
+    found = laplax_adapter.calibrate(objective, 2.0, start, tolerance=1e-6)
     np.testing.assert_allclose(found["prior_prec"], np.exp([2.0, 2.0]), rtol=1e-3)
 
 
 def test_objectives_without_derivatives_are_refused():
     with pytest.raises(ValueError, match="is not differentiable there"):
-        laplax_kfac.laplax_adapter.plugin.calibrate(
+        laplax_adapter.calibrate(
             lambda arguments, data: jnp.round(arguments["prior_prec"]) + data, 1.0
         )
 
 
 def test_registering_again_changes_nothing():
     before = dict(laplax.api.calibration_options)
-    laplax_kfac.laplax_adapter.plugin.register()
+    laplax_adapter.register()
     assert laplax.api.calibration_options == before
     assert jax.tree.leaves(before)
