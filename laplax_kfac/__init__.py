@@ -16,13 +16,8 @@ from laplax_kfac.evidence.evidence import Evidence, log_marginal_likelihood
 from laplax_kfac.evidence.fit import DataFit, data_fit
 from laplax_kfac.evidence.training import Trained, marglik_training
 from laplax_kfac.evidence.tuning import BoundaryWarning, Tuned, tune
-<<<<<<< HEAD
-from laplax_kfac.laplax_adapter.plugin import register as _register
-from laplax_kfac.likelihood.record import Likelihood
-=======
 from laplax_kfac.laplax_adapter import register as _register
-from laplax_kfac.likelihood.losses import Likelihood
->>>>>>> adapter
+from laplax_kfac.likelihood.record import Likelihood
 from laplax_kfac.links import class_probabilities
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.posterior.posterior import Posterior, make_posterior

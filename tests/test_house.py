@@ -11,7 +11,7 @@ import laplax_kfac
 
 ROOT = Path(laplax_kfac.__file__).parent
 ORDER = [
-    "arguments", "pytrees", "machine", "jaxprs", "gram", "patterns", "bases", "parsing",
+    "arguments", "pytrees", "machine", "caches", "jaxprs", "gram", "patterns", "bases", "parsing",
     "likelihood", "fisher", "capture", "factors", "blocks", "posterior", "curvature", "evidence",
     "predictive", "laplax_adapter",
 ]  # fmt: skip

@@ -114,7 +114,7 @@ class Options:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f" did you mean {near[0]!r}?" if near else ""
-                msg = f"{name!r} is an unexpected keyword argument;{hint} options are {known}."
+                msg = f"unexpected keyword argument {name!r};{hint} options are {known}."
                 raise TypeError(msg)
         if options is not None and not isinstance(options, cls):
             msg = f"`options` must be laplax_kfac.Options, got {type(options).__name__}."

@@ -120,7 +120,6 @@ class WithoutHash:
         ([nonlin_setup, nonlin_pred_mean], None),
         ([WithoutHash()], None),
     ],
-    ids=repr,
 )
 def test_what_pushforward_functions_need(functions, covariance):
     assert evaluated.needs_covariance(functions) is covariance
