@@ -17,8 +17,9 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import PyTree
 
-CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 REMAT = ("remat2", "checkpoint", "remat")
+CALLS = ("jit", "pjit", "call", "core_call", "closed_call", "eval_jaxpr", *REMAT)
+"""Primitives that do nothing but evaluate a jaxpr, under their names in all versions of JAX."""
 
 
 def with_consts(jaxpr: Jaxpr) -> Jaxpr:
@@ -108,14 +109,44 @@ def has_custom_vjp(jaxpr: Jaxpr) -> bool:
 
 def with_derivative(jaxpr: Jaxpr) -> dict[int, JaxprEqn]:
     """The equations through which an output has a derivative, by their numbers."""
+    return _differentiated(jaxpr, jaxpr.outvars)[0]
+
+
+def _differentiated(jaxpr: Jaxpr, outputs: Iterable[Any]) -> tuple[dict[int, JaxprEqn], set[Var]]:
+    """The equations through which some variables have a derivative, and all that these read."""
     found: dict[int, JaxprEqn] = {}
-    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+    needed = {atom for atom in outputs if not isinstance(atom, Literal)}
     for number, eqn in reversed(list(enumerate(jaxpr.eqns))):
         outputs = [v for v in eqn.outvars if v in needed and is_inexact(v)]
         if outputs and eqn.primitive.name != "stop_gradient":
             found[number] = eqn
             needed.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
-    return found
+    return found, needed
+
+
+def differentiated_in_while(jaxpr: Jaxpr, eqn: JaxprEqn) -> list[bool]:
+    """For every operand of a while loop, whether needed outputs have a derivative in it.
+
+    Args:
+        jaxpr: The jaxpr that the loop is an equation of.
+        eqn: The loop.
+
+    Returns:
+        A truth value for each of the condition's constants, which have none; the body's constants;
+        and the carries, which may be needed by each other in the next iteration.
+    """
+    num_cond, num_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    body, _ = open_jaxpr(eqn.params["body_jaxpr"])
+    needed = _differentiated(jaxpr, jaxpr.outvars)[1]
+    live = [var in needed for var in eqn.outvars]
+    while True:
+        outputs = [var for var, on in zip(body.outvars, live, strict=True) if on]
+        read = _differentiated(body, outputs)[1]
+        inputs = [var in read for var in body.invars]
+        more = [a or b for a, b in zip(live, inputs[num_body:], strict=True)]
+        if more == live:
+            return [False] * num_cond + inputs[:num_body] + live
+        live = more
 
 
 def consumers(equations: Iterable[JaxprEqn], outputs: Sequence[Any]) -> dict[Var, int]:
@@ -196,10 +227,10 @@ def cond_branches(eqn: JaxprEqn) -> list[tuple[Jaxpr, list[Any]]]:
 def called_jaxpr(eqn: JaxprEqn) -> tuple[Jaxpr, list[Any]] | None:
     """The body of an equation that merely calls one jaxpr on all its operands (jit, remat, ...).
 
-    Recognised by shape, not by name: names change between versions. Equations with a derivative
-    rule of their own are not calls, for inlining them would lose the rule.
+    Recognised by name: an equation with a jaxpr of the right shape may bring a derivative of its
+    own, which inlining would lose (`linear_call`), or name axes that only it binds (`shard_map`).
     """
-    if eqn.primitive.name in CUSTOM_RULES or eqn.primitive.name in ("scan", "while", "cond"):
+    if eqn.primitive.name not in CALLS:
         return None
     found = [v for v in eqn.params.values() if isinstance(getattr(v, "jaxpr", v), Jaxpr)]
     if len(found) != 1:

@@ -135,7 +135,8 @@ class Findings:
     def is_fixed(self, value: Value) -> bool:
         """Whether a value is the same for all data."""
         if isinstance(value, Trace):
-            return value.source == PARAMETERS or value.source in self.of_parameters
+            alone = value.source == PARAMETERS or value.source in self.of_parameters
+            return alone and not value.mixed
         return isinstance(value, Known | Fixed)
 
     def mark(self, value: Value, pattern: str, reason: str) -> None:
@@ -360,6 +361,8 @@ def _scatter_add(step: Step) -> list[Value]:
         if updates is None:
             reason = "scattered to places that data decide, or several times to one"
             return step.mark("other", reason)
+    if not step.scope.findings.is_fixed(places):
+        updates = None  # constants that are added to places that data decide are data
     return _add(step, [onto, updates])
 
 
@@ -375,12 +378,16 @@ def _add(step: Step, terms: list[Value]) -> list[Value]:
     ]  # fmt: skip
     if len(weights) == 2:
         return step.mark("other", "added to another parameter before its use")
+    # The output of a use plus anything has the same cotangent: one bias serves two products. But
+    # what is added may be data, and then data are in the sum.
+    mixed = not all(map(findings.is_fixed, terms))
+    output = replace(outputs[0], mixed=outputs[0].mixed or mixed) if outputs else None
     if not weights:
-        # The output of a use plus anything has the same cotangent: one bias serves two products.
-        return [outputs[0] if outputs else None]
+        return [output]
     if any(isinstance(t, Scaled) for t in terms):
         return step.mark("shift", "the shift of a scaled normalisation")
-    affine = all(map(findings.is_fixed, terms))
+    # A parameter in a part of an array is a view of it, whatever is in the other parts.
+    affine = all(t is weights[0] or findings.is_fixed(t) for t in terms)
     if affine and not (outputs and _is_broadcast(findings, weights[0], outputs[0])):
         return [weights[0]]  # an affine function of the parameter has the same gradient
     bias = len(findings.uses)
@@ -390,7 +397,7 @@ def _add(step: Step, terms: list[Value]) -> list[Value]:
         findings.sums.append(bias)
         return [None]
     findings.shifts.append(shift)
-    return [outputs[0]]
+    return [output]
 
 
 def _is_broadcast(findings: Findings, weight: Trace, output: Trace) -> bool:
@@ -408,7 +415,9 @@ def _bias_use(step: Step, weight: Trace) -> Use:
     """
     eqn, ndim = step.eqn, jaxprs.ndim(step.eqn.outvars[0])
     first = _first_lane(weight.index, ndim)
-    mine = np.flatnonzero(first != FOREIGN)
+    # Places where it is added in some iteration of the scans around it.
+    ids = weight.index.reshape(first.size, -1)
+    mine = np.flatnonzero((ids != FOREIGN).any(axis=1))
     order = mine[np.argsort(first[mine], kind="stable")]
     distinct, counts = np.unique(first[mine], return_counts=True)
     regular = bool(counts.size > 0 and counts.min() == counts.max())
@@ -421,9 +430,15 @@ def _bias_use(step: Step, weight: Trace) -> Use:
         return np.moveaxis(flat[places if regular else order[None]], (0, 1), (-2, -1))
 
     view = weight.map(canonical)
+    # The places are those of the first iteration; the others must repeat their parameters alike.
+    alike = regular and bool((view.index == view.index[..., :1, :]).all())
+    if not alike:
+        every = np.unique(ids[ids != FOREIGN])[None, None]
+        pattern = patterns.bias(places[:0], 1)
+        return Use(pattern, eqn, -1, step.site, step.scope.lanes, every, None, regular=False)
     ids, scale = view.index[..., None, :1, :], view.scale
     if scale is not None:
-        regular = regular and bool((scale == scale[..., :1, :]).all())
+        regular = bool((scale == scale[..., :1, :]).all())
         scale = scale[..., None, :1, :]
     axes = sum(bool((weight.index != weight.index.take([0], a)).any()) for a in range(ndim))
     pattern = patterns.bias(places, axes)
@@ -433,6 +448,9 @@ def _bias_use(step: Step, weight: Trace) -> Use:
 def _shift(weight: Trace, output: Trace, ndim: int, bias: int) -> Shift | None:
     """A parameter added to an output; None if some is added elsewhere."""
     added = _first_lane(weight.index, ndim) != FOREIGN
+    everywhere = weight.index.reshape(added.size, -1) != FOREIGN
+    if (everywhere != added[:, None]).any():
+        return None  # in other places in other iterations
     if (added & (_first_lane(output.index, ndim) == FOREIGN)).any():
         return None
     # An output's index is the same in every iteration of a scan: its lanes have length one.
@@ -508,7 +526,14 @@ def _scan(step: Step) -> list[Value]:
     for value, same in zip(outs, handed_on, strict=True):
         if not same:
             step.scope.findings.mark(value, "other", "put out by a scan before its use")
-    return [step.values[scan.num_consts + k] if s else None for k, s in enumerate(handed_on)]
+    # What the body reads as well as hands on has another cotangent than what comes out.
+    outer = [_without_cotangent(v) for v in step.values[scan.num_consts :]]
+    return [outer[k] if s else None for k, s in enumerate(handed_on)]
+
+
+def _without_cotangent(value: Value) -> Value:
+    """A value without its symbolic index, unless it is of parameters: these sum their uses."""
+    return None if isinstance(value, Trace) and value.source != PARAMETERS else value
 
 
 def _stacked(x: Any) -> Any:
@@ -556,7 +581,10 @@ def _cond(step: Step) -> list[Value]:
 
 
 def _while(step: Step) -> list[Value]:
-    if any(isinstance(v, Trace) and v.source == PARAMETERS for v in step.values):
+    # What the condition alone reads decides when the loop ends, which has no derivative.
+    differentiated = jaxprs.differentiated_in_while(step.jaxpr, step.eqn)
+    values = [v for v, d in zip(step.values, differentiated, strict=True) if d]
+    if any(isinstance(v, Trace) and v.source == PARAMETERS for v in values):
         msg = (
             "`model_fn` uses parameters inside a `while_loop`, which JAX cannot differentiate in "
             "reverse mode, so there is no Gauss-Newton matrix to compute. Use `lax.scan`, or "

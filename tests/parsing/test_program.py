@@ -1,5 +1,6 @@
 """Every parameter gets the layer that the model's use of it allows, with a name and a reason."""
 
+import functools
 import re
 
 import jax
@@ -7,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from support import models
+from jax.custom_derivatives import linear_call
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from support import models, oracles
 from support.models import normal
 
 import laplax_kfac
@@ -215,6 +219,68 @@ def test_while_loops_over_data_are_fine():
 
     layers = laplax_kfac.find_layers(model_fn, {"w": jnp.zeros((3, 2))}, jnp.ones(3))
     assert layers["w"].block == "kronecker"
+
+
+def stopped_by_a_constant(h, limit):
+    return lax.while_loop(lambda h: jnp.sum(h) < limit, lambda h: 2.0 * h, h)
+
+
+def stopped_by_a_carry(h, limit):
+    def body(carry):
+        return 2.0 * carry[0], carry[1]
+
+    return lax.while_loop(lambda carry: jnp.sum(carry[0]) < carry[1], body, (h, limit))[0]
+
+
+@pytest.mark.parametrize("loop", [stopped_by_a_constant, stopped_by_a_carry])
+def test_what_only_a_loops_condition_reads_has_no_derivative(loop):
+    """Adaptive computation: a learned limit ends the loop, and is learned by other means."""
+
+    def model_fn(input, params):
+        return loop(input, params["limit"][0]) @ params["lin"]["w"] + params["limit"][1]
+
+    params = {"lin": normal({"w": (3, 2)}), "limit": jnp.asarray([5.0, 1.0])}
+    layers = laplax_kfac.find_layers(model_fn, params, jnp.ones(3))
+    assert layers["lin"].block == "kronecker"
+    x, y = lax.stop_gradient(normal((2, 3)) ** 2), jnp.zeros((2, 2))
+    curvature = laplax_kfac.kfac(model_fn, params, (x, y), loss_fn="mse")
+    np.testing.assert_allclose(curvature.diagonal()["limit"], [0.0, 8.0], rtol=1e-12)
+
+
+def test_a_rule_that_is_not_the_bodys_derivative_survives():
+    """`linear_call` brings its own transpose: its body is no plain call."""
+
+    def model_fn(input, params):
+        outer = lambda x, g: 10.0 * jnp.outer(x, g)  # noqa: E731
+        product = linear_call(lambda x, w: x @ w, outer, input, params["w"])
+        return jnp.tanh(product)
+
+    params, x = normal({"w": (4, 3)}), normal((1, 4), seed=1)
+    assert laplax_kfac.find_layers(model_fn, params, x[0])["w"].block == "dense"
+    y = jnp.zeros((1, 3))
+    curvature = laplax_kfac.kfac(model_fn, params, (x, y), loss_fn="mse")
+    # JAX has no batching rule for it, so the Jacobian is taken row by row.
+    rows = [jax.grad(lambda p, c=c: model_fn(x[0], p)[c])(params)["w"].ravel() for c in range(3)]
+    jacobian = jnp.stack(rows)
+    np.testing.assert_allclose(curvature.to_dense(), 2.0 * jacobian.T @ jacobian, atol=1e-10)
+
+
+def test_bodies_that_name_an_axis_of_their_own_are_evaluated_as_they_stand():
+    mesh = jax.make_mesh((1,), ("t",), (AxisType.Auto,), devices=jax.devices()[:1])
+    split = P(None, "t"), P("t", None)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), *split), out_specs=P())
+    def body(x, w1, w2):
+        return lax.psum(jnp.tanh(x @ w1) @ w2, "t")
+
+    def model_fn(input, params):
+        return body(input, params["w1"], params["w2"])
+
+    params, x = normal({"w1": (4, 5), "w2": (5, 3)}), normal((1, 4), seed=1)
+    y = jnp.zeros((1, 3))
+    curvature = laplax_kfac.kfac(model_fn, params, (x, y), loss_fn="mse")
+    exact = oracles.dense_ggn(model_fn, params, (x, y), "mse")
+    np.testing.assert_allclose(curvature.to_dense()[:20, :20], exact[:20, :20], atol=1e-12)
 
 
 def test_no_parameters_are_an_error():
