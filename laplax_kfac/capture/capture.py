@@ -29,11 +29,12 @@ from laplax_kfac.likelihood.losses import (
     num_columns,
     resolve_likelihood,
 )
-from laplax_kfac.parsing.grouping import Member, Part, Resolved
+from laplax_kfac.parsing.claims import Part
+from laplax_kfac.parsing.grouping import Member, Resolved
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.program import ModelFn, Program, parse
-from laplax_kfac.parsing.walk import Use
-from laplax_kfac.patterns.registry import one_hot
+from laplax_kfac.parsing.uses import Use
+from laplax_kfac.patterns import one_hot
 
 Probes = dict[int, Array]
 Inputs = dict[int, tuple[ArrayLike, Array, tuple[ArrayLike, ...]]]

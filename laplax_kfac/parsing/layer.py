@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from laplax_kfac.parsing.layout import ParameterSpace, Segment
+from laplax_kfac.parsing.layout import ParameterSpace
+from laplax_kfac.parsing.segments import Segment
 
 FROZEN = "frozen"
 """Pattern of parameters that are left out: fixed at their value."""

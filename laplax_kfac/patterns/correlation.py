@@ -1,11 +1,11 @@
-"""Second moments of windows by correlation: one product for all entries at the same distance.
+"""Second moments of patches by correlation: one product for all entries at the same distance.
 
-Two places of a window see nearly the same pairs of entries of an image as any two others that are
-as far apart. So the second moment of all windows is put together from the correlation of the image
+Two places of a patch see nearly the same pairs of entries of an image as any two others that are
+as far apart. So the second moment of all patches is put together from the correlation of the image
 with itself, a convolution that has the image as its kernel, less the few pairs near the edges that
-no window sees at those places.
+no patch sees at those places.
 
-Images and windows are as in `windows`.
+Images and patches are as in `patches`.
 """
 
 import functools
@@ -24,7 +24,7 @@ from laplax_kfac.gram import SharedTiles
 from laplax_kfac.patterns.patches import Axis, row_products
 
 _MOST_PLACES = 32
-"""Entries of a window for whose pairs a plan is made."""
+"""Entries of a patch for whose pairs a plan is made."""
 _MOST_PIECES = 32
 """Convolutions that are worth compiling."""
 _FEWEST_CHANNELS = 16
@@ -88,22 +88,22 @@ class _Plan:
 
 
 def is_cheaper(axes: Sequence[Axis], shape: Sequence[int]) -> bool:
-    """Whether `second_moment` is cheaper than that of `windows`, for images of some shape."""
+    """Whether `second_moment` is cheaper than that of `patches`, for images of some shape."""
     images, *_, channels = shape
     if images < _FEWEST_IMAGES or channels < _FEWEST_CHANNELS:
         return False
     if any(axis.spread > 1 or axis.dilation > 1 for axis in axes):
         return False
-    if math.prod(axis.window for axis in axes) > _MOST_PLACES:
+    if math.prod(axis.patch for axis in axes) > _MOST_PLACES:
         return False
     # In double precision XLA has no fast product for kernels smaller than what comes out.
-    small = any(axis.size < 2 * axis.window - 1 for axis in axes)
+    small = any(axis.size < 2 * axis.patch - 1 for axis in axes)
     if small and jnp.result_type(float) == jnp.float64:
         return False
     pieces = _plan(tuple(axes)).pieces
     work = sum(piece.work() for piece in pieces)
     by_rows = sum(len(p.rows) for p in row_products(axes[0]))
-    by_rows *= math.prod(axis.positions * axis.window**2 for axis in axes[1:])
+    by_rows *= math.prod(axis.positions * axis.patch**2 for axis in axes[1:])
     return 0 < len(pieces) <= _MOST_PIECES and work <= by_rows
 
 
@@ -112,7 +112,7 @@ def second_moment(
     images: Float[Array, "n *space channels"],
     weights: Float[Array, " n"],
 ) -> SharedTiles:
-    """Weighted sum of x x^T over all windows x of all images."""
+    """Weighted sum of x x^T over all patches x of all images."""
     plan = _plan(axes)
     weighted = images * weights.reshape(-1, *[1] * (images.ndim - 1))
 
@@ -186,7 +186,7 @@ def _plan(axes: tuple[Axis, ...]) -> _Plan:
         choices = [along[n][pair] for n, pair in enumerate(zip(left, right, strict=True))]
         return [_joined(terms) for terms in itertools.product(*choices)]
 
-    places = list(np.ndindex(*(axis.window for axis in axes)))
+    places = list(np.ndindex(*(axis.patch for axis in axes)))
     tiles = [[terms_of(left, right) for left in places[: k + 1]] for k, right in enumerate(places)]
     distances: dict[tuple[_Entries, ...], list[tuple[int, ...]]] = {}
     for term in (term for row in tiles for terms in row for term in terms):
@@ -209,10 +209,10 @@ def _plan(axes: tuple[Axis, ...]) -> _Plan:
 
 
 def _terms_along(axis: Axis) -> dict[tuple[int, int], list[_Term]]:
-    """For every two places in a window, what adds up to the products of their entries."""
+    """For every two places in a patch, what adds up to the products of their entries."""
     entries = axis.entries()
     terms: dict[tuple[int, int], list[_Term]] = {}
-    for left, right in itertools.product(range(axis.window), repeat=2):
+    for left, right in itertools.product(range(axis.patch), repeat=2):
         both = (entries[:, left] >= 0) & (entries[:, right] >= 0)
         seen = set(entries[both, left].tolist())
         # Places a multiple of the stride apart see the same entries but for those at the edges.

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from laplax_kfac.parsing.layout import Contiguous, ParameterSpace, Scattered, Segment, make_segment
+from laplax_kfac.parsing.layout import ParameterSpace
+from laplax_kfac.parsing.segments import Contiguous, Scattered, Segment, make_segment
 
 PARAMS = {
     "a": jnp.zeros((2, 3)),

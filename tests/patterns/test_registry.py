@@ -20,7 +20,7 @@ from support.tolerances import tolerance
 
 import laplax_kfac
 from laplax_kfac import patterns
-from laplax_kfac.patterns import registry as module
+from laplax_kfac.patterns import contract as module
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -237,7 +237,7 @@ WITH_MOMENTS = [
 
 @pytest.fixture
 def moments_of_any_size(monkeypatch):
-    monkeypatch.setattr("laplax_kfac.patterns.registry._LEAST_WORK", 0)
+    monkeypatch.setattr("laplax_kfac.patterns.convolution._LEAST_WORK", 0)
 
 
 @on_a_cpu
