@@ -157,20 +157,35 @@ class Bias(Role):
     # -- where it is added to the output of a use ----------------------------------------------
 
     @functools.cached_property
-    def _added(self) -> Bool[np.ndarray, " entries"]:
-        return self.weight.present(self.ndim)[:, 0]
+    def _added(self) -> Bool[np.ndarray, "entries iterations"]:
+        return self.weight.present(self.ndim)
+
+    @property
+    def meets_output(self) -> bool:
+        """Whether it is added to entries of the output alone, the same in all iterations."""
+        if self.output is None:
+            return False
+        first = self._added[:, 0]
+        same = self._added.shape[1] == 1 or bool((self._added == first[:, None]).all())
+        foreign = self.output.in_first_iteration(self.ndim) == FOREIGN
+        return same and not (first & foreign).any()
+
+    def _where_added(self, x: Int[np.ndarray, "entries *scans"]) -> Int[np.ndarray, "_ *scans"]:
+        """Rows for entries that it is added to: nearly always all, without a copy."""
+        first = self._added[:, 0]
+        return x if first.all() else x[first]
 
     @property
     def entries(self) -> Int[np.ndarray, " added"]:
         """Places in the raveled output of the use that it is added to."""
         assert self.output is not None
-        return self.output.in_first_iteration(self.ndim)[self._added]
+        return self._where_added(self.output.in_first_iteration(self.ndim))
 
     @property
     def ids_at_entries(self) -> Int[np.ndarray, "added *scans"]:
         """Its ids at these places."""
         index = self.weight.index
-        return index.reshape(-1, *index.shape[self.ndim :])[self._added]
+        return self._where_added(index.reshape(-1, *index.shape[self.ndim :]))
 
     @property
     def factor(self) -> float | None:
@@ -215,26 +230,18 @@ def add(step: Step, terms: list[Value]) -> list[Value]:
     affine = all(t is weight or findings.is_fixed(t) for t in terms)
     if affine and not (outputs and _is_broadcast(findings, weight, outputs[0])):
         return [weight]  # an affine function of the parameter has the same gradient
-    ndim = jaxprs.ndim(eqn.outvars[0])
-    meets = outputs and _meets(weight, outputs[0], ndim)
-    step.add_use(Bias(weight, ndim, outputs[0] if meets else None))
+    bias = Bias(weight, jaxprs.ndim(eqn.outvars[0]), outputs[0] if outputs else None)
+    meets = bias.meets_output
+    step.add_use(bias if meets else replace(bias, output=None))
     return [output if meets else None]
 
 
 def _is_broadcast(findings: Findings, weight: Symbolic, output: Symbolic) -> bool:
     """Whether a parameter is added to a use's output as a bias is: the same at all positions."""
-    use = findings.uses[output.source]
-    numbered = jaxprs.numbered(use.eqn.outvars[0])
-    positions = len(use.pattern.outputs(use.eqn, use.operand, numbered))
-    return positions == 1 or np.unique(weight.index).size < weight.index.size
-
-
-def _meets(weight: Symbolic, output: Symbolic, ndim: int) -> bool:
-    """Whether a parameter is added to entries of an output alone, the same in all iterations."""
-    present = weight.present(ndim)
-    if (present != present[:, :1]).any():
-        return False
-    return not (present[:, 0] & (output.in_first_iteration(ndim) == FOREIGN)).any()
+    return (
+        findings.uses[output.source].positions == 1
+        or np.unique(weight.index).size < weight.index.size
+    )
 
 
 # -- as claims ---------------------------------------------------------------------------------
@@ -292,8 +299,10 @@ def _claim(number: int, use: Use, biases: list[Bias]) -> Claim | None:
     None if they differ between positions, or are added to a part or to copies of the output.
     """
     numbered = jaxprs.numbered(use.eqn.outvars[0])
-    entries = np.concatenate([b.entries for b in biases])
-    ids = np.concatenate([b.ids_at_entries for b in biases])
+    entries, ids = biases[0].entries, biases[0].ids_at_entries
+    if len(biases) > 1:
+        entries = np.concatenate([b.entries for b in biases])
+        ids = np.concatenate([b.ids_at_entries for b in biases])
     factors = {b.factor for b in biases}
     met = np.zeros(numbered.size, bool)
     met[entries] = True

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
 
-from laplax_kfac import jaxprs
 from laplax_kfac.parsing.segments import Contiguous, Segment, make_segment
 from laplax_kfac.parsing.uses import Fallback, Use
 from laplax_kfac.parsing.values import FOREIGN
@@ -65,10 +64,9 @@ class Claim:
     def of(cls, number: int, use: Use, ids: Int[np.ndarray, "*scans stack rows out"]) -> "Claim":
         """The claim of a use to ids in all iterations of the scans around it."""
         shared = _shared_axes(ids)
-        outputs = use.pattern.outputs(use.eqn, use.operand, jaxprs.numbered(use.eqn.outvars[0]))
         sizes = (*use.lanes, ids.shape[-3])
         along = math.prod(n for n, s in zip(sizes, shared, strict=True) if s)
-        return cls(number, take_first(ids, shared), shared, outputs.shape[0] * along)
+        return cls(number, take_first(ids, shared), shared, use.positions * along)
 
     @functools.cached_property
     def segment(self) -> Segment:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 from jaxtyping import Float, Int
 
+from laplax_kfac import jaxprs
 from laplax_kfac.parsing.values import FOREIGN, PARAMETERS, Fixed, Known, Symbolic, Value
 from laplax_kfac.patterns import Moments, Pattern
 
@@ -85,6 +86,12 @@ class Use:
         """Factors of the parameter's entries; None stands for 1."""
         scale = self.role.view.scale
         return None if scale is None else np.broadcast_to(scale, self.ids.shape)
+
+    @functools.cached_property
+    def positions(self) -> int:
+        """Positions in one evaluation of the equation."""
+        shape = jaxprs.shape(self.eqn.outvars[0])
+        return self.pattern.outputs(self.eqn, self.operand, np.empty(shape, bool)).shape[0]
 
     @functools.cached_property
     def moments(self) -> Moments | None:
