@@ -1,5 +1,6 @@
 """Patches that slide over images: their entries, and second moments of these by correlation.
 
+With a patch as rows, its second moment has a block of products for every pair (i, j) of these.
 Patches that overlap have entries in common, and so have the products of their rows: those of rows
 y and y + d of the images serve all pairs of a patch's rows at distance d. So the second moment of
 all patches takes a fraction of the work, and of the memory, of a product of the patches themselves.
@@ -123,7 +124,7 @@ def second_moment(
         products = _products(rows, x.reshape(*x.shape[:2], -1))
         blocks = _of_patches(rest, x.shape[2:], products)
     else:
-        blocks = _in_parts(axes, x)
+        blocks = _by_chunks(axes, x)
     block = dict(zip(_pairs(rows.patch), blocks, strict=True))
     tiles = [[block[i, j] for j in range(i, rows.patch)] for i in range(rows.patch)]
     return whole(UpperTiles(tuple(map(tuple, tiles))))
@@ -197,7 +198,7 @@ def _take(x: Float[Array, "rows n *q p"], rows: Int[np.ndarray, " k"]) -> Float[
     return taken.reshape(-1, x.shape[-1])
 
 
-def _in_parts(
+def _by_chunks(
     axes: tuple[Axis, ...], x: Float[Array, "n *space channels"]
 ) -> Float[Array, "pairs p p"]:
     """Products of patches in all axes but the first, of so many images as a core has at hand."""
@@ -209,14 +210,14 @@ def _in_parts(
     sums = jax.eval_shape(products, x[:1])
     image = math.prod(jax.eval_shape(lambda x: extract(axes[1:], x, first=2), x[:1]).shape)
     most = max(_CACHED_BYTES // x.dtype.itemsize, 4 * sums.size)
-    parts = math.ceil(len(x) * image / most)
-    if parts <= 1:
+    num_chunks = math.ceil(len(x) * image / most)
+    if num_chunks <= 1:
         return products(x)
-    each = math.ceil(len(x) / parts)
-    x = jnp.concatenate([x, jnp.zeros((each * parts - len(x), *x.shape[1:]), x.dtype)])
-    parts_of_x = x.reshape(parts, each, *x.shape[1:])
-    add = lambda total, part: (total + products(part), None)  # noqa: E731
-    return lax.scan(add, jnp.zeros(sums.shape, sums.dtype), parts_of_x)[0]
+    each = math.ceil(len(x) / num_chunks)
+    x = jnp.concatenate([x, jnp.zeros((each * num_chunks - len(x), *x.shape[1:]), x.dtype)])
+    chunks = x.reshape(num_chunks, each, *x.shape[1:])
+    add = lambda total, chunk: (total + products(chunk), None)  # noqa: E731
+    return lax.scan(add, jnp.zeros(sums.shape, sums.dtype), chunks)[0]
 
 
 def _whole_rows_are_cheaper(axes: Sequence[Axis], shape: Sequence[int]) -> bool:

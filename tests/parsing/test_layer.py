@@ -67,3 +67,51 @@ def test_a_root_that_is_one_layer_is_named_by_its_weight():
     assert [k.name for k in laplax_kfac.find_layers(model_fn, params, jnp.ones(3))] == [
         "params/kernel"
     ]
+
+
+def product_of(*paths):
+    """A model that multiplies the weights at these paths, one after the other."""
+
+    def model_fn(input, params):
+        for path in paths:
+            weight = params
+            for key in path:
+                weight = weight[key]
+            input = jnp.tanh(input @ weight)
+        return input
+
+    return model_fn
+
+
+@pytest.mark.parametrize(
+    ("params", "paths", "names"),
+    [
+        ({"net": {"w": 0}}, [("net", "w")], ["net"]),
+        ({"w": 0}, [("w",)], ["w"]),
+        ({"net": {"v": 0, "w": 0}}, [("net", "v"), ("net", "w")], ["net/v", "net/w"]),
+        ({"a": {"w": 0, "b": {"w": 0}}}, [("a", "w"), ("a", "b", "w")], ["a/b", "a"]),
+        ([[0, 0], [0]], [(0, 0), (0, 1), (1, 0)], ["0/0", "0/1", "1"]),
+    ],
+)  # fmt: skip
+def test_a_layer_is_named_by_its_module_or_else_by_its_leaf(params, paths, names):
+    params = jax.tree.map(lambda _: jnp.zeros((3, 3)), params)
+    layers = laplax_kfac.find_layers(product_of(*paths), params, jnp.zeros(3))
+    assert [layer.name for layer in layers] == names
+
+
+@pytest.mark.parametrize(
+    "params", [{"net": {"policy": 0, "value": 0}}, {"a": {"w": 0}, "a/w": 0}], ids=str
+)
+def test_names_are_unique(params):
+    params = jax.tree.map(lambda _: jnp.zeros((3, 3)), params)
+    paths = [[key.key for key in path] for path, _ in jax.tree.leaves_with_path(params)]
+    layers = laplax_kfac.find_layers(product_of(*paths), params, jnp.zeros(3))
+    assert len({layer.name for layer in layers}) == 2
+
+
+def test_a_leaf_named_value_keeps_its_name():
+    """Only flax.nnx's attribute `value` is no part of a name."""
+    params = {"attn": {key: jnp.zeros((3, 3)) for key in ("key", "query", "value")}}
+    paths = [("attn", key) for key in params["attn"]]
+    layers = laplax_kfac.find_layers(product_of(*paths), params, jnp.zeros(3))
+    assert [layer.name for layer in layers] == ["attn/key", "attn/query", "attn/value"]

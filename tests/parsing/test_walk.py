@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from support.symbolic import traced
 
 from laplax_kfac import jaxprs
 from laplax_kfac.parsing.index_rules import SELECTIONS
 from laplax_kfac.parsing.steps import Scope
 from laplax_kfac.parsing.uses import Findings
-from laplax_kfac.parsing.values import FOREIGN, PARAMETERS, Fixed, Symbolic, constant
+from laplax_kfac.parsing.values import FOREIGN, PARAMETERS, Symbolic, constant
 from laplax_kfac.parsing.walk import walk
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -55,14 +56,6 @@ FUNCTIONS = {
 }  # fmt: skip
 
 
-def traced(function, x):
-    jaxpr, consts, _ = jaxprs.trace(function, x)
-    parameter = Symbolic(PARAMETERS, np.arange(x.size).reshape(x.shape))
-    findings = Findings()
-    (found,) = walk(jaxpr, [*map(constant, consts), parameter], Scope(findings))
-    return found, findings
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_symbolic_array_is_a_jacobian(name):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)))
@@ -96,26 +89,6 @@ def test_selections_by_data_end_a_view():
     found, reasons = walked(lambda w, k, x: x.at[k].add(w), jnp.asarray([0, 1]), jnp.ones((4, 3)))
     assert found is None
     assert reasons == ["scattered to places that data decide, or several times to one"]
-
-
-@pytest.mark.parametrize(
-    "backward",
-    [
-        lambda w, g: g + 0.1 * w,
-        lambda _, g: g + 1.0,
-        lambda _, g: jnp.pad(jnp.add(*jnp.split(g, 2)), ((0, 1), (0, 0))),
-    ],
-    ids=["decay", "constant", "sum"],
-)
-def test_a_rule_that_does_more_than_rearrange_is_no_view(backward):
-    @jax.custom_vjp
-    def function(w):
-        return 2.0 * w
-
-    function.defvjp(lambda w: (2.0 * w, w), lambda w, g: (backward(w, g),))
-    found, findings = traced(function, jnp.ones((2, 3)))
-    assert isinstance(found, Fixed)
-    assert [entry.ids.size for entry in findings.fallbacks] == [6]
 
 
 def test_what_no_data_enter_is_told_apart():

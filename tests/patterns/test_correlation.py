@@ -34,7 +34,7 @@ PLAIN = {
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_moments_are_those_of_all_patches(name, monkeypatch):
-    """Of all images at once and in parts; the derivative is there at a weight of zero, too."""
+    """Of all images at once and in chunks; the derivative is there at a weight of zero, too."""
     axes = PLAIN[name]
     x, weights = images(axes, 13)
     cut = cut_out(axes, x)

@@ -25,14 +25,14 @@ def test_patches_are_cut_out(name):
     np.testing.assert_array_equal(found.reshape(expected.shape), expected)
 
 
-@pytest.mark.parametrize("way", ["patches in rows", "in parts", "whole rows"])
+@pytest.mark.parametrize("way", ["patches in rows", "in chunks", "whole rows"])
 @pytest.mark.parametrize("name", CHEAP)
 def test_second_moments_are_those_of_all_patches(name, way, monkeypatch):
     """However they are formed; the derivative is there at a weight of zero, too."""
     axes = CASES[name]
     whole = way == "whole rows"
     monkeypatch.setattr(patches, "_whole_rows_are_cheaper", lambda *_: whole)
-    monkeypatch.setattr(patches, "_CACHED_BYTES", 2**20 if way != "in parts" else 1)
+    monkeypatch.setattr(patches, "_CACHED_BYTES", 2**20 if way != "in chunks" else 1)
     x, weights = images(axes, 13)
     cut = cut_out(axes, x)
 
