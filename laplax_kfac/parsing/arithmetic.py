@@ -3,13 +3,12 @@
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float
 
 from laplax_kfac import jaxprs
 from laplax_kfac.parsing.biases import add
 from laplax_kfac.parsing.pullbacks import rearranged
 from laplax_kfac.parsing.steps import Rule, Step
-from laplax_kfac.parsing.values import PARAMETERS, Known, Numbers, Scaled, Symbolic, Value
+from laplax_kfac.parsing.values import Known, Numbers, Scaled, Symbolic, Value, of_parameters
 
 
 def _broadcast(step: Step) -> list[Value]:
@@ -30,7 +29,7 @@ def _broadcast(step: Step) -> list[Value]:
     return [to_output(value, jaxprs.ndim(atom)) for value, atom in pairs]
 
 
-def _sum(step: Step) -> list[Value]:
+def signed_sum(step: Step) -> list[Value]:
     """``add`` and ``sub``, with their operands broadcast and signed."""
     first, second = _broadcast(step)
     if step.eqn.primitive.name == "sub" and isinstance(second, Symbolic):
@@ -38,7 +37,7 @@ def _sum(step: Step) -> list[Value]:
     return add(step, [first, second])
 
 
-def _scatter_add(step: Step) -> list[Value]:
+def scatter_add(step: Step) -> list[Value]:
     """Parameters added at known places: a sum with what they are elsewhere, nothing."""
     onto, places, updates = step.values
     if isinstance(updates, Symbolic):
@@ -54,15 +53,16 @@ def _scatter_add(step: Step) -> list[Value]:
     return add(step, [onto, updates])
 
 
-def _product(step: Step) -> list[Value]:
+def product(step: Step) -> list[Value]:
     """``mul`` and ``div``: a constant scales a symbolic array, anything else ends it."""
     terms = _broadcast(step)
     arrays = [v for v in terms if isinstance(v, Symbolic)]
-    parameters = sum(v.source == PARAMETERS for v in arrays)
+    parameters = sum(map(of_parameters, terms))
     divides = step.eqn.primitive.name == "div"
     for known in terms:
         if isinstance(known, Known) and not (divides and known is terms[0]):
-            factor = _factor(known, step, arrays[0])
+            ndim = jaxprs.ndim(step.eqn.outvars[0])
+            factor = known.factor(ndim, arrays[0].index.ndim - ndim)
             with np.errstate(divide="ignore"):
                 return [arrays[0].scaled(1.0 / factor if divides else factor)]
     if parameters == 2:
@@ -72,25 +72,18 @@ def _product(step: Step) -> list[Value]:
     return [Scaled() if parameters else None]
 
 
-def _factor(known: Known, step: Step, array: Symbolic) -> Float[np.ndarray, "..."]:
-    """A known factor in the axes of the product: its own, then one scan axis a scan."""
-    value, ndim = np.asarray(known.value(), np.float64), jaxprs.ndim(step.eqn.outvars[0])
-    own = value.ndim - known.scan_axes
-    scans = value.shape[own:] or (1,) * (array.index.ndim - ndim)
-    return value.reshape((1,) * (ndim - own) + value.shape[:own] + scans)
-
-
-def _negative(step: Step) -> list[Value]:
+def negative(step: Step) -> list[Value]:
+    """``neg``."""
     (value,) = step.values
     return [value.scaled(-1.0) if isinstance(value, Symbolic) else None]
 
 
 RULES: dict[str, Rule] = {
-    "add": _sum,
-    "add_any": _sum,
-    "sub": _sum,
-    "scatter-add": _scatter_add,
-    "mul": _product,
-    "div": _product,
-    "neg": _negative,
+    "add": signed_sum,
+    "add_any": signed_sum,
+    "sub": signed_sum,
+    "scatter-add": scatter_add,
+    "mul": product,
+    "div": product,
+    "neg": negative,
 }

@@ -30,7 +30,15 @@ from laplax_kfac.parsing.segments import Scattered
 from laplax_kfac.parsing.selection import DENSE_LIMIT
 from laplax_kfac.parsing.steps import Step
 from laplax_kfac.parsing.uses import Fallback, Findings, Role, Use
-from laplax_kfac.parsing.values import FOREIGN, PARAMETERS, Numbers, Scaled, Symbolic, Value
+from laplax_kfac.parsing.values import (
+    FOREIGN,
+    PARAMETERS,
+    Numbers,
+    Scaled,
+    Symbolic,
+    Value,
+    of_parameters,
+)
 from laplax_kfac.patterns import Pattern
 from laplax_kfac.patterns.contract import Entries, Operands
 
@@ -154,6 +162,11 @@ class Bias(Role):
         one = self.view.ids.size == 1 and bool((self.view.index != FOREIGN).all())
         return "one number, added in several places" if one and self._places.size > 1 else ""
 
+    @property
+    def scans(self) -> tuple[int, ...]:
+        """Lengths of its scan axes."""
+        return self.weight.index.shape[self.ndim :]
+
     # -- where it is added to the output of a use ----------------------------------------------
 
     @functools.cached_property
@@ -184,8 +197,7 @@ class Bias(Role):
     @property
     def ids_at_entries(self) -> Int[np.ndarray, "added *scans"]:
         """Its ids at these places."""
-        index = self.weight.index
-        return self._where_added(index.reshape(-1, *index.shape[self.ndim :]))
+        return self._where_added(self.weight.index.reshape(-1, *self.scans))
 
     @property
     def factor(self) -> float | None:
@@ -208,7 +220,7 @@ class Bias(Role):
 def add(step: Step, terms: list[Value]) -> list[Value]:
     """A sum of terms of one shape: a bias if a parameter meets the output of a use, or data."""
     eqn, findings = step.eqn, step.findings
-    weights = [t for t in terms if isinstance(t, Symbolic) and t.source == PARAMETERS]
+    weights = [t for t in terms if of_parameters(t)]
     # An output that is broadcast by the sum has another cotangent than the sum.
     outputs = [
         t for t, a in zip(terms, eqn.invars, strict=False)
@@ -252,44 +264,35 @@ def on_outputs(findings: Findings) -> list[Claim | int]:
 
     A split output takes its bias in pieces, which are one bias together.
     """
-    numbers_of: dict[int, list[int]] = {}
+    biases_of: dict[int, dict[int, Bias]] = {}
     alone: list[int] = []
     for number, use in enumerate(findings.uses):
         if isinstance(use.role, Bias) and use.role.output is not None:
-            numbers_of.setdefault(use.role.output.source, []).append(number)
+            biases_of.setdefault(use.role.output.source, {})[number] = use.role
         elif isinstance(use.role, Bias):
             alone.append(number)
     found: list[Claim | int] = []
-    for met, numbers in numbers_of.items():
-        for pieces in _disjoint(findings, numbers):
-            claim = _claim(met, findings.uses[met], [_role(findings, k) for k in pieces])
-            found += pieces if claim is None else [claim]
+    for met, pieces_of in biases_of.items():
+        for pieces in _disjoint(pieces_of):
+            claim = _claim(met, findings.uses[met], list(pieces.values()))
+            found += list(pieces) if claim is None else [claim]
     return found + alone
 
 
-def _role(findings: Findings, number: int) -> Bias:
-    role = findings.uses[number].role
-    assert isinstance(role, Bias)
-    return role
-
-
-def _disjoint(findings: Findings, numbers: list[int]) -> list[list[int]]:
-    """Biases of one output, those together that are added to disjoint parts of it."""
-    if len(numbers) == 1:
-        return [numbers]
-    together: list[list[int]] = []
-    for number in numbers:
-        bias = _role(findings, number)
+def _disjoint(biases: dict[int, Bias]) -> list[dict[int, Bias]]:
+    """Biases of one output, by number: those together that are added to disjoint parts of it."""
+    if len(biases) == 1:
+        return [biases]
+    together: list[dict[int, Bias]] = []
+    for number, bias in biases.items():
         for others in together:
-            known = [_role(findings, k) for k in others]
-            entries = np.concatenate([b.entries for b in known])
-            alike = known[0].weight.index.shape[known[0].ndim :]
-            same = alike == bias.weight.index.shape[bias.ndim :]
-            if same and not np.isin(bias.entries, entries).any():
-                others.append(number)
+            entries = np.concatenate([b.entries for b in others.values()])
+            alike = all(b.scans == bias.scans for b in others.values())
+            if alike and not np.isin(bias.entries, entries).any():
+                others[number] = bias
                 break
         else:
-            together.append([number])
+            together.append({number: bias})
     return together
 
 

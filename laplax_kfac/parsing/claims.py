@@ -63,7 +63,11 @@ class Claim:
     @classmethod
     def of(cls, number: int, use: Use, ids: Int[np.ndarray, "*scans stack rows out"]) -> "Claim":
         """The claim of a use to ids in all iterations of the scans around it."""
-        shared = _shared_axes(ids)
+        # For each scan and the stack axis, whether the ids are the same all along it; a stack of
+        # one is a stack.
+        *scans, stack = range(ids.ndim - 2)
+        alone = ids.shape[stack] == 1
+        shared = *(constant_along(ids, a) for a in scans), not alone and constant_along(ids, stack)
         sizes = (*use.lanes, ids.shape[-3])
         along = math.prod(n for n, s in zip(sizes, shared, strict=True) if s)
         return cls(number, take_first(ids, shared), shared, use.positions * along)
@@ -98,7 +102,8 @@ Group = list[Claim]
 def claims_of(number: int, use: Use) -> list[Claim | Fallback]:
     """The claims of a use, one for each part of it that constants separate; fallbacks for others.
 
-    A weight that data may have been joined to has no parts: their inputs would be data's, too.
+    An array that data may have been joined to (a class token, and a sequence) has no parts: it is
+    data, whose layer has the other operand as its weight.
     """
     found: list[Claim | Fallback] = []
     for part in [None] if use.role.view.mixed else _parts(use.ids):
@@ -148,13 +153,6 @@ def _of_part(
 ) -> Shaped[np.ndarray, "*scans stack _ _"]:
     """The entries of a part of a weight."""
     return x if part is None else x[..., part[0], :][..., part[1]]
-
-
-def _shared_axes(ids: Int[np.ndarray, "*scans stack rows out"]) -> tuple[bool, ...]:
-    """For each scan and the stack axis, whether the ids are the same all along it."""
-    *scans, stack = range(ids.ndim - 2)
-    alone = ids.shape[stack] == 1  # a stack of one is a stack
-    return (*(constant_along(ids, a) for a in scans), not alone and constant_along(ids, stack))
 
 
 def constant_along(x: Num[np.ndarray, "..."], axis: int) -> bool:

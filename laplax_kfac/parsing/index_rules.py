@@ -60,16 +60,13 @@ def _slice(eqn: JaxprEqn, xs: Sequence[Numbers]) -> list[Numbers]:
     return [xs[0][tuple(slice(*b) for b in bounds)]]
 
 
-def _split(eqn: JaxprEqn, xs: Sequence[Numbers]) -> list[Numbers]:
-    cuts = np.cumsum(eqn.params["sizes"])[:-1]
-    return list(np.split(xs[0], cuts, axis=eqn.params["axis"]))
-
-
 INDEX_RULES: dict[str, Rule] = {
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast_in_dim,
     "slice": _slice,
-    "split": _split,
+    "split": lambda eqn, xs: np.split(
+        xs[0], np.cumsum(eqn.params["sizes"])[:-1], eqn.params["axis"]
+    ),
     "transpose": lambda eqn, xs: [_permuted(xs[0], eqn.params["permutation"])],
     "squeeze": lambda eqn, xs: [np.squeeze(xs[0], tuple(eqn.params["dimensions"]))],
     "expand_dims": lambda eqn, xs: [np.expand_dims(xs[0], tuple(eqn.params["dimensions"]))],

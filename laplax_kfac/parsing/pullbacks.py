@@ -11,10 +11,10 @@ from laplax_kfac.parsing.uses import Findings
 from laplax_kfac.parsing.values import (
     COTANGENT,
     FOREIGN,
-    PARAMETERS,
     Known,
     Symbolic,
     constant,
+    of_parameters,
 )
 
 
@@ -33,8 +33,7 @@ def rearranged(step: Step) -> Symbolic | None:
     if len(mine) != 1 or len(eqn.outvars) != 1 or eqn.effects or varying or others:
         return None
     parameter, out = values[mine[0]], eqn.outvars[0]
-    assert isinstance(parameter, Symbolic)
-    if parameter.source != PARAMETERS:
+    if not of_parameters(parameter):
         return None
 
     def pullback(w: Any, cotangent: Any) -> Any:

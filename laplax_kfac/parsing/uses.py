@@ -12,7 +12,15 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Float, Int
 
 from laplax_kfac import jaxprs
-from laplax_kfac.parsing.values import FOREIGN, PARAMETERS, Fixed, Known, Symbolic, Value
+from laplax_kfac.parsing.values import (
+    FOREIGN,
+    PARAMETERS,
+    Fixed,
+    Known,
+    Symbolic,
+    Value,
+    of_parameters,
+)
 from laplax_kfac.patterns import Moments, Pattern
 
 Site = tuple[int, ...]
@@ -138,5 +146,5 @@ class Findings:
 
     def mark(self, value: Value, pattern: str, reason: str) -> None:
         """Note that the parameters in a value have no Kronecker form."""
-        if isinstance(value, Symbolic) and value.source == PARAMETERS:
+        if of_parameters(value):
             self.fallbacks.append(Fallback.of(value.index, pattern, reason))

@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,10 @@ class Symbolic:
 
         return self.map(each)
 
+    def inside_scan(self, *, scanned: bool) -> "Symbolic":
+        """This operand of a scan as its body sees it in every iteration."""
+        return self.map(lambda x: np.moveaxis(x, 0, -1) if scanned else x[..., None])
+
     def in_first_iteration(self, ndim: int) -> Int[np.ndarray, " entries"]:
         """The indices in the first iteration of every scan, raveled; of an array of ``ndim`` axes.
 
@@ -126,6 +130,25 @@ class Known:
     value: Callable[[], Any]
     scan_axes: int = 0
 
+    def inside_scan(self, depth: int, *, scanned: bool) -> "Known":
+        """This operand of a scan in ``depth`` others, as its body sees it in every iteration."""
+        if not scanned and not self.scan_axes:
+            return self
+
+        def value() -> Numbers:
+            full = np.asarray(self.value())
+            full = full if self.scan_axes else full.reshape(*full.shape, *[1] * depth)
+            return np.moveaxis(full, 0, -1) if scanned else full[..., None]
+
+        return Known(value, depth + 1)
+
+    def factor(self, ndim: int, scan_axes: int) -> Float[np.ndarray, "..."]:
+        """This factor of an array of ``ndim`` axes: in these axes, then one scan axis a scan."""
+        value = np.asarray(self.value(), np.float64)
+        own = value.ndim - self.scan_axes
+        scans = value.shape[own:] or (1,) * scan_axes
+        return value.reshape((1,) * (ndim - own) + value.shape[:own] + scans)
+
 
 @dataclass(frozen=True)
 class Fixed:
@@ -139,6 +162,11 @@ class Scaled:
 
 Value = Symbolic | Known | Fixed | Scaled | None
 """None: data, or anything else computed with a parameter."""
+
+
+def of_parameters(value: Value) -> TypeGuard[Symbolic]:
+    """Whether a value is a symbolic array of parameters."""
+    return isinstance(value, Symbolic) and value.source == PARAMETERS
 
 
 def constant(value: ArrayLike) -> Known | None:

@@ -25,13 +25,13 @@ from laplax_kfac.parsing.pullbacks import rearranged
 from laplax_kfac.parsing.steps import Rule, Scope, Step
 from laplax_kfac.parsing.uses import Weight
 from laplax_kfac.parsing.values import (
-    PARAMETERS,
     Fixed,
     Known,
     Scaled,
     Symbolic,
     Value,
     known_outputs,
+    of_parameters,
 )
 
 _RULES: dict[str, Rule] = arithmetic.RULES | control_flow.RULES
@@ -55,8 +55,8 @@ def walk(jaxpr: Jaxpr, inputs: Sequence[Value], scope: Scope) -> list[Value]:
             return Known(lambda: np.asarray(atom.val))
         value = env.get(atom)
         # A use's output that is read twice has a cotangent that its bias does not see.
-        of_use = isinstance(value, Symbolic) and value.source != PARAMETERS
-        return without_derivative(value) if of_use and counts.get(atom, 0) > 1 else value
+        shared = counts.get(atom, 0) > 1 and not of_parameters(value)
+        return without_derivative(value) if shared else value
 
     for number, eqn in enumerate(jaxpr.eqns):
         values = [read(a) for a in eqn.invars]
@@ -106,9 +106,9 @@ def _weights(step: Step) -> list[Value]:
     eqn, findings, pattern = step.eqn, step.findings, patterns.find(step.eqn)
     assert pattern is not None
     outputs, name = step.nothing, eqn.primitive.name
-    of_parameters = all(map(findings.is_fixed, step.values))
+    fixed = all(map(findings.is_fixed, step.values))
     for operand, value in enumerate(step.values):
-        if not isinstance(value, Symbolic) or value.source != PARAMETERS:
+        if not of_parameters(value):
             continue
         if operand not in pattern.operands(eqn):
             reason = f"operand {operand} of `{name}` is no weight of {pattern.name}"
@@ -119,6 +119,6 @@ def _weights(step: Step) -> list[Value]:
         use = step.add_use(Weight(pattern, operand, view, f"weight of `{name}`"))
         index = jaxprs.numbered(eqn.outvars[0])
         outputs[0] = Symbolic(use, index[(..., *[None] * len(step.scope.scans))])
-        if of_parameters:
+        if fixed:
             findings.of_parameters.add(use)
     return outputs
