@@ -15,9 +15,14 @@ import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.interpreters.partial_eval import dce_jaxpr
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 REMAT = ("remat2", "checkpoint", "remat")
+Consts = list[ArrayLike]
+"""Constants of a jaxpr, in the order of its ``constvars``."""
+Atom = Var | Literal
+"""What an equation reads."""
 CALLS = ("jit", "pjit", "call", "core_call", "closed_call", "eval_jaxpr", *REMAT)
 """Primitives that do nothing but evaluate a jaxpr, under their names in all versions of JAX."""
 
@@ -27,7 +32,7 @@ def with_consts(jaxpr: Jaxpr) -> Jaxpr:
     return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
 
 
-def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
+def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Consts]:
     """Split a jaxpr found in an equation's parameters into its equations and its constants."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
 
@@ -37,7 +42,7 @@ def is_traced(arrays: PyTree) -> bool:
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
 
 
-def trace(function: Any, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
+def trace(function: Any, *args: Any) -> tuple[Jaxpr, Consts, PyTree]:
     """Trace ``function`` and drop the equations that its output does not need.
 
     Returns:
@@ -51,39 +56,44 @@ def trace(function: Any, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
     return live, consts, out_shape
 
 
-def shape(atom: Any) -> tuple[int, ...]:
+def _aval(atom: Atom) -> Any:
+    """What JAX knows of an array; tokens and the like have no shape and dtype."""
+    return atom.aval
+
+
+def shape(atom: Atom) -> tuple[int, ...]:
     """Shape of a variable or literal."""
-    return tuple(atom.aval.shape)
+    return tuple(_aval(atom).shape)
 
 
-def ndim(atom: Any) -> int:
+def ndim(atom: Atom) -> int:
     """Number of axes of a variable or literal."""
-    return len(atom.aval.shape)
+    return len(_aval(atom).shape)
 
 
-def size(atom: Any) -> int:
+def size(atom: Atom) -> int:
     """Number of entries of a variable or literal."""
-    return math.prod(atom.aval.shape)
+    return math.prod(_aval(atom).shape)
 
 
-def spec(atom: Any) -> jax.ShapeDtypeStruct:
+def spec(atom: Atom) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a variable or literal."""
-    return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
+    return jax.ShapeDtypeStruct(_aval(atom).shape, _aval(atom).dtype)
 
 
-def numbered(atom: Any) -> np.ndarray:
+def numbered(atom: Atom) -> np.ndarray:
     """The numbers 0, 1, ... in the shape of a variable: where its entries are when raveled."""
     dtype = np.int32 if size(atom) < np.iinfo(np.int32).max else np.int64
     return np.arange(size(atom), dtype=dtype).reshape(shape(atom))
 
 
-def is_inexact(atom: Any) -> bool:
+def is_inexact(atom: Atom) -> bool:
     """Whether a variable or literal holds floating-point (or complex) numbers."""
     dtype = getattr(atom.aval, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
-def is_complex(atom: Any) -> bool:
+def is_complex(atom: Atom) -> bool:
     """Whether a variable or literal holds complex numbers."""
     dtype = getattr(atom.aval, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating)
@@ -112,7 +122,7 @@ def with_derivative(jaxpr: Jaxpr) -> dict[int, JaxprEqn]:
     return _differentiated(jaxpr, jaxpr.outvars)[0]
 
 
-def _differentiated(jaxpr: Jaxpr, outputs: Iterable[Any]) -> tuple[dict[int, JaxprEqn], set[Var]]:
+def _differentiated(jaxpr: Jaxpr, outputs: Iterable[Atom]) -> tuple[dict[int, JaxprEqn], set[Var]]:
     """The equations through which some variables have a derivative, and all that these read."""
     found: dict[int, JaxprEqn] = {}
     needed = {atom for atom in outputs if not isinstance(atom, Literal)}
@@ -149,7 +159,7 @@ def differentiated_in_while(jaxpr: Jaxpr, eqn: JaxprEqn) -> list[bool]:
         live = more
 
 
-def consumers(equations: Iterable[JaxprEqn], outputs: Sequence[Any]) -> dict[Var, int]:
+def consumers(equations: Iterable[JaxprEqn], outputs: Sequence[Atom]) -> dict[Var, int]:
     """How often each variable is read: by some equations, and as an output."""
     counts: dict[Var, int] = {}
     for atom in [a for eqn in equations for a in eqn.invars] + list(outputs):
@@ -164,7 +174,7 @@ def evaluate(jaxpr: Jaxpr, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     Context, custom derivative rules and effects survive, because the equation itself is
     re-bound. Outputs that nobody reads come back as they are.
     """
-    operands: dict[Var, Any] = {
+    operands = {
         atom: value
         for atom, value in zip(eqn.invars, values, strict=True)
         if not isinstance(atom, Literal)
@@ -175,7 +185,7 @@ def evaluate(jaxpr: Jaxpr, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return [None if _is_dropped(v) else next(results) for v in eqn.outvars]
 
 
-def _is_dropped(var: Any) -> bool:
+def _is_dropped(var: Atom) -> bool:
     return type(var).__name__ == "DropVar"
 
 
@@ -184,7 +194,7 @@ class ScanParts:
     """The operands of a scan equation: constants, carries, scanned inputs; and its body."""
 
     body: Jaxpr
-    consts: list[Any]
+    consts: Consts
     num_consts: int
     num_carry: int
     length: int
@@ -219,12 +229,12 @@ def scan_parts(eqn: JaxprEqn) -> ScanParts:
     )
 
 
-def cond_branches(eqn: JaxprEqn) -> list[tuple[Jaxpr, list[Any]]]:
+def cond_branches(eqn: JaxprEqn) -> list[tuple[Jaxpr, Consts]]:
     """The branches of a cond / switch equation; operand 0 is the index."""
     return [open_jaxpr(branch) for branch in eqn.params["branches"]]
 
 
-def called_jaxpr(eqn: JaxprEqn) -> tuple[Jaxpr, list[Any]] | None:
+def called_jaxpr(eqn: JaxprEqn) -> tuple[Jaxpr, Consts] | None:
     """The body of an equation that merely calls one jaxpr on all its operands (jit, remat, ...).
 
     Recognised by name: an equation with a jaxpr of the right shape may bring a derivative of its
@@ -250,5 +260,5 @@ def bodies(eqn: JaxprEqn) -> list[Jaxpr]:
     return [] if called is None else [called[0]]
 
 
-def _avals(atoms: Sequence[Any]) -> list[Any]:
+def _avals(atoms: Sequence[Atom]) -> list[tuple[object, object]]:
     return [(getattr(a.aval, "shape", None), getattr(a.aval, "dtype", None)) for a in atoms]
