@@ -23,7 +23,8 @@ from laplax_kfac.arguments import no_type_check
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal
 from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.parsing.layer import Layer
-from laplax_kfac.parsing.layout import Contiguous, ParameterSpace, Scattered, Segment
+from laplax_kfac.parsing.layout import ParameterSpace
+from laplax_kfac.parsing.segments import Contiguous, Scattered, Segment
 from laplax_kfac.posterior.posterior import Posterior
 
 FORMAT = 1

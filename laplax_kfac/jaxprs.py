@@ -15,10 +15,16 @@ import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jax.interpreters.partial_eval import dce_jaxpr
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 REMAT = ("remat2", "checkpoint", "remat")
+Consts = list[ArrayLike]
+"""Constants of a jaxpr, in the order of its ``constvars``."""
+Atom = Var | Literal
+"""What an equation reads."""
+CALLS = ("jit", "pjit", "call", "core_call", "closed_call", "eval_jaxpr", *REMAT)
+"""Primitives that do nothing but evaluate a jaxpr, under their names in all versions of JAX."""
 
 
 def with_consts(jaxpr: Jaxpr) -> Jaxpr:
@@ -26,7 +32,7 @@ def with_consts(jaxpr: Jaxpr) -> Jaxpr:
     return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
 
 
-def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, list[Any]]:
+def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Consts]:
     """Split a jaxpr found in an equation's parameters into its equations and its constants."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
 
@@ -36,7 +42,7 @@ def is_traced(arrays: PyTree) -> bool:
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
 
 
-def trace(function: Any, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
+def trace(function: Any, *args: Any) -> tuple[Jaxpr, Consts, PyTree]:
     """Trace ``function`` and drop the equations that its output does not need.
 
     Returns:
@@ -50,39 +56,44 @@ def trace(function: Any, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
     return live, consts, out_shape
 
 
-def shape(atom: Any) -> tuple[int, ...]:
+def _aval(atom: Atom) -> Any:
+    """What JAX knows of an array; tokens and the like have no shape and dtype."""
+    return atom.aval
+
+
+def shape(atom: Atom) -> tuple[int, ...]:
     """Shape of a variable or literal."""
-    return tuple(atom.aval.shape)
+    return tuple(_aval(atom).shape)
 
 
-def ndim(atom: Any) -> int:
+def ndim(atom: Atom) -> int:
     """Number of axes of a variable or literal."""
-    return len(atom.aval.shape)
+    return len(_aval(atom).shape)
 
 
-def size(atom: Any) -> int:
+def size(atom: Atom) -> int:
     """Number of entries of a variable or literal."""
-    return math.prod(atom.aval.shape)
+    return math.prod(_aval(atom).shape)
 
 
-def spec(atom: Any) -> jax.ShapeDtypeStruct:
+def spec(atom: Atom) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a variable or literal."""
-    return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
+    return jax.ShapeDtypeStruct(_aval(atom).shape, _aval(atom).dtype)
 
 
-def numbered(atom: Any) -> np.ndarray:
+def numbered(atom: Atom) -> np.ndarray:
     """The numbers 0, 1, ... in the shape of a variable: where its entries are when raveled."""
     dtype = np.int32 if size(atom) < np.iinfo(np.int32).max else np.int64
     return np.arange(size(atom), dtype=dtype).reshape(shape(atom))
 
 
-def is_inexact(atom: Any) -> bool:
+def is_inexact(atom: Atom) -> bool:
     """Whether a variable or literal holds floating-point (or complex) numbers."""
     dtype = getattr(atom.aval, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
-def is_complex(atom: Any) -> bool:
+def is_complex(atom: Atom) -> bool:
     """Whether a variable or literal holds complex numbers."""
     dtype = getattr(atom.aval, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating)
@@ -108,17 +119,47 @@ def has_custom_vjp(jaxpr: Jaxpr) -> bool:
 
 def with_derivative(jaxpr: Jaxpr) -> dict[int, JaxprEqn]:
     """The equations through which an output has a derivative, by their numbers."""
+    return _differentiated(jaxpr, jaxpr.outvars)[0]
+
+
+def _differentiated(jaxpr: Jaxpr, outputs: Iterable[Atom]) -> tuple[dict[int, JaxprEqn], set[Var]]:
+    """The equations through which some variables have a derivative, and all that these read."""
     found: dict[int, JaxprEqn] = {}
-    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+    needed = {atom for atom in outputs if not isinstance(atom, Literal)}
     for number, eqn in reversed(list(enumerate(jaxpr.eqns))):
         outputs = [v for v in eqn.outvars if v in needed and is_inexact(v)]
         if outputs and eqn.primitive.name != "stop_gradient":
             found[number] = eqn
             needed.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
-    return found
+    return found, needed
 
 
-def consumers(equations: Iterable[JaxprEqn], outputs: Sequence[Any]) -> dict[Var, int]:
+def differentiated_in_while(jaxpr: Jaxpr, eqn: JaxprEqn) -> list[bool]:
+    """For every operand of a while loop, whether needed outputs have a derivative in it.
+
+    Args:
+        jaxpr: The jaxpr that the loop is an equation of.
+        eqn: The loop.
+
+    Returns:
+        A truth value for each of the condition's constants, which have none; the body's constants;
+        and the carries, which may be needed by each other in the next iteration.
+    """
+    num_cond, num_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    body, _ = open_jaxpr(eqn.params["body_jaxpr"])
+    needed = _differentiated(jaxpr, jaxpr.outvars)[1]
+    live = [var in needed for var in eqn.outvars]
+    while True:
+        outputs = [var for var, on in zip(body.outvars, live, strict=True) if on]
+        read = _differentiated(body, outputs)[1]
+        inputs = [var in read for var in body.invars]
+        more = [a or b for a, b in zip(live, inputs[num_body:], strict=True)]
+        if more == live:
+            return [False] * num_cond + inputs[:num_body] + live
+        live = more
+
+
+def consumers(equations: Iterable[JaxprEqn], outputs: Sequence[Atom]) -> dict[Var, int]:
     """How often each variable is read: by some equations, and as an output."""
     counts: dict[Var, int] = {}
     for atom in [a for eqn in equations for a in eqn.invars] + list(outputs):
@@ -133,7 +174,7 @@ def evaluate(jaxpr: Jaxpr, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     Context, custom derivative rules and effects survive, because the equation itself is
     re-bound. Outputs that nobody reads come back as they are.
     """
-    operands: dict[Var, Any] = {
+    operands = {
         atom: value
         for atom, value in zip(eqn.invars, values, strict=True)
         if not isinstance(atom, Literal)
@@ -144,7 +185,7 @@ def evaluate(jaxpr: Jaxpr, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return [None if _is_dropped(v) else next(results) for v in eqn.outvars]
 
 
-def _is_dropped(var: Any) -> bool:
+def _is_dropped(var: Atom) -> bool:
     return type(var).__name__ == "DropVar"
 
 
@@ -153,7 +194,7 @@ class ScanParts:
     """The operands of a scan equation: constants, carries, scanned inputs; and its body."""
 
     body: Jaxpr
-    consts: list[Any]
+    consts: Consts
     num_consts: int
     num_carry: int
     length: int
@@ -188,18 +229,18 @@ def scan_parts(eqn: JaxprEqn) -> ScanParts:
     )
 
 
-def cond_branches(eqn: JaxprEqn) -> list[tuple[Jaxpr, list[Any]]]:
+def cond_branches(eqn: JaxprEqn) -> list[tuple[Jaxpr, Consts]]:
     """The branches of a cond / switch equation; operand 0 is the index."""
     return [open_jaxpr(branch) for branch in eqn.params["branches"]]
 
 
-def called_jaxpr(eqn: JaxprEqn) -> tuple[Jaxpr, list[Any]] | None:
+def called_jaxpr(eqn: JaxprEqn) -> tuple[Jaxpr, Consts] | None:
     """The body of an equation that merely calls one jaxpr on all its operands (jit, remat, ...).
 
-    Recognised by shape, not by name: names change between versions. Equations with a derivative
-    rule of their own are not calls, for inlining them would lose the rule.
+    Recognised by name: an equation with a jaxpr of the right shape may bring a derivative of its
+    own, which inlining would lose (`linear_call`), or name axes that only it binds (`shard_map`).
     """
-    if eqn.primitive.name in CUSTOM_RULES or eqn.primitive.name in ("scan", "while", "cond"):
+    if eqn.primitive.name not in CALLS:
         return None
     found = [v for v in eqn.params.values() if isinstance(getattr(v, "jaxpr", v), Jaxpr)]
     if len(found) != 1:
@@ -219,5 +260,5 @@ def bodies(eqn: JaxprEqn) -> list[Jaxpr]:
     return [] if called is None else [called[0]]
 
 
-def _avals(atoms: Sequence[Any]) -> list[Any]:
+def _avals(atoms: Sequence[Atom]) -> list[tuple[object, object]]:
     return [(getattr(a.aval, "shape", None), getattr(a.aval, "dtype", None)) for a in atoms]

@@ -18,7 +18,8 @@ from support.tolerances import tolerance
 import laplax_kfac
 from laplax_kfac.blocks.blocks import Block
 from laplax_kfac.curvature.curvature import Curvature
-from laplax_kfac.parsing.layout import ParameterSpace, Scattered
+from laplax_kfac.parsing.layout import ParameterSpace
+from laplax_kfac.parsing.segments import Scattered
 from laplax_kfac.posterior.posterior import Posterior
 
 pytestmark = pytest.mark.usefixtures("x64")

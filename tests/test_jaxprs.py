@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.custom_derivatives import linear_call
 from jax.extend.core import DropVar, Literal
+from jax.sharding import AxisType, PartitionSpec
 
 from laplax_kfac import jaxprs
 
@@ -242,6 +244,15 @@ def linearly_solved(x):
     return lax.custom_linear_solve(lambda v: 2.0 * v, x, lambda _, b: b / 2.0)
 
 
+def scaled_backwards(x):
+    return linear_call(lambda _, x: x, lambda _, g: 10.0 * g, (), x)
+
+
+def on_one_device(x):
+    mesh = jax.make_mesh((1,), ("t",), (AxisType.Auto,), devices=jax.devices()[:1])
+    return jax.shard_map(jnp.sin, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())(x)
+
+
 CALLS = {
     "jit": jax.jit(jnp.sin),
     "nested_jit": jax.jit(jax.jit(lambda x: jnp.sin(x) * 2.0)),
@@ -255,6 +266,8 @@ NO_CALLS = {
     "while": lambda x: lax.while_loop(lambda v: jnp.sum(v) < 9.0, lambda v: v + 1.0, x),
     "cond": lambda x: lax.cond(jnp.sum(x) > 0, jnp.sin, jnp.cos, x),
     "linear_solve": linearly_solved,
+    "linear_call": scaled_backwards,
+    "shard_map": on_one_device,
     "sort": lax.sort,
     "reduce": lambda x: lax.reduce(x, np.float32(0.0), lambda a, b: a + 2.0 * b, (0,)),
     "reduce_window": lambda x: lax.reduce_window(
@@ -286,3 +299,31 @@ def test_with_consts_makes_inputs_of_constants():
     assert flat.constvars == []
     (found,) = jax.core.eval_jaxpr(flat, [], *consts, X)
     np.testing.assert_array_equal(found, X * constant)
+
+
+# -- loops without a fixed number of iterations ------------------------------------------------
+
+
+def while_operands(function):
+    jaxpr, _, _ = jaxprs.trace(function, 1.0, 2.0)
+    (eqn,) = [e for e in jaxpr.eqns if e.primitive.name == "while"]
+    return jaxprs.differentiated_in_while(jaxpr, eqn)
+
+
+def test_only_what_moves_a_loops_output_has_a_derivative():
+    def constant_of_the_condition(w, x):
+        return lax.while_loop(lambda c: c < w, lambda c: c * x, x)
+
+    def carry_of_the_condition(w, x):
+        return lax.while_loop(lambda c: c[0] < c[1], lambda c: (c[0] * x, 2.0 * c[1]), (x, w))[0]
+
+    def carry_that_feeds_another(w, x):
+        def body(c):
+            return c[1], c[2] * x, c[2]
+
+        return lax.while_loop(lambda c: c[0] < 9.0, body, (x, x, w))[0]
+
+    # Operands are the condition's constants, the body's, and the carries.
+    assert while_operands(constant_of_the_condition) == [False, True, True]
+    assert while_operands(carry_of_the_condition) == [True, True, False]
+    assert while_operands(carry_that_feeds_another) == [True, True, True, True]

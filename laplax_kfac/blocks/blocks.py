@@ -27,7 +27,8 @@ from jaxtyping import Array, Float, Num, PyTree
 
 from laplax_kfac import pytrees
 from laplax_kfac.parsing.layer import Layer
-from laplax_kfac.parsing.layout import ParameterSpace, Segment
+from laplax_kfac.parsing.layout import ParameterSpace
+from laplax_kfac.parsing.segments import Segment
 
 
 @pytrees.register

@@ -24,11 +24,12 @@ from laplax_kfac.capture.batches import Batch, as_batch, batch_size, first_examp
 from laplax_kfac.capture.rewrites import has_rewrite, rewrite
 from laplax_kfac.fisher import Columns, fisher_type_of
 from laplax_kfac.likelihood.named import resolve_likelihood
-from laplax_kfac.parsing.grouping import Member, Part, Resolved
+from laplax_kfac.parsing.claims import Part
+from laplax_kfac.parsing.grouping import Member, Resolved
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.program import ModelFn, Program, parse
-from laplax_kfac.parsing.walk import Use
-from laplax_kfac.patterns.registry import one_hot
+from laplax_kfac.parsing.uses import Use
+from laplax_kfac.patterns import one_hot
 
 Probes = dict[int, Array]
 Inputs = dict[int, tuple[ArrayLike, Array, tuple[ArrayLike, ...]]]

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from laplax_kfac.blocks.blocks import Block
 from laplax_kfac.capture.capture import UseRecord
 from laplax_kfac.parsing.grouping import Member, Resolved
-from laplax_kfac.patterns.registry import one_hot
+from laplax_kfac.patterns import one_hot
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 FORMED = 2**23

@@ -43,7 +43,8 @@ from laplax_kfac.gram import (
     upper_tiles,
     whole,
 )
-from laplax_kfac.parsing.grouping import Claim, Member, Resolved
+from laplax_kfac.parsing.claims import Claim
+from laplax_kfac.parsing.grouping import Member, Resolved
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
 

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from laplax_kfac.parsing.layout import ParameterSpace, Segment
+from laplax_kfac.parsing.layout import ParameterSpace
+from laplax_kfac.parsing.segments import Segment
 
 FROZEN = "frozen"
 """Pattern of parameters that are left out: fixed at their value."""
+
+ROOTS = ("", "params", "~")
+"""Paths at which frameworks keep what belongs to no module: flax.linen's and haiku's."""
 
 BlockKind = Literal["kronecker", "dense", "diagonal", "none"]
 
@@ -94,7 +98,7 @@ def unique_names(layers: Sequence[Layer], space: ParameterSpace) -> list[str]:
     names = []
     for layer, own in zip(layers, modules, strict=True):
         module = min(own)
-        alone = bool(module) and len(own) == 1 and owners[module] == 1
+        alone = module not in ROOTS and len(own) == 1 and owners[module] == 1
         path = space.paths[space.leaf_at(layer.first)] if layer.size else layer.params[0]
         names.append(module if alone else name_of[path])
     ranged = [_with_range(n, layer, space) if names.count(n) > 1 else n

@@ -11,12 +11,15 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from laplax_kfac import jaxprs
+from laplax_kfac.parsing.biases import Bias
 from laplax_kfac.parsing.grouping import Resolved, resolve
-from laplax_kfac.parsing.indices import PARAMETERS, Trace, constant
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.selection import Selection
-from laplax_kfac.parsing.walk import Findings, Opaque, Scope, Use, Value, walk
+from laplax_kfac.parsing.steps import Scope
+from laplax_kfac.parsing.uses import Fallback, Findings, Use
+from laplax_kfac.parsing.values import PARAMETERS, Symbolic, Value, constant
+from laplax_kfac.parsing.walk import walk
 
 ModelFn = Callable[..., PyTree]
 
@@ -94,11 +97,12 @@ def parse(
     findings = _find(jaxpr, consts, space, covered)
     if selection.last_layer:
         covered = _of_last_layer(findings, space)
-        selection = replace(selection, params_filter=_among(space, covered))
+        names = {name for name, used in zip(space.names, covered, strict=True) if used}
+        selection = replace(selection, params_filter=lambda path: path in names)
         findings = _find(jaxpr, consts, space, covered)
     resolved = resolve(findings, space, selection)
     used = {m.claim.use for r in resolved for m in r.members}
-    uses = {number: findings.use(number) for number in used}
+    uses = {number: findings.uses[number] for number in used}
     custom_vjp = jaxprs.has_custom_vjp(jaxpr)
     return Program(jaxpr, consts, space, resolved, uses, custom_vjp, selection, output)
 
@@ -111,8 +115,7 @@ def _find(
     for leaf, used in enumerate(covered):
         if used and space.is_complex(leaf):
             reason = "complex: real and imaginary part share one eigenvalue"
-            ids = space.leaf_ids(leaf).ravel()
-            findings.opaque.append(Opaque(ids, "complex", reason))
+            findings.fallbacks.append(Fallback(space.leaf_ids(leaf).ravel(), "complex", reason))
     values = _initial_values(jaxpr, consts, space, covered)
     for value in walk(jaxpr, values, Scope(findings)):
         findings.mark(value, "direct", "is part of the output itself")
@@ -121,20 +124,16 @@ def _find(
 
 def _of_last_layer(findings: Findings, space: ParameterSpace) -> list[bool]:
     """The leaves of the last weight in the jaxpr, and of what is added to its output."""
-    biases = {s.bias for s in findings.shifts} | set(findings.sums)
-    weights = [k for k in range(len(findings.uses)) if k not in biases]
+    weights = [k for k, use in enumerate(findings.uses) if not isinstance(use.role, Bias)]
     if not weights:
         msg = "`params_filter='last_layer'` needs a layer with a weight; the model has none."
         raise ValueError(msg)
-    ids = [findings.use(weights[-1]).ids]
-    ids += [shift.ids for shift in findings.shifts if shift.use == weights[-1]]
-    leaves = {leaf for i in ids for leaf in space.leaves_of(i[i >= 0])}
+    ids = [findings.uses[weights[-1]].role.view.ids]
+    roles = [use.role for use in findings.uses]
+    biases = [r for r in roles if isinstance(r, Bias) and r.output is not None]
+    ids += [r.weight.ids for r in biases if r.output and r.output.source == weights[-1]]
+    leaves = {leaf for i in ids for leaf in space.leaves_of(i)}
     return [leaf in leaves for leaf in range(len(space.names))]
-
-
-def _among(space: ParameterSpace, covered: Sequence[bool]) -> Callable[[str], bool]:
-    names = {name for name, used in zip(space.names, covered, strict=True) if used}
-    return lambda path: path in names
 
 
 def _initial_values(
@@ -142,7 +141,7 @@ def _initial_values(
 ) -> list[Value]:
     constants: list[Value] = [constant(c) for c in consts]
     leaves: list[Value] = [
-        Trace(PARAMETERS, space.leaf_ids(leaf))
+        Symbolic(PARAMETERS, space.leaf_ids(leaf))
         if covered[leaf]
         and jnp.issubdtype(space.dtypes[leaf], jnp.floating)
         and 0 not in space.shapes[leaf]

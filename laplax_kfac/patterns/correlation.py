@@ -1,11 +1,16 @@
-"""Second moments of windows by correlation: one product for all entries at the same distance.
+"""Second moments of patches by correlation: one product for all entries at the same distance.
 
-Two places of a window see nearly the same pairs of entries of an image as any two others that are
-as far apart. So the second moment of all windows is put together from the correlation of the image
-with itself, a convolution that has the image as its kernel, less the few pairs near the edges that
-no window sees at those places.
+With patches at positions t, places p and q of a patch, and an image x, the tile (p, q) of the
+second moment is the sum of ``x[t + p] x[t + q]^T`` over t: that of ``x[n] x[n + q - p]^T`` over the
+entries n = t + p that place p sees. All places see nearly the same entries: all of the image (with
+strides, all of its entries that are a multiple of the stride apart) but a few at its edges. So the
+tile is, at distance d = q - p,
 
-Images and windows are as in `windows`.
+    sum over all n of x[n] x[n + d]^T  -  the same over the few n that place p does not see.
+
+The first is the correlation of the image with itself: one convolution that has the image as its
+kernel, for all distances, serves all tiles of the same distance. The others are correlations of one
+entry. Along several axes the terms multiply. Images and patches are as in `patches`.
 """
 
 import functools
@@ -24,7 +29,7 @@ from laplax_kfac.gram import SharedTiles
 from laplax_kfac.patterns.patches import Axis, row_products
 
 _MOST_PLACES = 32
-"""Entries of a window for whose pairs a plan is made."""
+"""Entries of a patch for whose pairs a plan is made."""
 _MOST_PIECES = 32
 """Convolutions that are worth compiling."""
 _FEWEST_CHANNELS = 16
@@ -54,6 +59,15 @@ class _Term:
     sign: int
     entries: tuple[_Entries, ...]
     distance: tuple[int, ...]
+
+    @classmethod
+    def product(cls, terms: Sequence["_Term"]) -> "_Term":
+        """The term along several axes, from one along each."""
+        return cls(
+            math.prod(term.sign for term in terms),
+            tuple(entries for term in terms for entries in term.entries),
+            tuple(distance for term in terms for distance in term.distance),
+        )
 
 
 @dataclass(frozen=True)
@@ -88,22 +102,22 @@ class _Plan:
 
 
 def is_cheaper(axes: Sequence[Axis], shape: Sequence[int]) -> bool:
-    """Whether `second_moment` is cheaper than that of `windows`, for images of some shape."""
+    """Whether `second_moment` is cheaper than that of `patches`, for images of some shape."""
     images, *_, channels = shape
     if images < _FEWEST_IMAGES or channels < _FEWEST_CHANNELS:
         return False
     if any(axis.spread > 1 or axis.dilation > 1 for axis in axes):
         return False
-    if math.prod(axis.window for axis in axes) > _MOST_PLACES:
+    if math.prod(axis.patch for axis in axes) > _MOST_PLACES:
         return False
     # In double precision XLA has no fast product for kernels smaller than what comes out.
-    small = any(axis.size < 2 * axis.window - 1 for axis in axes)
+    small = any(axis.size < 2 * axis.patch - 1 for axis in axes)
     if small and jnp.result_type(float) == jnp.float64:
         return False
     pieces = _plan(tuple(axes)).pieces
     work = sum(piece.work() for piece in pieces)
     by_rows = sum(len(p.rows) for p in row_products(axes[0]))
-    by_rows *= math.prod(axis.positions * axis.window**2 for axis in axes[1:])
+    by_rows *= math.prod(axis.positions * axis.patch**2 for axis in axes[1:])
     return 0 < len(pieces) <= _MOST_PIECES and work <= by_rows
 
 
@@ -112,7 +126,7 @@ def second_moment(
     images: Float[Array, "n *space channels"],
     weights: Float[Array, " n"],
 ) -> SharedTiles:
-    """Weighted sum of x x^T over all windows x of all images."""
+    """Weighted sum of x x^T over all patches x of all images."""
     plan = _plan(axes)
     weighted = images * weights.reshape(-1, *[1] * (images.ndim - 1))
 
@@ -121,30 +135,30 @@ def second_moment(
         x = jnp.moveaxis(x, -2, 0)
         return tuple(_correlation(piece, x, y) for piece in plan.pieces)
 
-    parts, each = _parts(images.size * images.dtype.itemsize, len(images))
-    if parts == 1:
+    chunks, each = _chunks(images.size * images.dtype.itemsize, len(images))
+    if chunks == 1:
         return SharedTiles(products(images, weighted), plan.sums)
-    missing = each * parts - len(images)
+    missing = each * chunks - len(images)
     split = [
         jnp.concatenate([x, jnp.zeros((missing, *x.shape[1:]), x.dtype)]).reshape(
-            parts, each, *x.shape[1:]
+            chunks, each, *x.shape[1:]
         )
         for x in (images, weighted)
     ]
     zeros = [jnp.zeros(s.shape, s.dtype) for s in jax.eval_shape(products, *(x[0] for x in split))]
 
-    def add(total: list[Array], part: tuple[Array, ...]) -> tuple[list[Array], None]:
-        return list(map(jnp.add, total, products(*part))), None
+    def add(total: list[Array], chunk: tuple[Array, ...]) -> tuple[list[Array], None]:
+        return list(map(jnp.add, total, products(*chunk))), None
 
     return SharedTiles(tuple(lax.scan(add, zeros, tuple(split))[0]), plan.sums)
 
 
-def _parts(size: int, images: int) -> tuple[int, int]:
-    """In how many parts to work, and how many images these have: a multiple of the fewest."""
-    parts = math.ceil(size / _CACHED_BYTES)
-    if parts == 1:
+def _chunks(size: int, images: int) -> tuple[int, int]:
+    """The number of chunks to work in, and of images in each: a multiple of the fewest."""
+    chunks = math.ceil(size / _CACHED_BYTES)
+    if chunks == 1:
         return 1, images
-    each = math.ceil(images / parts / _FEWEST_IMAGES) * _FEWEST_IMAGES
+    each = math.ceil(images / chunks / _FEWEST_IMAGES) * _FEWEST_IMAGES
     return math.ceil(images / each), each
 
 
@@ -180,13 +194,18 @@ def _correlation(
 
 @functools.cache
 def _plan(axes: tuple[Axis, ...]) -> _Plan:
+    """Terms of every tile on and below the diagonal; those of the same entries are one piece.
+
+    A piece is computed for all distances between the least and the most that a tile wants, for they
+    come out of one convolution. Its results are numbered behind those of the pieces before it.
+    """
     along = [_terms_along(axis) for axis in axes]
 
     def terms_of(left: tuple[int, ...], right: tuple[int, ...]) -> list[_Term]:
         choices = [along[n][pair] for n, pair in enumerate(zip(left, right, strict=True))]
-        return [_joined(terms) for terms in itertools.product(*choices)]
+        return [_Term.product(terms) for terms in itertools.product(*choices)]
 
-    places = list(np.ndindex(*(axis.window for axis in axes)))
+    places = list(np.ndindex(*(axis.patch for axis in axes)))
     tiles = [[terms_of(left, right) for left in places[: k + 1]] for k, right in enumerate(places)]
     distances: dict[tuple[_Entries, ...], list[tuple[int, ...]]] = {}
     for term in (term for row in tiles for terms in row for term in terms):
@@ -209,10 +228,10 @@ def _plan(axes: tuple[Axis, ...]) -> _Plan:
 
 
 def _terms_along(axis: Axis) -> dict[tuple[int, int], list[_Term]]:
-    """For every two places in a window, what adds up to the products of their entries."""
+    """For every two places in a patch, what adds up to the products of their entries."""
     entries = axis.entries()
     terms: dict[tuple[int, int], list[_Term]] = {}
-    for left, right in itertools.product(range(axis.window), repeat=2):
+    for left, right in itertools.product(range(axis.patch), repeat=2):
         both = (entries[:, left] >= 0) & (entries[:, right] >= 0)
         seen = set(entries[both, left].tolist())
         # Places a multiple of the stride apart see the same entries but for those at the edges.
@@ -227,12 +246,3 @@ def _terms_along(axis: Axis) -> dict[tuple[int, int], list[_Term]]:
             signed = [(1, _Entries(n)) for n in sorted(seen)]
         terms[left, right] = [_Term(sign, (found,), (distance,)) for sign, found in signed]
     return terms
-
-
-def _joined(terms: Sequence[_Term]) -> _Term:
-    """The term along several axes."""
-    return _Term(
-        math.prod(term.sign for term in terms),
-        tuple(entries for term in terms for entries in term.entries),
-        tuple(distance for term in terms for distance in term.distance),
-    )

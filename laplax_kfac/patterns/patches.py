@@ -1,10 +1,11 @@
-"""Windows that slide over images: their entries, and second moments of these by correlation.
+"""Patches that slide over images: their entries, and second moments of these by correlation.
 
-Windows that overlap have entries in common, and so have the products of their rows: those of rows
-y and y + d of the images serve all pairs of a window's rows at distance d. So the second moment of
-all windows takes a fraction of the work, and of the memory, of a product of the windows themselves.
+With a patch as rows, its second moment has a block of products for every pair (i, j) of these.
+Patches that overlap have entries in common, and so have the products of their rows: those of rows
+y and y + d of the images serve all pairs of a patch's rows at distance d. So the second moment of
+all patches takes a fraction of the work, and of the memory, of a product of the patches themselves.
 
-Images are (examples, *space, channels). The entries of a window are in the order of its places,
+Images are (examples, *space, channels). The entries of a patch are in the order of its places,
 then channels.
 """
 
@@ -24,30 +25,30 @@ from laplax_kfac.gram import UpperTiles, whole
 
 _HIGHEST = lax.Precision.HIGHEST
 _MOST_SLICES = 32
-"""Entries of a window along one axis up to which images are sliced, not indexed."""
+"""Entries of a patch along one axis up to which images are sliced, not indexed."""
 _MOST_PRODUCTS = 64
 """Products of rows that are worth compiling."""
 _WORTHWHILE = 0.85
-"""Products of rows, against those of the windows' rows, up to which they are cheaper."""
+"""Products of rows, against those of the patches' rows, up to which they are cheaper."""
 _CACHED_BYTES = 2**20
 """Memory for the rows of some examples that a core has at hand."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Windows along one axis of an image.
+    """Patches along one axis of an image.
 
     Attributes:
         size: Entries of the image.
-        window: Entries of a window.
-        stride: Steps from one window to the next.
+        patch: Entries of a patch.
+        stride: Steps from one patch to the next.
         padding: Entries added before and after; taken away where negative.
         spread: Steps from one entry of the image to the next, the others being zero.
-        dilation: Steps from one entry of a window to the next.
+        dilation: Steps from one entry of a patch to the next.
     """
 
     size: int
-    window: int
+    patch: int
     stride: int = 1
     padding: tuple[int, int] = (0, 0)
     spread: int = 1
@@ -55,25 +56,25 @@ class Axis:
 
     @property
     def positions(self) -> int:
-        """Number of windows."""
+        """Number of patches."""
         padded = (self.size - 1) * self.spread + 1 + sum(self.padding)
-        return max(0, (padded - (self.window - 1) * self.dilation - 1) // self.stride + 1)
+        return max(0, (padded - (self.patch - 1) * self.dilation - 1) // self.stride + 1)
 
-    def entries(self) -> Int[np.ndarray, "positions window"]:
-        """Which entry of the image an entry of a window is, -1 for none."""
+    def entries(self) -> Int[np.ndarray, "positions patch"]:
+        """Which entry of the image an entry of a patch is, -1 for none."""
         start = np.arange(self.positions)[:, None] * self.stride - self.padding[0]
-        place = start + np.arange(self.window) * self.dilation
+        place = start + np.arange(self.patch) * self.dilation
         entry, rest = np.divmod(place, self.spread)
         return np.where((rest == 0) & (entry >= 0) & (entry < self.size), entry, -1)
 
 
-def windows(
+def extract(
     axes: Sequence[Axis], images: Float[Array, "n *space channels"], first: int = 1
 ) -> Float[Array, "n *positions entries"]:
-    """The entries of all windows.
+    """The entries of all patches.
 
     Args:
-        axes: Windows along the axes of the images.
+        axes: Patches along the axes of the images.
         images: The images.
         first: Axis of the images that the first of ``axes`` is about.
     """
@@ -83,31 +84,31 @@ def windows(
 
 
 def _unfold(axis: Axis, x: Float[Array, "..."], place: int) -> Float[Array, "..."]:
-    """Put the entries of windows along one axis beside each other, in front of the last axis'."""
+    """Put the entries of patches along one axis beside each other, in front of the last axis'."""
     config = [(0, 0, 0)] * x.ndim
     config[place] = (*axis.padding, axis.spread - 1)
     x = lax.pad(x, jnp.zeros((), x.dtype), config)
     span = (axis.positions - 1) * axis.stride + 1
-    starts = axis.dilation * np.arange(axis.window)
-    if axis.positions and axis.window <= _MOST_SLICES:
+    starts = axis.dilation * np.arange(axis.patch)
+    if axis.positions and axis.patch <= _MOST_SLICES:
         parts = [lax.slice_in_dim(x, int(k), int(k) + span, axis.stride, place) for k in starts]
         return jnp.concatenate(parts, axis=-1)
     entries = np.arange(axis.positions)[:, None] * axis.stride + starts
     x = jnp.moveaxis(jnp.take(x, entries, axis=place), place + 1, -2)
-    return x.reshape(*x.shape[:-2], axis.window * x.shape[-1])
+    return x.reshape(*x.shape[:-2], axis.patch * x.shape[-1])
 
 
 # -- second moments ----------------------------------------------------------------------------
 
 
 def has_cheap_moment(axes: Sequence[Axis]) -> bool:
-    """Whether windows share enough entries for `second_moment` to be cheaper than their product."""
-    if not axes or axes[0].window < 2 or axes[0].window > _MOST_SLICES:
+    """Whether patches share enough entries for `second_moment` to be cheaper than their product."""
+    if not axes or axes[0].patch < 2 or axes[0].patch > _MOST_SLICES:
         return False
     products = row_products(axes[0])
     rows = sum(len(p.rows) for p in products)
-    of_windows = axes[0].positions * math.comb(axes[0].window + 1, 2)
-    return len(products) <= _MOST_PRODUCTS and rows <= _WORTHWHILE * of_windows
+    of_patches = axes[0].positions * math.comb(axes[0].patch + 1, 2)
+    return len(products) <= _MOST_PRODUCTS and rows <= _WORTHWHILE * of_patches
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -116,16 +117,16 @@ def second_moment(
     images: Float[Array, "n *space channels"],
     weights: Float[Array, " n"],
 ) -> Float[Array, "entries entries"]:
-    """Weighted sum of x x^T over all windows x of all images; the weights are not negative."""
+    """Weighted sum of x x^T over all patches x of all images; the weights are not negative."""
     rows, *rest = axes
     x = images * jnp.sqrt(weights).reshape(-1, *[1] * (images.ndim - 1))
     if _whole_rows_are_cheaper(axes, images.shape):
         products = _products(rows, x.reshape(*x.shape[:2], -1))
-        blocks = _of_windows(rest, x.shape[2:], products)
+        blocks = _of_patches(rest, x.shape[2:], products)
     else:
-        blocks = _in_parts(axes, x)
-    block = dict(zip(_pairs(rows.window), blocks, strict=True))
-    tiles = [[block[i, j] for j in range(i, rows.window)] for i in range(rows.window)]
+        blocks = _by_chunks(axes, x)
+    block = dict(zip(_pairs(rows.patch), blocks, strict=True))
+    tiles = [[block[i, j] for j in range(i, rows.patch)] for i in range(rows.patch)]
     return whole(UpperTiles(tuple(map(tuple, tiles))))
 
 
@@ -136,7 +137,7 @@ def _second_moment_jvp(
     """The derivative is that of the plain formula, for a root has none at a weight of zero."""
 
     def plain(images: Array, weights: Array) -> Array:
-        x = windows(axes, images)
+        x = extract(axes, images)
         x = x.reshape(len(x), -1, x.shape[-1])
         return jnp.einsum("n,nsp,nsq->pq", weights, x, x, precision=_HIGHEST)
 
@@ -150,7 +151,7 @@ class _RowProduct:
     Attributes:
         rows: The rows.
         distance: From a row to the other.
-        pairs: The pairs of a window's rows that they belong to.
+        pairs: The pairs of a patch's rows that they belong to.
     """
 
     rows: Int[np.ndarray, " rows"]
@@ -160,10 +161,10 @@ class _RowProduct:
 
 @functools.cache
 def row_products(axis: Axis) -> list[_RowProduct]:
-    """All products of rows that windows need, those of the same pairs together."""
+    """All products of rows that patches need, those of the same pairs together."""
     entries = axis.entries()
     pairs_of: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for i, j in _pairs(axis.window):
+    for i, j in _pairs(axis.patch):
         both = (entries[:, i] >= 0) & (entries[:, j] >= 0)
         for row, other in entries[both][:, (i, j)].tolist():
             pairs_of.setdefault((other - row, row), []).append((i, j))
@@ -173,12 +174,12 @@ def row_products(axis: Axis) -> list[_RowProduct]:
     return [_RowProduct(np.array(rows), d, pairs) for (d, pairs), rows in together.items()]
 
 
-def _pairs(window: int) -> list[tuple[int, int]]:
-    return list(itertools.combinations_with_replacement(range(window), 2))
+def _pairs(patch: int) -> list[tuple[int, int]]:
+    return list(itertools.combinations_with_replacement(range(patch), 2))
 
 
 def _products(axis: Axis, x: Float[Array, "n rows *q p"]) -> Float[Array, "pairs p p"]:
-    """For every pair of a window's rows, the sum of the products of images' rows at them."""
+    """For every pair of a patch's rows, the sum of the products of images' rows at them."""
     x = x.swapaxes(0, 1)  # then rows that follow each other are one block of memory
     total: dict[tuple[int, int], Array] = {}
     for product in row_products(axis):
@@ -187,7 +188,7 @@ def _products(axis: Axis, x: Float[Array, "n rows *q p"]) -> Float[Array, "pairs
         for pair in product.pairs:
             total[pair] = total[pair] + new if pair in total else new
     zero = jnp.zeros((x.shape[-1],) * 2, x.dtype)
-    return jnp.stack([total.get(pair, zero) for pair in _pairs(axis.window)])
+    return jnp.stack([total.get(pair, zero) for pair in _pairs(axis.patch)])
 
 
 def _take(x: Float[Array, "rows n *q p"], rows: Int[np.ndarray, " k"]) -> Float[Array, "m p"]:
@@ -197,46 +198,46 @@ def _take(x: Float[Array, "rows n *q p"], rows: Int[np.ndarray, " k"]) -> Float[
     return taken.reshape(-1, x.shape[-1])
 
 
-def _in_parts(
+def _by_chunks(
     axes: tuple[Axis, ...], x: Float[Array, "n *space channels"]
 ) -> Float[Array, "pairs p p"]:
-    """Products of windows in all axes but the first, of so many images as a core has at hand."""
+    """Products of patches in all axes but the first, of so many images as a core has at hand."""
 
     def products(x: Array) -> Array:
-        z = windows(axes[1:], x, first=2)
+        z = extract(axes[1:], x, first=2)
         return _products(axes[0], z)
 
     sums = jax.eval_shape(products, x[:1])
-    image = math.prod(jax.eval_shape(lambda x: windows(axes[1:], x, first=2), x[:1]).shape)
+    image = math.prod(jax.eval_shape(lambda x: extract(axes[1:], x, first=2), x[:1]).shape)
     most = max(_CACHED_BYTES // x.dtype.itemsize, 4 * sums.size)
-    parts = math.ceil(len(x) * image / most)
-    if parts <= 1:
+    num_chunks = math.ceil(len(x) * image / most)
+    if num_chunks <= 1:
         return products(x)
-    each = math.ceil(len(x) / parts)
-    x = jnp.concatenate([x, jnp.zeros((each * parts - len(x), *x.shape[1:]), x.dtype)])
-    parts_of_x = x.reshape(parts, each, *x.shape[1:])
-    add = lambda total, part: (total + products(part), None)  # noqa: E731
-    return lax.scan(add, jnp.zeros(sums.shape, sums.dtype), parts_of_x)[0]
+    each = math.ceil(len(x) / num_chunks)
+    x = jnp.concatenate([x, jnp.zeros((each * num_chunks - len(x), *x.shape[1:]), x.dtype)])
+    chunks = x.reshape(num_chunks, each, *x.shape[1:])
+    add = lambda total, chunk: (total + products(chunk), None)  # noqa: E731
+    return lax.scan(add, jnp.zeros(sums.shape, sums.dtype), chunks)[0]
 
 
 def _whole_rows_are_cheaper(axes: Sequence[Axis], shape: Sequence[int]) -> bool:
-    """Compare estimates for products of whole rows and of windows in rows, in nanoseconds a row.
+    """Compare estimates for products of whole rows and of patches in rows, in nanoseconds a row.
 
     Products of few entries take as long as it takes to read them.
     """
     images, height, *space, channels = shape
     rest = axes[1:]
     positions = math.prod(axis.positions for axis in rest)
-    window, row = (math.prod(ns) * channels for ns in ([a.window for a in rest], space))
-    in_windows = positions * (window**2 / 70 + 2 * window)
-    sums = (axes[0].window + 1) * positions * window**2 / (images * height)
-    return positions <= _MOST_PRODUCTS and row**2 / 70 + 2 * row + sums < in_windows
+    patch, row = (math.prod(ns) * channels for ns in ([a.patch for a in rest], space))
+    in_patches = positions * (patch**2 / 70 + 2 * patch)
+    sums = (axes[0].patch + 1) * positions * patch**2 / (images * height)
+    return positions <= _MOST_PRODUCTS and row**2 / 70 + 2 * row + sums < in_patches
 
 
-def _of_windows(
+def _of_patches(
     axes: Sequence[Axis], space: Sequence[int], products: Float[Array, "pairs row row"]
 ) -> Float[Array, "pairs p p"]:
-    """From products of whole rows to sums of those of the windows in them."""
+    """From products of whole rows to sums of those of the patches in them."""
     n = len(axes)
     products = products.reshape(-1, *space, *space)
     padding = [(*axis.padding, axis.spread - 1) for axis in axes]
@@ -247,7 +248,7 @@ def _of_windows(
     for position in np.ndindex(*(axis.positions for axis in axes)):
         start = [p * axis.stride for p, axis in zip(position, axes, strict=True)]
         index = [
-            slice(s, s + (axis.window - 1) * axis.dilation + 1, axis.dilation)
+            slice(s, s + (axis.patch - 1) * axis.dilation + 1, axis.dilation)
             for s, axis in zip(start, axes, strict=True)
         ]
         term = products[(slice(None), *index, slice(None), *index, slice(None))]

@@ -704,7 +704,7 @@ def test_a_cpu_works_on_records_that_are_a_few_times_as_large_as_the_sums(monkey
 def test_a_cpu_works_on_more_examples_where_no_patches_are_formed(monkeypatch):
     """Factors of a convolution are summed up without patches, but for `reduce` and EKFAC."""
     monkeypatch.setattr("laplax_kfac.machine.REUSED_BYTES", 2**17)
-    monkeypatch.setattr("laplax_kfac.patterns.registry._LEAST_WORK", 0)
+    monkeypatch.setattr("laplax_kfac.patterns.convolution._LEAST_WORK", 0)
     kernel = {"w": normal(3, 3, 2, 4)}
     dimensions = ("NHWC", "HWIO", "NHWC")
     data = normal(64, 8, 8, 2), np.zeros(64, int)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import laplax_kfac
-from laplax_kfac import machine, patterns
+from laplax_kfac import machine
 from laplax_kfac.parsing import cache_keys as fingerprint
+from laplax_kfac.parsing.biases import bias_pattern
 
 PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
 DATA = {"input": jnp.arange(12.0).reshape(4, 3), "target": jnp.ones((4, 2))}
@@ -106,8 +107,8 @@ def test_models_without_a_hash_are_fitted_every_time():
 
 
 def test_values_are_alike_if_they_are_made_alike():
-    same = [patterns.bias(np.arange(4).reshape(2, 2), 1) for _ in range(2)]
-    other = patterns.bias(np.arange(4).reshape(2, 2)[::-1], 1)
+    same = [bias_pattern(np.arange(4).reshape(2, 2), 1) for _ in range(2)]
+    other = bias_pattern(np.arange(4).reshape(2, 2)[::-1], 1)
     alike = [fingerprint.of_value(p) for p in (*same, other)]
     assert alike[0] == alike[1] != alike[2]
     assert fingerprint.of_value(set()) != fingerprint.of_value(set())

@@ -171,6 +171,80 @@ def test_bad_values_are_clear_errors(function, options, error, message):
         function(model_fn, params, *arguments, loss_fn="mse", **options)
 
 
+@pytest.mark.parametrize(
+    ("params_filter", "covered"),
+    [
+        (None, {"lin1", "lin2"}),
+        ("lin1", {"lin1"}),
+        ("lin*", {"lin1", "lin2"}),
+        (["lin2/*", "nothing"], {"lin2"}),
+        (lambda path: path.startswith("lin1/"), {"lin1"}),
+        ("last_layer", {"lin2"}),
+        ("nothing", set()),
+    ],
+)
+def test_params_filter_leaves_parameters_out(params_filter, covered):
+    layers = found("mlp", params_filter=params_filter)
+    assert {layer.name for layer in layers if layer.block != "none"} == covered
+    assert sum(layer.size for layer in layers) == 43
+    for layer in layers:
+        if layer.block == "none":
+            assert (layer.pattern, layer.frozen) == ("frozen", True)
+            assert layer.reason == "left out by `params_filter`: fixed at its value"
+        else:
+            assert layer.bias
+
+
+def test_last_layer_has_its_bias_and_no_other():
+    layers = found("scan_over_layers", params_filter="last_layer")
+    covered = [layer for layer in layers if layer.block != "none"]
+    assert [(layer.name, layer.bias) for layer in covered] == [("head", True)]
+    with pytest.raises(ValueError, match="'last_layer'` needs a layer with a weight"):
+        found("product_written_as_a_sum", params_filter="last_layer")
+
+
+@pytest.mark.parametrize("block", ["dense", "diagonal", "none"])
+def test_fallback_is_for_what_has_no_kronecker_form(block):
+    blocks = {layer.name: layer.block for layer in found("nnx_layer_norm", fallback=block)}
+    assert blocks == {"lin": "kronecker", "norm/bias": block, "norm/scale": block}
+    chosen = found("nnx_layer_norm", fallback={"*/scale": block, "*": "diagonal"})
+    assert chosen["norm/scale"].block == block
+    assert chosen["norm/bias"].block == "diagonal"
+
+
+def test_fallback_may_be_an_error():
+    message = (
+        r"the parameters at 'norm/\w+' have no Kronecker form \(.*\), and `fallback` is 'error'"
+    )
+    with pytest.raises(ValueError, match=message):
+        found("nnx_layer_norm", fallback="error")
+    assert found("mlp", fallback="error") == found("mlp")
+
+
+def test_dense_limit_counts_the_entries_of_a_leaf():
+    assert found("product_written_as_a_sum", dense_limit=12)["w"].block == "dense"
+    assert found("product_written_as_a_sum", dense_limit=11)["w"].block == "diagonal"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"fallback": "full"}, ValueError, "`fallback` must be one of .*, found 'full'"),
+        ({"fallback": {"*": "full"}}, ValueError, "`fallback` must be one of .*, found 'full'"),
+        ({"dense_limit": -1}, ValueError, "`dense_limit` must be an integer of at least 0"),
+        (
+            {"params_filter": 3},
+            TypeError,
+            r"`params_filter` must be a pattern such as 'encoder/\*'",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_selections_are_clear_errors(options, error, message):
+    with pytest.raises(error, match=message):
+        found("mlp", **options)
+
+
 # -- fits --------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""A trace is a Jacobian: entry i of the array is a constant plus scale[i] times entry index[i]."""
+"""A symbolic array is a Jacobian: entry i is a constant plus scale[i] times entry index[i]."""
 
 import functools
 
@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from support.symbolic import traced
 
 from laplax_kfac import jaxprs
-from laplax_kfac.parsing.indices import FOREIGN, PARAMETERS, SELECTIONS, Fixed, Trace, constant
-from laplax_kfac.parsing.walk import Findings, Scope, walk
+from laplax_kfac.parsing.index_rules import SELECTIONS
+from laplax_kfac.parsing.steps import Scope
+from laplax_kfac.parsing.uses import Findings
+from laplax_kfac.parsing.values import FOREIGN, PARAMETERS, Symbolic, constant
+from laplax_kfac.parsing.walk import walk
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -52,19 +56,11 @@ FUNCTIONS = {
 }  # fmt: skip
 
 
-def traced(function, x):
-    jaxpr, consts, _ = jaxprs.trace(function, x)
-    parameter = Trace(PARAMETERS, np.arange(x.size).reshape(x.shape))
-    findings = Findings()
-    (found,) = walk(jaxpr, [*map(constant, consts), parameter], Scope(findings))
-    return found, findings
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_trace_is_a_jacobian(name):
+def test_a_symbolic_array_is_a_jacobian(name):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)))
     found, findings = traced(FUNCTIONS[name], x)
-    assert not findings.opaque
+    assert not findings.fallbacks
     jacobian = np.zeros((found.index.size, x.size))
     entries = np.flatnonzero(found.index.ravel() != FOREIGN)
     jacobian[entries, found.index.ravel()[entries]] = found.factors.ravel()[entries]
@@ -79,13 +75,13 @@ def test_a_constant_in_the_place_of_a_parameter_counts_as_the_parameter_times_ze
     np.testing.assert_array_equal(found.scale, KEPT)
 
 
-def test_selections_by_data_end_a_trace():
+def test_selections_by_data_end_a_view():
     def walked(function, *data):
         jaxpr, _, _ = jaxprs.trace(function, jnp.zeros((2, 3)), *data)
         findings = Findings()
-        parameter = Trace(PARAMETERS, np.arange(6).reshape(2, 3))
+        parameter = Symbolic(PARAMETERS, np.arange(6).reshape(2, 3))
         (found,) = walk(jaxpr, [parameter, *[None] * len(data)], Scope(findings))
-        return found, [entry.reason for entry in findings.opaque]
+        return found, [entry.reason for entry in findings.fallbacks]
 
     found, reasons = walked(lambda w, kept: jnp.where(kept, w, 0.0), jnp.ones((2, 3), bool))
     assert found is None
@@ -95,33 +91,13 @@ def test_selections_by_data_end_a_trace():
     assert reasons == ["scattered to places that data decide, or several times to one"]
 
 
-@pytest.mark.parametrize(
-    "backward",
-    [
-        lambda w, g: g + 0.1 * w,
-        lambda _, g: g + 1.0,
-        lambda _, g: jnp.pad(jnp.add(*jnp.split(g, 2)), ((0, 1), (0, 0))),
-    ],
-    ids=["decay", "constant", "sum"],
-)
-def test_a_rule_that_does_more_than_rearrange_is_no_view(backward):
-    @jax.custom_vjp
-    def function(w):
-        return 2.0 * w
-
-    function.defvjp(lambda w: (2.0 * w, w), lambda w, g: (backward(w, g),))
-    found, findings = traced(function, jnp.ones((2, 3)))
-    assert isinstance(found, Fixed)
-    assert [entry.ids.size for entry in findings.opaque] == [6]
-
-
 def test_what_no_data_enter_is_told_apart():
     def function(w):
         return w @ w.T, jnp.sin(w) + 1.0, lax.stop_gradient(w), w * OTHER, jnp.argmax(w)
 
     jaxpr, consts, _ = jaxprs.trace(function, jnp.ones((2, 3)))
     findings = Findings()
-    for value in (Trace(PARAMETERS, np.arange(6).reshape(2, 3)), None):
+    for value in (Symbolic(PARAMETERS, np.arange(6).reshape(2, 3)), None):
         found = walk(jaxpr, [*map(constant, consts), value], Scope(findings))
         assert [findings.is_fixed(v) for v in found] == [value is not None] * 5
 

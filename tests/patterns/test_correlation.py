@@ -1,4 +1,4 @@
-"""Second moments of windows by correlation, against windows that are cut out one by one."""
+"""Second moments of patches by correlation, against patches that are cut out one by one."""
 
 import functools
 from typing import Any
@@ -23,7 +23,7 @@ MORE = {
     "same_of_five": (Axis(6, 5, padding=(2, 2)), Axis(7, 5, padding=(2, 2))),
     "strided_same": (Axis(8, 3, stride=2, padding=(0, 1)), Axis(7, 3, stride=2, padding=(1, 1))),
     "part_is_unused": (Axis(9, 2, stride=3, padding=(-1, 0)), Axis(3, 2)),
-    "fewer_windows_than_places": (Axis(4, 3), Axis(5, 4)),
+    "fewer_patches_than_places": (Axis(4, 3), Axis(5, 4)),
 }
 PLAIN = {
     name: axes
@@ -33,8 +33,8 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_moments_are_those_of_all_windows(name, monkeypatch):
-    """Of all images at once and in parts; the derivative is there at a weight of zero, too."""
+def test_moments_are_those_of_all_patches(name, monkeypatch):
+    """Of all images at once and in chunks; the derivative is there at a weight of zero, too."""
     axes = PLAIN[name]
     x, weights = images(axes, 13)
     cut = cut_out(axes, x)
@@ -105,7 +105,7 @@ def test_images_of_several_sizes_share_a_layer(monkeypatch):
         True,
         False,
         False,
-    ]  # few windows are formed; from then on sums are whole
+    ]  # few patches are formed; from then on sums are whole
     expected = accumulator.init()
     for batch in batches:
         expected = accumulator.update(expected, batch)

@@ -1,4 +1,4 @@
-"""Windows over images, cut out one by one."""
+"""Patches over images, cut out one by one."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ CASES = {
     "cube": (Axis(5, 2), Axis(3, 2, padding=(1, 1)), Axis(3, 2, stride=2, padding=(0, 1))),
     "tiles": (Axis(6, 3, stride=3), Axis(6, 3, stride=3)),
     "one_entry": (Axis(4, 1), Axis(4, 1)),
-    "one_window": (Axis(3, 3), Axis(4, 4)),
+    "one_patch": (Axis(3, 3), Axis(4, 4)),
 }
 
 
@@ -28,7 +28,7 @@ def images(axes, count=5):
 
 
 def cut_out(axes, x):
-    """(examples, windows, entries)."""
+    """(examples, patches, entries)."""
     for number, axis in enumerate(axes, start=1):
         x = np.moveaxis(x, number, 0)
         wide = np.zeros(((axis.size - 1) * axis.spread + 1, *x.shape[1:]))
@@ -39,12 +39,12 @@ def cut_out(axes, x):
         x = np.moveaxis(np.concatenate([zeros[0], wide, zeros[1]]), 0, number)
     found = []
     counts = [
-        (n - (a.window - 1) * a.dilation - 1) // a.stride + 1
+        (n - (a.patch - 1) * a.dilation - 1) // a.stride + 1
         for n, a in zip(x.shape[1:], axes, strict=False)
     ]
     for position in np.ndindex(*counts):
         entries = [
-            p * a.stride + a.dilation * np.arange(a.window)
+            p * a.stride + a.dilation * np.arange(a.patch)
             for p, a in zip(position, axes, strict=True)
         ]
         found.append(x[(slice(None), *np.ix_(*entries))].reshape(len(x), -1))

@@ -16,7 +16,8 @@ from laplax_kfac.blocks.blocks import (
     eigh,
 )
 from laplax_kfac.parsing.layer import BlockKind, Layer
-from laplax_kfac.parsing.layout import ParameterSpace, make_segment
+from laplax_kfac.parsing.layout import ParameterSpace
+from laplax_kfac.parsing.segments import make_segment
 
 
 def normal(*shape: int, seed: int = 0) -> Any:

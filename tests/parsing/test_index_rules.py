@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import SingleDeviceSharding
 
 from laplax_kfac import jaxprs
-from laplax_kfac.parsing.indices import FOREIGN, INDEX_RULES, align_lanes
+from laplax_kfac.parsing.index_rules import INDEX_RULES, align_scan_axes
+from laplax_kfac.parsing.values import FOREIGN
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def test_rules_keep_foreign_entries():
 
 def test_lanes_are_broadcast_against_each_other():
     x, y = np.arange(6).reshape(2, 3), np.arange(8).reshape(1, 2, 4)
-    x_lanes, y_lanes = align_lanes([x.reshape(2, 3, 1), y], [2, 2])
+    x_lanes, y_lanes = align_scan_axes([x.reshape(2, 3, 1), y], [2, 2])
     assert x_lanes.shape == (2, 3, 4)
     assert y_lanes.shape == (1, 2, 4)
     np.testing.assert_array_equal(x_lanes, np.repeat(x[..., None], 4, axis=-1))

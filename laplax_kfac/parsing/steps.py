@@ -1,0 +1,92 @@
+"""One step of the walk: an equation with what is known of its operands, and where it sits."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from jax.extend.core import Jaxpr, JaxprEqn
+from jax.typing import ArrayLike
+
+from laplax_kfac import jaxprs
+from laplax_kfac.parsing.uses import Findings, Role, Site, Use
+from laplax_kfac.parsing.values import Value, constant
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Where the walk is.
+
+    Attributes:
+        findings: What it has found so far.
+        site: The enclosing equations.
+        scans: Lengths of the enclosing scans.
+    """
+
+    findings: Findings
+    site: Site = ()
+    scans: tuple[int, ...] = ()
+
+
+Walk = Callable[[Jaxpr, Sequence[Value], Scope], list[Value]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One equation on the walk.
+
+    Attributes:
+        jaxpr: The jaxpr it is an equation of.
+        number: Its number there.
+        eqn: The equation.
+        values: Its operands.
+        scope: Where the walk is.
+        walk: What follows the values through a sub-jaxpr.
+    """
+
+    jaxpr: Jaxpr
+    number: int
+    eqn: JaxprEqn
+    values: list[Value]
+    scope: Scope
+    walk: Walk
+
+    @property
+    def findings(self) -> Findings:
+        """What the walk has found so far."""
+        return self.scope.findings
+
+    @property
+    def site(self) -> Site:
+        """Where the equation sits."""
+        return (*self.scope.site, self.number)
+
+    @property
+    def nothing(self) -> list[Value]:
+        """Outputs of which nothing is known."""
+        return [None] * len(self.eqn.outvars)
+
+    def add_use(self, role: Role) -> int:
+        """Note that the equation uses a parameter; returns the number of the use."""
+        self.findings.uses.append(Use(self.eqn, self.site, self.scope.scans, role))
+        return len(self.findings.uses) - 1
+
+    def mark(self, pattern: str, reason: str) -> list[Value]:
+        """Note that the parameters in the operands have no Kronecker form here."""
+        for value in self.values:
+            self.findings.mark(value, pattern, reason)
+        return self.nothing
+
+    def enter(
+        self,
+        body: tuple[Jaxpr, list[ArrayLike]],
+        values: Sequence[Value],
+        branch: int = 0,
+        scans: tuple[int, ...] = (),
+    ) -> list[Value]:
+        """Walk a sub-jaxpr of the equation."""
+        jaxpr, consts = body
+        inside = replace(self.scope, site=(*self.site, branch), scans=self.scope.scans + scans)
+        return self.walk(jaxprs.with_consts(jaxpr), [*map(constant, consts), *values], inside)
+
+
+Rule = Callable[[Step], list[Value]]
+"""Notes the uses of an equation, and returns the values of its outputs."""

@@ -1,0 +1,150 @@
+"""What a walk finds: the uses of parameters, and parameters that only a fallback serves.
+
+A *use* is an equation ``outputs[t, k] = inputs[t, k] @ weight[k]`` of a parameter. Its *role* says
+what the parameter is to the equation: its `Weight`, or (`biases.Bias`) what it adds.
+"""
+
+import functools
+from dataclasses import dataclass, field
+
+import numpy as np
+from jax.extend.core import JaxprEqn
+from jaxtyping import Float, Int
+
+from laplax_kfac import jaxprs
+from laplax_kfac.parsing.values import (
+    FOREIGN,
+    PARAMETERS,
+    Fixed,
+    Known,
+    Symbolic,
+    Value,
+    of_parameters,
+)
+from laplax_kfac.patterns import Moments, Pattern
+
+Site = tuple[int, ...]
+"""Where an equation sits: equation index, then (sub-jaxpr number, equation index) inward."""
+
+
+class Role:
+    """What a parameter is to an equation that uses it.
+
+    Attributes:
+        pattern: How the equation's operands and output are read as a layer's.
+        operand: Which operand is the parameter; -1 where it is none of them, but added.
+        view: The parameter as matrices, shape (*scan axes, stack, in, out), with scan axes of
+            length one where all iterations read the same.
+        refusal: Why these cannot be matrices of distinct parameters; empty if that depends on
+            their ids alone.
+        reason: What a report says of the use.
+    """
+
+    pattern: Pattern
+    operand: int
+    view: Symbolic
+    refusal: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Weight(Role):
+    """The weight of a registered pattern's equation."""
+
+    pattern: Pattern
+    operand: int
+    view: Symbolic
+    reason: str
+    refusal: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One use of a parameter by an equation.
+
+    Attributes:
+        eqn: The equation.
+        site: Where the equation sits.
+        lanes: Lengths of the scans around it, outermost first.
+        role: What the parameter is to it.
+    """
+
+    eqn: JaxprEqn
+    site: Site
+    lanes: tuple[int, ...]
+    role: Role
+
+    @property
+    def pattern(self) -> Pattern:
+        """How the equation is read as a layer."""
+        return self.role.pattern
+
+    @property
+    def operand(self) -> int:
+        """Which operand is the parameter; -1 where it is added."""
+        return self.role.operand
+
+    @property
+    def ids(self) -> Int[np.ndarray, "*scans stack rows out"]:
+        """Ids of the parameter as matrices."""
+        return self.role.view.index
+
+    @property
+    def scale(self) -> Float[np.ndarray, "*scans stack rows out"] | None:
+        """Factors of the parameter's entries; None stands for 1."""
+        scale = self.role.view.scale
+        return None if scale is None else np.broadcast_to(scale, self.ids.shape)
+
+    @functools.cached_property
+    def positions(self) -> int:
+        """Positions in one evaluation of the equation."""
+        shape = jaxprs.shape(self.eqn.outvars[0])
+        return self.pattern.outputs(self.eqn, self.operand, np.empty(shape, bool)).shape[0]
+
+    @functools.cached_property
+    def moments(self) -> Moments | None:
+        """How sums over the inputs are formed without them; None in a scan."""
+        if self.pattern.moments is None or self.lanes:
+            return None
+        return self.pattern.moments(self.eqn, self.operand)
+
+
+@dataclass(frozen=True, eq=False)
+class Fallback:
+    """Parameters used in a way that has no Kronecker form."""
+
+    ids: Int[np.ndarray, " n"]
+    pattern: str
+    reason: str
+
+    @classmethod
+    def of(cls, ids: Int[np.ndarray, "..."], pattern: str, reason: str) -> "Fallback":
+        """Those among some ids, each once."""
+        return cls(np.unique(ids[ids != FOREIGN]), pattern, reason)
+
+
+@dataclass
+class Findings:
+    """Everything the walk found.
+
+    Attributes:
+        uses: The uses, in the order of the jaxpr; their place is their number.
+        fallbacks: Parameters without a Kronecker form.
+        of_parameters: Numbers of the uses whose equations no data enter.
+    """
+
+    uses: list[Use] = field(default_factory=list)
+    fallbacks: list[Fallback] = field(default_factory=list)
+    of_parameters: set[int] = field(default_factory=set)
+
+    def is_fixed(self, value: Value) -> bool:
+        """Whether a value is the same for all data."""
+        if isinstance(value, Symbolic):
+            alone = value.source == PARAMETERS or value.source in self.of_parameters
+            return alone and not value.mixed
+        return isinstance(value, Known | Fixed)
+
+    def mark(self, value: Value, pattern: str, reason: str) -> None:
+        """Note that the parameters in a value have no Kronecker form."""
+        if of_parameters(value):
+            self.fallbacks.append(Fallback.of(value.index, pattern, reason))
