@@ -30,6 +30,7 @@ logger.remove()  # laplax logs every step
 # Shapes and types in annotations are checked at every call, unless this variable is set.
 if not os.environ.get("LAPLAX_KFAC_UNCHECKED"):
     FOLDERS = [
+        "bases",
         "blocks",
         "capture",
         "curvature",

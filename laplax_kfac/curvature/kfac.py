@@ -273,9 +273,11 @@ class Accumulator:
         factors.require_data(state)
         old_inputs, outputs = factors.kronecker_factors(state)
         for _ in range(iterations):
-            inputs = self._half_step(optimal_factors.over_outputs, passes(), outputs)
-            outputs = self._half_step(optimal_factors.over_inputs, passes(), inputs)
-            if optimal_factors.same_directions(old_inputs, inputs):
+            new = self.total(optimal_factors.over_outputs, passes(), outputs)
+            inputs = optimal_factors.over_squared_norms(state.layers, new, outputs, 0)
+            new = self.total(optimal_factors.over_inputs, passes(), inputs)
+            outputs = optimal_factors.over_squared_norms(state.layers, new, inputs, 1)
+            if optimal_factors.same_directions(state.layers, old_inputs, inputs):
                 break
             old_inputs = inputs
         else:
@@ -285,15 +287,6 @@ class Accumulator:
             )
             warnings.warn(msg, stacklevel=3)
         return self.finalize(factors.with_kronecker_factors(state, inputs, outputs))
-
-    def _half_step(
-        self, contract: Any, data: Iterable[WeightedBatch], others: Sequence[Array | None]
-    ) -> list[Array | None]:
-        contracted = self.total(contract, data, others)
-        return [
-            None if new is None or other is None else optimal_factors.over_squared_norm(new, other)
-            for new, other in zip(contracted, others, strict=True)
-        ]
 
     def correct(self, curvature: Curvature, data: Iterable[WeightedBatch]) -> Curvature:
         """Replace the eigenvalues of Kronecker blocks by exact second moments in their bases.
@@ -358,6 +351,9 @@ class Accumulator:
                 selection=self.options.selection,
             )
             self.options.check_layers(program.layers)
+            if self.options.fisher_type == "forward_only":
+                resolved = tuple(map(factors.without_cotangents, program.resolved))
+                program = replace(program, resolved=resolved)
             self._programs[shapes] = _compiled(self.model_fn, program, self.options, target)
         return self._programs[shapes]
 
@@ -551,9 +547,7 @@ def _examples_at_once(program: Program, record_bytes: int) -> int:
 
 def sum_bytes(layer: Layer) -> int:
     """Memory for the sums of a Kronecker layer, and for its bases."""
-    sides = zip((layer.rows, layer.out_features), layer.diagonal, strict=True)
-    entries = sum(size if diagonal else size**2 for size, diagonal in sides)
-    return 4 * layer.stack * entries if layer.block == "kronecker" else 0
+    return 4 * layer.factor_elements
 
 
 def _zeros(shapes: Any) -> Any:
@@ -649,6 +643,7 @@ def accumulator(
     params_filter: PathFilter = None,
     fallback: str | Mapping[str, str] = "dense",
     dense_limit: int = DENSE_LIMIT,
+    factor_kinds: str | Mapping[str, Any] | None = None,
     separate_weight_and_bias: bool = False,
     vmap_over_data: bool = True,
 ) -> Accumulator:
@@ -665,6 +660,7 @@ def accumulator(
     selection = select(
         params_filter, fallback, dense_limit,
         separate_weight_and_bias=separate_weight_and_bias, curvature=curvature,
+        factor_kinds=factor_kinds,
     )  # fmt: skip
     options = Options.checked(
         loss_fn, fisher_type, mc_samples, key, kfac_approx,
@@ -689,6 +685,7 @@ def kfac(
     params_filter: PathFilter = None,
     fallback: str | Mapping[str, str] = "dense",
     dense_limit: int = DENSE_LIMIT,
+    factor_kinds: str | Mapping[str, Any] | None = None,
     separate_weight_and_bias: bool = False,
     vmap_over_data: bool = True,
     eigenvalue_correction: bool = False,
@@ -735,6 +732,11 @@ def kfac(
         fallback: Block of parameters without a Kronecker form: ``"dense"`` (up to ``dense_limit``,
             diagonal above), ``"diagonal"``, ``"none"``, or ``"error"``; or these by pattern.
         dense_limit: Most parameters of a leaf that get a dense block.
+        factor_kinds: What Kronecker factors may be: ``"dense"``, ``"diagonal"``, ``"identity"`` (a
+            multiple of it), or ``"blocked:64"`` for blocks of 64 neighbouring features. One kind is
+            for all input factors but those of lookups; or give, by patterns of layers' names, one
+            for both factors, or a pair for inputs and outputs. Dense by default, and diagonal for
+            rows that data pick and for very wide factors.
         separate_weight_and_bias: Whether biases get blocks of their own.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
         eigenvalue_correction: Whether to replace the eigenvalues of Kronecker blocks by the exact
@@ -758,7 +760,7 @@ def kfac(
         model_fn, params, loss_fn=loss_fn, fisher_type=fisher_type, mc_samples=mc_samples,
         sketches=sketches, key=key,
         kfac_approx=kfac_approx, curvature=curvature, params_filter=params_filter,
-        fallback=fallback, dense_limit=dense_limit,
+        fallback=fallback, dense_limit=dense_limit, factor_kinds=factor_kinds,
         separate_weight_and_bias=separate_weight_and_bias, vmap_over_data=vmap_over_data,
     )  # fmt: skip
     batch_size, iterations = (

@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Key, Num, PyTree
 
 from laplax_kfac import pytrees
 from laplax_kfac.arguments import positive_integer
+from laplax_kfac.bases import sum_into_rows
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal, apply
 from laplax_kfac.capture.batches import batches, even_batches, first_example
 from laplax_kfac.capture.capture import ParameterRecord, Record, UseRecord
 from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE, Accumulator, Options
 from laplax_kfac.curvature.matching import parse_like
-from laplax_kfac.factors.gradients import sum_into_rows
 from laplax_kfac.parsing.grouping import Member, Resolved
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace

@@ -14,6 +14,7 @@ learn more, by a route around their code that leaves every other curvature type 
 import functools
 import inspect
 import itertools
+import operator
 import re
 import types
 import warnings
@@ -376,7 +377,8 @@ def _same_bases(matrix: BlockDiagonal, other: Any) -> bool:
     if not isinstance(other, BlockDiagonal) or len(other.blocks) != len(matrix.blocks):
         return False
     pairs = zip(matrix.blocks, other.blocks, strict=True)
-    return all(u is v for b, c in pairs for u, v in zip(b.basis, c.basis, strict=True))
+    leaves = [(jax.tree.leaves(b.sides), jax.tree.leaves(c.sides)) for b, c in pairs]
+    return all(len(us) == len(vs) and all(map(operator.is_, us, vs)) for us, vs in leaves)
 
 
 # -- installing --------------------------------------------------------------------------------

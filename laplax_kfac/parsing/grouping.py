@@ -115,9 +115,38 @@ def resolve(
         _require_affordable(resolved.layer)
     layers.sort(key=lambda r: (space.paths.index(r.layer.params[0]), r.layer.first))
     names = unique_names([r.layer for r in layers], space)
+    selection.check_kinds(names)
+    named = [replace(r.layer, name=name) for r, name in zip(layers, names, strict=True)]
     return tuple(
-        replace(r, layer=replace(r.layer, name=name)) for r, name in zip(layers, names, strict=True)
+        replace(r, layer=replace(layer, sides=sides_of(layer, r.members, selection)))
+        for r, layer in zip(layers, named, strict=True)
     )
+
+
+def sides_of(layer: Layer, members: Sequence[Member], selection: Selection) -> tuple[str, str]:
+    """Kinds of a layer's input and output factor: diagonal where data pick rows, or by size.
+
+    Raises:
+        ValueError: If another kind is asked for where data pick rows.
+    """
+    if layer.block != "kronecker":
+        return layer.sides
+    wanted, kinds = selection.kinds_for(layer.name), []
+    for side, size in enumerate((layer.in_features, layer.out_features)):
+        lookup = any(m.claim.indexed and m.claim.transposed == bool(side) for m in members)
+        asked = wanted[side]
+        if asked is not None and not (lookup and None in wanted):  # None: all that are no lookups
+            if lookup and asked != "diagonal":
+                msg = (
+                    f"`factor_kinds` asks for {asked!r} in layer {layer.name!r}, a factor of which "
+                    "is of rows that data pick: one row at a time, so that it is 'diagonal'. Give "
+                    "that side the kind 'diagonal'."
+                )
+                raise ValueError(msg)
+            kinds.append(asked)
+        else:
+            kinds.append("diagonal" if lookup or size > FACTOR_LIMIT else "dense")
+    return kinds[0], kinds[1]
 
 
 # -- claims ------------------------------------------------------------------------------------
@@ -457,12 +486,8 @@ def _matrix_layer(
         names, reason = ["bias"], "added to the output of a layer, not joint with its weight"
     elif names in (["bias"], ["shift"]):
         reason = "added to data"
-    diagonal = (
-        rows > FACTOR_LIMIT or any(c.indexed and not c.transposed for c in group.claims),
-        columns > FACTOR_LIMIT or any(c.indexed and c.transposed for c in group.claims),
-    )
     if selection.curvature != "kronecker":
-        diagonal, reason = (False, False), f"{reason}; `curvature` is {selection.curvature!r}"
+        reason = f"{reason}; `curvature` is {selection.curvature!r}"
     elif columns > FACTOR_LIMIT or (rows > FACTOR_LIMIT and not first.indexed):
         reason += f"; a factor is diagonal, for it is larger than {FACTOR_LIMIT}"
     if len(group.claims) > 1 and selection.curvature == "kronecker":
@@ -478,7 +503,6 @@ def _matrix_layer(
         stack=stack,
         bias=bool(group.bias),
         uses=len(group.claims),
-        diagonal=diagonal,
         reason=reason,
         segments=tuple(c.segment for c in parts),
     )
