@@ -5,11 +5,12 @@ layers, segments and the parameters' tree. Trees of dicts, lists and tuples come
 themselves; other containers (flax.nnx states, equinox modules) need the parameters to load into.
 """
 
+import itertools
 import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from laplax_kfac.arguments import no_type_check
+from laplax_kfac.bases import kind_of
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal
 from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.parsing.layer import Layer
@@ -27,7 +29,7 @@ from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.segments import Contiguous, Scattered, Segment
 from laplax_kfac.posterior.posterior import Posterior
 
-FORMAT = 1
+FORMAT = 2
 _HEADER = "header"
 
 
@@ -52,13 +54,13 @@ def save(path: str | os.PathLike[str], x: Curvature | Posterior) -> None:
         "kind": type(x).__name__,
         "space": _space_to_json(matrix.space),
         "layers": [_layer_to_json(layer, k, arrays) for k, layer in enumerate(matrix.layers)],
-        "axes": [len(block.basis) for block in matrix.blocks],
+        "sides": [[basis.kind.text for basis in block.sides] for block in matrix.blocks],
     }
     for k, block in enumerate(matrix.blocks):
         arrays[f"block{k}/eigenvalues"] = np.asarray(block.eigenvalues)
-        for axis, basis in enumerate(block.basis):
-            if basis is not None:
-                arrays[f"block{k}/basis{axis}"] = np.asarray(basis)
+        for axis, basis in enumerate(block.sides):
+            for number, x in enumerate(jax.tree.leaves(basis)):
+                arrays[f"block{k}/basis{axis}/{number}"] = np.asarray(x)
     target = Path(path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
     try:
@@ -94,23 +96,42 @@ def load(path: str | os.PathLike[str], params: PyTree | None = None) -> Any:
         if _HEADER not in file:
             raise ValueError(foreign)
         header = json.loads(str(file[_HEADER]))
-        if header.get("format") != FORMAT:
+        if header.get("format") == 1:
+            header = _from_format_1(header, file)
+        elif header.get("format") != FORMAT:
             msg = f"`path` ({path}) has format {header.get('format')}; this version reads {FORMAT}."
             raise ValueError(msg)
         space = _space_from_json(header["space"], params)
         layers = tuple(_layer_from_json(entry, k, file) for k, entry in enumerate(header["layers"]))
-        blocks = tuple(_block(k, axes, file) for k, axes in enumerate(header["axes"]))
+        blocks = tuple(_block(k, sides, file) for k, sides in enumerate(header["sides"]))
     if header["kind"] == "Posterior":
         return Posterior(BlockDiagonal(blocks, layers, space))
     return Curvature(blocks, layers, space)
 
 
-def _block(k: int, axes: int, file: Any) -> Block:
-    def basis(axis: int) -> Any:
-        name = f"block{k}/basis{axis}"
-        return jnp.asarray(file[name]) if name in file else None
+def _block(k: int, sides: Sequence[str], file: Any) -> Block:
+    bases = []
+    for axis, text in enumerate(sides):
+        name = f"block{k}/basis{axis}"  # alone in format 1, with a number of the array in this one
+        numbered = itertools.takewhile(
+            file.__contains__, (f"{name}/{n}" for n in itertools.count())
+        )
+        names = [name] if name in file else list(numbered)
+        bases.append(kind_of(text).basis_of([jnp.asarray(file[n]) for n in names]))
+    return Block(tuple(bases), jnp.asarray(file[f"block{k}/eigenvalues"]))
 
-    return Block(tuple(basis(a) for a in range(axes)), jnp.asarray(file[f"block{k}/eigenvalues"]))
+
+def _from_format_1(header: dict[str, Any], file: Any) -> dict[str, Any]:
+    """A header of the format in which sides were dense where they had a basis, else diagonal."""
+    sides = [
+        ["dense" if f"block{k}/basis{axis}" in file else "diagonal" for axis in range(axes)]
+        for k, axes in enumerate(header["axes"])
+    ]
+    layers = [
+        {"sides": ["diagonal" if d else "dense" for d in layer.pop("diagonal")], **layer}
+        for layer in header["layers"]
+    ]
+    return {**header, "sides": sides, "layers": layers}
 
 
 # -- structure ---------------------------------------------------------------------------------
@@ -139,7 +160,7 @@ def _layer_from_json(entry: dict[str, Any], k: int, file: Any) -> Layer:
             place = Scattered(file[f"layer{k}/ids{s}"])
         segments.append(Segment(tuple(saved["shape"]), place))
     values: dict[str, Any] = {**entry, "segments": segments}
-    for name in ("params", "diagonal", "segments"):
+    for name in ("params", "sides", "segments"):
         values[name] = tuple(values[name])
     return Layer(**values)
 

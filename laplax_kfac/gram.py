@@ -55,7 +55,7 @@ class SharedTiles:
 
     products: tuple[Float[Array, "*stack t _ t"], ...]
     sums: tuple[tuple[tuple[tuple[int, int], ...], ...], ...] = field(metadata={"static": True})
-    border: Float[Array, "*stack p+1"] | None = None
+    border: Float[Array, "*stack _"] | None = None
 
 
 Tiled = UpperTiles | SharedTiles
@@ -85,6 +85,29 @@ def self_product(x: Float[Array, "n p"]) -> Symmetric:
     return UpperTiles(rows) if len(parts) > 1 else rows[0][0]
 
 
+@jax.custom_jvp
+def weighted_product(x: Float[Array, "*n p"], weights: Float[Array, "..."]) -> Symmetric:
+    """Weighted sum of x x^T over all leading axes; the weights are not negative.
+
+    Both operands of the product are one array, with the square roots of the weights multiplied in:
+    of a tall x a second copy would take longer than the product.
+    """
+    return self_product((jnp.sqrt(weights) * x).reshape(-1, x.shape[-1]))
+
+
+@weighted_product.defjvp
+def _weighted_product_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Symmetric, Symmetric]:
+    """The derivative is that of the plain formula, for a root has none at a weight of zero."""
+
+    def plain(x: Array, weights: Array) -> Symmetric:
+        y, x = ((v * x).reshape(-1, x.shape[-1]) for v in (weights, 1.0))
+        return upper_tiles(jnp.matmul(y.T, x, precision=jax.lax.Precision.HIGHEST))
+
+    return weighted_product(*primals), jax.jvp(plain, primals, tangents)[1]
+
+
 def upper_tiles(matrix: Symmetric) -> Symmetric:
     """The form that `self_product` gives a matrix of this size."""
     matrix = whole(matrix)
@@ -99,7 +122,7 @@ def upper_tiles(matrix: Symmetric) -> Symmetric:
     )
 
 
-def bordered(matrix: Symmetric, border: Float[Array, "*stack p+1"]) -> Symmetric:
+def bordered(matrix: Symmetric, border: Float[Array, "*stack _"]) -> Symmetric:
     """A matrix with one more column and row; the last entry is that on the diagonal."""
     if isinstance(matrix, SharedTiles):
         return replace(matrix, border=border)

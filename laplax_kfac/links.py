@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from laplax_kfac.arguments import no_type_check, positive_integer
-from laplax_kfac.blocks.blocks import eigh
+from laplax_kfac.bases import eigh
 from laplax_kfac.laplax_adapter import predictives
 from laplax_kfac.predictive.gaussians import Marginals, Predictive
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from laplax_kfac.bases import Dense
 from laplax_kfac.blocks.blocks import BlockDiagonal, apply
 from laplax_kfac.evidence.evidence import Evidence, log_marginal_likelihood
 from laplax_kfac.evidence.fit import DataFit
@@ -71,14 +72,14 @@ def factor_matrices(
     """
     number = _layer_number(curvature, layer)
     block, record = curvature.blocks[number], curvature.layers[number]
-    if len(block.basis) != 2 or block.eigenvalues.ndim != 2:
-        kind = "a stack of blocks" if block.eigenvalues.ndim > len(block.basis) else record.block
+    if len(block.sides) != 2 or block.eigenvalues.ndim != 2:
+        kind = "a stack of blocks" if block.eigenvalues.ndim > len(block.sides) else record.block
         msg = f"`layer` {layer!r} has no two factors: its block is {kind}."
         raise ValueError(msg)
     inputs, outputs = (
-        jnp.diag(values) if basis is None else (basis * values) @ basis.T
+        Dense().promote(basis, len(values)).matrix(values)
         for basis, values in zip(
-            block.basis, (block.eigenvalues.mean(axis=1), block.eigenvalues.mean(axis=0)),
+            block.sides, (block.eigenvalues.mean(axis=1), block.eigenvalues.mean(axis=0)),
             strict=True,
         )
     )  # fmt: skip

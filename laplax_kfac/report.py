@@ -66,7 +66,7 @@ class LayerReport(tuple[Layer, ...]):
             if count:
                 lines.append(f"{block:10s} {count:>12,} parameters  {count / total:6.1%}")
         lines.append(f"memory of the factors: {_readable(sum(map(memory, self)))}")
-        eigen = _BYTES * sum(map(_eigen_numbers, self))
+        eigen = _BYTES * sum(layer.basis_elements + layer.size for layer in self)
         lines.append(f"memory of their eigenvectors and eigenvalues: {_readable(eigen)}")
         records = _BYTES * sum(record_size(layer, self.num_outputs) for layer in self)
         lines.append(
@@ -79,25 +79,9 @@ class LayerReport(tuple[Layer, ...]):
 def memory(layer: Layer) -> int:
     """Bytes of a layer's statistics in float32: what the streaming state holds for it."""
     if layer.block == "kronecker":
-        sides = zip((layer.rows, layer.out_features), layer.diagonal, strict=True)
-        return (
-            _BYTES
-            * layer.uses
-            * layer.stack
-            * sum(n if diagonal else n**2 for n, diagonal in sides)
-        )
+        return _BYTES * layer.uses * layer.factor_elements
     sizes = {"dense": layer.size**2, "diagonal": layer.size, "none": 0}
     return _BYTES * sizes[layer.block]
-
-
-def _eigen_numbers(layer: Layer) -> int:
-    """Numbers in the basis and the eigenvalues of a layer's block."""
-    if layer.block == "dense":
-        return layer.size**2 + layer.size
-    if layer.block != "kronecker":
-        return layer.size
-    sides = zip((layer.rows, layer.out_features), layer.diagonal, strict=True)
-    return layer.stack * sum(n**2 for n, diagonal in sides if not diagonal) + layer.size
 
 
 @no_type_check

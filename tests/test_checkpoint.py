@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import matrices, models
-from support.matrices import matrix, tree
+from support.matrices import basis_of, matrix, tree
 from support.tolerances import tolerance
 
 import laplax_kfac
@@ -55,11 +55,11 @@ def curvature_of(model_fn, params, one_input) -> Curvature:
     layers = tuple(laplax_kfac.find_layers(model_fn, params, one_input))
     blocks = []
     for layer in layers:
-        basis = tuple(
-            None if k < 2 and layer.diagonal[k] else orthogonal(rng, *layer.shape[:-2], n)
-            for k, n in enumerate(layer.shape[-2:])
+        sides = tuple(
+            kind.promote(basis_of(orthogonal(rng, *layer.shape[:-2], n)), n)
+            for kind, n in zip(layer.kinds, layer.shape[-2:], strict=True)
         )
-        blocks.append(Block(basis, jnp.asarray(np.abs(rng.normal(size=layer.shape)))))
+        blocks.append(Block(sides, jnp.asarray(np.abs(rng.normal(size=layer.shape)))))
     return Curvature(tuple(blocks), layers, ParameterSpace.of(params))
 
 
@@ -70,7 +70,7 @@ def of_model(name):
 
 
 def nested():
-    params: Any = {"a": [np.ones((3, 2)), (np.ones(2), None)], "b": {}, "c": (), "d": None}
+    params: Any = {"a": [jnp.ones((3, 2)), (jnp.ones(2), None)], "b": {}, "c": (), "d": None}
 
     def model_fn(input, params):
         weight, (bias, _) = params["a"]
@@ -116,7 +116,8 @@ def test_the_cases_have_scattered_and_contiguous_ids_and_diagonal_sides():
     assert any(places(PLAIN["scattered ids"]()[1]))
     assert any(places(every_kind()))
     assert not all(places(every_kind()))
-    assert {b.basis[0] is None for b in PLAIN["a diagonal side"]()[1].blocks} == {True, False}
+    kinds = {b.sides[0].kind.text for b in PLAIN["a diagonal side"]()[1].blocks}
+    assert kinds == {"diagonal", "dense"}
     assert max(layer.stack for layer in PLAIN["a stack"]()[1].layers) == 3
 
 
@@ -255,7 +256,7 @@ def test_nothing_is_pickled(tmp_path):
     assert all(value.dtype.kind in "fiU" for value in entries.values())
     eigenvalues = [name for name in entries if name.endswith("/eigenvalues")]
     assert len(eigenvalues) == len(matrices.LAYERS)
-    assert json.loads(str(entries["header"]))["format"] == 1
+    assert json.loads(str(entries["header"]))["format"] == 2
 
 
 # -- errors ------------------------------------------------------------------------------------
@@ -274,9 +275,25 @@ def test_files_of_another_format_are_refused(tmp_path):
     laplax_kfac.save(path, every_kind())
     rewrite_header(path)
     assert_same(laplax_kfac.load(path), every_kind())
-    rewrite_header(path, format=2)
-    with pytest.raises(ValueError, match="has format 2; this version reads 1"):
+    rewrite_header(path, format=3)
+    with pytest.raises(ValueError, match="has format 3; this version reads 2"):
         laplax_kfac.load(path)
+
+
+@pytest.mark.parametrize("case", ["a stack", "a diagonal side", "scattered ids"])
+def test_files_of_the_first_format_are_read(case, tmp_path):
+    """Sides were dense, with one array, or diagonal, with none."""
+    curvature, path = PLAIN[case]()[1], tmp_path / "file"
+    laplax_kfac.save(path, curvature)
+    with np.load(path, allow_pickle=False) as file:
+        entries = {name.removesuffix("/0"): file[name] for name in file.files}
+    header = json.loads(str(entries.pop("header"))) | {"format": 1}
+    header["axes"] = [len(sides) for sides in header.pop("sides")]
+    for layer in header["layers"]:
+        layer["diagonal"] = [text == "diagonal" for text in layer.pop("sides")]
+    with path.open("wb") as file:
+        np.savez(file, header=np.asarray(json.dumps(header)), **entries)
+    assert_same(laplax_kfac.load(path), curvature)
 
 
 def test_archives_of_something_else_are_refused(tmp_path):

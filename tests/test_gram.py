@@ -69,7 +69,8 @@ def accumulator():
 def test_sums_of_wide_layers(accumulator):
     """One batch at a time, with all entries; or all in place, by their upper tiles."""
     state = accumulator.update(accumulator.init(), DATA, WEIGHTS)
-    parts = [((x[:3], x[3:]) for x in DATA), (WEIGHTS[:3], WEIGHTS[3:])]
+    weights = jnp.asarray(WEIGHTS)
+    parts = [((x[:3], x[3:]) for x in DATA), (weights[:3], weights[3:])]
     batches = list(zip(*parts[0], strict=True))
     data = [
         ({"input": x, "target": y}, w) for (x, y), w in zip(batches, parts[1], strict=True)

@@ -1,24 +1,22 @@
 """Curvature blocks: an orthogonal basis, and eigenvalues in it.
 
 Every block, whatever its kind, is a *rotated diagonal*: a vector in the block is an array with one
-or two axes, ``basis`` holds one orthogonal matrix per axis (None: the identity), ``eigenvalues``
-has the array's shape. Everything downstream is then one code path: rotate, apply a function of
-the eigenvalues, rotate back. A stack of blocks has one more axis in front, everywhere.
+or two axes, ``sides`` holds a basis for each, ``eigenvalues`` has the array's shape. Everything
+downstream is then one code path: rotate, apply a function of the eigenvalues, rotate back. A stack
+of blocks has one more axis in front, everywhere.
 
-=============================  ==============  ==========================================
-block                          basis           eigenvalues
-=============================  ==============  ==========================================
-Kronecker                      (U_A, U_B)      outer(alpha, beta), shape (rows, out)
-Kronecker, a side diagonal     (None, U_B)     the same
-dense                          (U,)            (p,)
-diagonal                       (None,)         (p,)
-=============================  ==============  ==========================================
+=============================  ========================  ====================================
+block                          sides                     eigenvalues
+=============================  ========================  ====================================
+Kronecker                      (U_A, U_B), of any kinds  outer(alpha, beta), shape (rows, out)
+dense                          (U,)                      (p,)
+diagonal                       (UNROTATED,)              (p,)
+=============================  ========================  ====================================
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num, PyTree
 
 from laplax_kfac import pytrees
+from laplax_kfac.bases import UNROTATED, Basis, Dense, Side
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.segments import Segment
@@ -34,23 +33,18 @@ from laplax_kfac.parsing.segments import Segment
 @pytrees.register
 @dataclass(frozen=True)
 class Block:
-    """A symmetric matrix ``U diag(eigenvalues) U^T`` with ``U`` the product of ``basis``.
+    """A symmetric matrix ``U diag(eigenvalues) U^T`` with ``U`` the product of the sides' bases.
 
     Attributes:
-        basis: One orthogonal matrix (stack..., n, n) per axis, eigenvectors in its columns; or
-            None for the identity.
+        sides: One basis for every axis of a vector in the block.
         eigenvalues: Shape (stack..., n) or (stack..., n, m): one for every basis vector.
     """
 
-    basis: tuple[Float[Array, "*stack _ _"] | None, ...]
+    sides: tuple[Basis, ...]
     eigenvalues: Float[Array, "*stack_and_axes"]
 
 
 Matrix = TypeVar("Matrix", bound="BlockDiagonal")
-Side = tuple[Float[Array, "... _"], Float[Array, "... _ _"] | None]
-"""Eigenvalues and eigenvectors of a symmetric matrix; None: those of a diagonal one."""
-_SMALL = 512
-"""Width up to which matrices are decomposed in one program, and together if of one width."""
 
 
 def block_of_sides(sides: Sequence[Side]) -> Block:
@@ -63,122 +57,44 @@ def block_of_sides(sides: Sequence[Side]) -> Block:
 
 def dense_block(matrix: Float[Array, "*stack p p"]) -> Block:
     """The block of a dense positive semi-definite matrix."""
-    return block_of_sides([eigh(matrix)])
+    return block_of_sides([Dense().decompose(matrix)])
 
 
 def diagonal_block(diagonal: Float[Array, "*stack p"]) -> Block:
     """The block of a diagonal matrix."""
-    return Block((None,), diagonal)
+    return Block((UNROTATED,), diagonal)
 
 
-def eigh(
-    matrix: Float[Array, "*stack n n"],
-) -> tuple[Float[Array, "*stack n"], Float[Array, "*stack n n"]]:
-    """Eigenvalues, clipped at zero, and eigenvectors of a positive semi-definite matrix."""
-    eigenvalues, vectors = _eigh(0.5 * (matrix + matrix.swapaxes(-1, -2)))
-    return jnp.clip(eigenvalues, 0.0), vectors
-
-
-def eigh_each(matrices: Sequence[Float[Array, "... _ _"]]) -> list[Side]:
-    """`eigh` of several matrices: wide ones one after the other, small ones in one program.
-
-    Of a program, a CPU decomposes several at the same time, and the threads of LAPACK, which has
-    work for all of them in one wide matrix, wait for each other: up to twice the processor time.
-    """
-    small = iter(_eigh_of_small([x for x in matrices if x.shape[-1] <= _SMALL]))
-    return [next(small) if x.shape[-1] <= _SMALL else _eigh_of_wide(x) for x in matrices]
-
-
-@jax.jit
-def _eigh_of_small(matrices: Sequence[Float[Array, "... _ _"]]) -> list[Side]:
-    """Those of one width are decomposed together, by one call that is compiled."""
-    found: dict[int, Side] = {}
-    for n in {x.shape[-1] for x in matrices}:
-        numbers = [k for k, x in enumerate(matrices) if x.shape[-1] == n]
-        stacks = [matrices[k].reshape(-1, n, n) for k in numbers]
-        cuts = np.cumsum([len(x) for x in stacks])[:-1]
-        parts = zip(*(jnp.split(y, cuts) for y in eigh(jnp.concatenate(stacks))), strict=True)
-        for k, (values, vectors) in zip(numbers, parts, strict=True):
-            shape = matrices[k].shape
-            found[k] = values.reshape(shape[:-1]), vectors.reshape(shape)
-    return [found[k] for k in range(len(matrices))]
-
-
-_eigh_of_wide = jax.jit(eigh)
-
-
-@jax.custom_jvp
-def _eigh(matrix: Float[Array, "*stack n n"]) -> tuple[Array, Array]:
-    if matrix.ndim == 2:
-        return _eigh_of_one(matrix)
-    # On a CPU, XLA spreads a batch over the threads that it also waits for it with: two batches
-    # at once can stop for ever (jaxlib 0.10.2). A loop has one matrix at a time.
-    flat = matrix.reshape(-1, *matrix.shape[-2:])
-    values, vectors = jax.lax.platform_dependent(
-        flat, cpu=functools.partial(jax.lax.map, _eigh_of_one), default=_eigh_of_one
-    )
-    return values.reshape(matrix.shape[:-1]), vectors.reshape(matrix.shape)
-
-
-def _eigh_of_one(matrix: Float[Array, "*stack n n"]) -> tuple[Array, Array]:
-    values, vectors = jnp.linalg.eigh(matrix)
-    return values, vectors
-
-
-@_eigh.defjvp
-def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
-    """Derivative that leaves the basis within an eigenspace alone.
-
-    JAX's own divides by the gaps between eigenvalues, which are rounding errors in the null space
-    of a factor. No function of the matrix depends on the basis within an eigenspace.
-    """
-    (matrix,), (tangent,) = primals, tangents
-    values, vectors = _eigh(matrix)
-    inner = vectors.swapaxes(-1, -2) @ tangent @ vectors
-    gaps = values[..., None, :] - values[..., :, None]
-    largest = jnp.max(jnp.abs(values), axis=-1)[..., None, None]
-    close = jnp.abs(gaps) <= 100 * jnp.finfo(values.dtype).eps * largest
-    weights = jnp.where(close, 0.0, 1.0 / jnp.where(close, 1.0, gaps))
-    change = jnp.diagonal(inner, axis1=-2, axis2=-1), vectors @ (weights * inner)
-    return (values, vectors), change
-
-
-def rotate(block: Block, v: Float[Array, "*stack_and_axes"]) -> Float[Array, "*stack_and_axes"]:
+def rotate(block: Block, v: Num[Array, "*axes"]) -> Num[Array, "*axes"]:
     """Coordinates of a vector in the block's basis: ``U^T v``."""
-    return _rotate(block, v, transpose=True)
+    return along_axes(block.sides, v, lambda basis, x, axis: basis.rotate(x, axis))
 
 
-def rotate_back(
-    block: Block, v: Float[Array, "*stack_and_axes"]
-) -> Float[Array, "*stack_and_axes"]:
+def rotate_back(block: Block, v: Num[Array, "*axes"]) -> Num[Array, "*axes"]:
     """The vector with these coordinates in the block's basis: ``U v``."""
-    return _rotate(block, v, transpose=False)
+    return along_axes(block.sides, v, lambda basis, x, axis: basis.rotate_back(x, axis))
 
 
-def _rotate(block: Block, v: Float[Array, "..."], *, transpose: bool) -> Float[Array, "..."]:
-    axes = len(block.basis)
-    for axis, matrix in enumerate(block.basis):
-        if matrix is None:
-            continue
-        rotation = matrix.swapaxes(-1, -2) if transpose else matrix
-        if axis == axes - 1 and axes == 2:  # V @ U^T acts on columns
-            v = jnp.matmul(v, rotation.swapaxes(-1, -2), precision=jax.lax.Precision.HIGHEST)
-        elif axes == 2:
-            v = jnp.matmul(rotation, v, precision=jax.lax.Precision.HIGHEST)
-        else:
-            v = jnp.matmul(rotation, v[..., None], precision=jax.lax.Precision.HIGHEST)[..., 0]
-    return v
+def along_axes(
+    sides: tuple[Basis, ...],
+    v: Num[Array, "*axes"],
+    function: Callable[[Basis, Array, int], Array],
+) -> Num[Array, "*axes"]:
+    """Apply a function of matrices whose vectors lie along an axis, -2 or -1, to every axis."""
+    if len(sides) == 1:
+        return function(sides[0], v[..., None], -2)[..., 0]
+    return function(sides[1], function(sides[0], v, -2), -1)
 
 
-def apply(block: Block, v: Float[Array, "*stack_and_axes"]) -> Float[Array, "*stack_and_axes"]:
+def apply(block: Block, v: Num[Array, "*axes"]) -> Num[Array, "*axes"]:
     """The block times a vector."""
     return rotate_back(block, block.eigenvalues * rotate(block, v))
 
 
 def diagonal(block: Block) -> Float[Array, "*stack_and_axes"]:
     """Diagonal of the block, as an array like a vector in it."""
-    squares = [None if u is None else u * u for u in block.basis]
-    return _rotate(Block(tuple(squares), block.eigenvalues), block.eigenvalues, transpose=False)
+    squares = Block(tuple(basis.squared() for basis in block.sides), block.eigenvalues)
+    return rotate_back(squares, block.eigenvalues)
 
 
 # -- all blocks of a model ---------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Sums of curvatures: of several tasks, or of a curvature and the precision that came before it.
 
-The sum of two Kronecker products is none, and has no eigenbasis of that form. Three rules, by kind:
+The sum of two Kronecker products is none, and has no eigenbasis of that form. The rules, by kind:
 
 * blocks in the same basis, diagonal blocks and dense blocks are added exactly;
+* sides of two kinds get the least general kind that contains both;
 * otherwise, a Kronecker block gets the eigenbasis of the Kronecker product nearest to the exact sum
   (Van Loan & Pitsianis 1993), and in it the diagonal of the exact sum as its eigenvalues.
 
@@ -13,19 +14,20 @@ those of KFAC, corrected ones (EKFAC), and those with a prior precision added.
 """
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from laplax_kfac import jaxprs
 from laplax_kfac.arguments import no_type_check
-from laplax_kfac.blocks.blocks import Block, BlockDiagonal, dense_block, eigh
+from laplax_kfac.bases import Basis, Side, common_kind
+from laplax_kfac.blocks.blocks import Block, BlockDiagonal, block_of_sides, rotate_back
 from laplax_kfac.parsing.layer import Layer
 
 Matrix = TypeVar("Matrix", bound=BlockDiagonal)
-_HIGHEST = jax.lax.Precision.HIGHEST
 _ITERATIONS = 50
 
 
@@ -81,44 +83,65 @@ def add(first: Matrix, second: BlockDiagonal) -> Matrix:
         )
         raise ValueError(msg)
     pairs = zip(first.blocks, second.blocks, strict=True)
-    return replace(first, blocks=tuple(add_blocks(a, b) for a, b in pairs))
+    blocks = tuple(add_blocks(a, b) for a, b in pairs)
+    layers = tuple(map(_with_kinds_of, first.layers, blocks))
+    return replace(first, blocks=blocks, layers=layers)
 
 
 def _kept(layer: Layer) -> Layer:
     """What two layers must share: not the number of positions, which the data decide."""
-    return replace(layer, positions=0, reason="")
+    return replace(layer, positions=0, reason="", sides=("dense", "dense"))
+
+
+def _with_kinds_of(layer: Layer, block: Block) -> Layer:
+    """A layer with the kinds that the sides of its block have."""
+    if layer.block != "kronecker":
+        return layer
+    inputs, outputs = (basis.kind.text for basis in block.sides)
+    return replace(layer, sides=(inputs, outputs))
 
 
 def add_blocks(first: Block, second: Block) -> Block:
     """The sum of two blocks; see the module for its rules."""
-    if all(_same(a, b) for a, b in zip(first.basis, second.basis, strict=True)):
+    first, second = _promoted(first, second), _promoted(second, first)
+    if all(map(_same, first.sides, second.sides)):
         return replace(first, eigenvalues=first.eigenvalues + second.eigenvalues)
-    if len(first.basis) == 1:
-        return _add_dense(first, second)
+    if len(first.sides) == 1:
+        return _add_matrices(first, second)
     return _add_kronecker(first, second)
 
 
-def _same(first: Array | None, second: Array | None) -> bool:
-    """Whether two bases are known to be the same."""
-    if first is second:
+def _promoted(block: Block, other: Block) -> Block:
+    """A block with the kinds of sides that contain those of another block, too."""
+    sizes = block.eigenvalues.shape[-len(block.sides) :]
+    sides = tuple(
+        common_kind(mine.kind, theirs.kind).promote(mine, size)
+        for mine, theirs, size in zip(block.sides, other.sides, sizes, strict=True)
+    )
+    return replace(block, sides=sides)
+
+
+def _same(first: Basis, second: Basis) -> bool:
+    """Whether two bases of one kind are known to be the same."""
+    pairs = list(zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+    if all(x is y for x, y in pairs):
         return True
-    known = not any(x is None or isinstance(x, jax.core.Tracer) for x in (first, second))
-    return known and np.array_equal(np.asarray(first), np.asarray(second))
+    known = not jaxprs.is_traced(pairs)
+    return known and all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+def _eigenbasis(
+    bases: tuple[Basis, Basis], values: tuple[Float[Array, "..."], Float[Array, "..."]]
+) -> Side:
+    """Of ``sum_k U_k diag(values_k) U_k^T``, for two bases of one kind."""
+    matrices = [basis.matrix(x) for basis, x in zip(bases, values, strict=True)]
+    return bases[0].kind.decompose(jax.tree.map(jnp.add, *matrices))
 
 
 @jax.jit
-def _add_dense(first: Block, second: Block) -> Block:
-    return dense_block(
-        _in_columns(first.basis[0], first.eigenvalues)
-        + _in_columns(second.basis[0], second.eigenvalues)
-    )
-
-
-def _in_columns(basis: Any, eigenvalues: Float[Array, "*stack n"]) -> Float[Array, "*stack n n"]:
-    if basis is None:
-        return eigenvalues[..., None] * jnp.eye(eigenvalues.shape[-1], dtype=eigenvalues.dtype)
-    columns = basis * eigenvalues[..., None, :]
-    return jnp.matmul(columns, basis.swapaxes(-1, -2), precision=_HIGHEST)
+def _add_matrices(first: Block, second: Block) -> Block:
+    values = first.eigenvalues, second.eigenvalues
+    return block_of_sides([_eigenbasis((first.sides[0], second.sides[0]), values)])
 
 
 @jax.jit
@@ -130,7 +153,8 @@ def _add_kronecker(first: Block, second: Block) -> Block:
     of these numbers is negative, so that A and B are positive semi-definite.
     """
     values = first.eigenvalues, second.eigenvalues
-    inputs, outputs = (_overlap(first.basis[k], second.basis[k]) for k in range(2))
+    # Squares of the inner products of both bases' vectors, for either side.
+    inputs, outputs = (u.times(v).squared() for u, v in zip(first.sides, second.sides, strict=True))
 
     def outputs_given(c: tuple[Array, Array]) -> tuple[Array, Array]:
         p = _diagonals(inputs, c)
@@ -146,18 +170,13 @@ def _add_kronecker(first: Block, second: Block) -> Block:
     start = _unit([jnp.sum(x, axis=-1) for x in values])
     c = jax.lax.fori_loop(0, _ITERATIONS, step, start)
     bases = (
-        _eigenbasis(first.basis[0], second.basis[0], c),
-        _eigenbasis(first.basis[1], second.basis[1], outputs_given(c)),
+        _eigenbasis((first.sides[0], second.sides[0]), c)[1],
+        _eigenbasis((first.sides[1], second.sides[1]), outputs_given(c))[1],
     )
     total = jnp.zeros_like(values[0])
     for block in (first, second):
-        left, right = (_overlap(u, v) for u, v in zip(bases, block.basis, strict=True))
-        part = block.eigenvalues
-        if left is not None:
-            part = jnp.matmul(left, part, precision=_HIGHEST)
-        if right is not None:
-            part = jnp.matmul(part, right.swapaxes(-1, -2), precision=_HIGHEST)
-        total = total + part
+        overlaps = (u.times(v).squared() for u, v in zip(bases, block.sides, strict=True))
+        total = total + rotate_back(Block(tuple(overlaps), values[0]), block.eigenvalues)
     return Block(bases, total)
 
 
@@ -169,28 +188,9 @@ def _unit(coefficients: list[Array]) -> tuple[Array, Array]:
     return first / largest, second / largest
 
 
-def _overlap(u: Any, v: Any) -> Float[Array, "*stack n n"] | None:
-    """Squares of the inner products of two bases' vectors; None if both are the identity."""
-    if u is None or v is None:
-        if u is None and v is None:
-            return None
-        return (v if u is None else u.swapaxes(-1, -2)) ** 2
-    return jnp.matmul(u.swapaxes(-1, -2), v, precision=_HIGHEST) ** 2
-
-
 def _diagonals(
-    overlap: Float[Array, "*stack n n"] | None, coefficients: Any
+    overlap: Basis, coefficients: tuple[Float[Array, "*stack n"], Float[Array, "*stack n"]]
 ) -> tuple[Float[Array, "*stack n"], Float[Array, "*stack n"]]:
     """Diagonals of ``sum_k U_k diag(c_k) U_k^T`` in each of the two bases."""
     c, d = coefficients
-    if overlap is None:
-        return c + d, c + d
-    there = jnp.einsum("...ij,...j->...i", overlap, d, precision=_HIGHEST)
-    back = jnp.einsum("...ij,...i->...j", overlap, c, precision=_HIGHEST)
-    return c + there, back + d
-
-
-def _eigenbasis(u: Any, v: Any, coefficients: Any) -> Float[Array, "*stack n n"] | None:
-    if u is None and v is None:
-        return None
-    return eigh(_in_columns(u, coefficients[0]) + _in_columns(v, coefficients[1]))[1]
+    return c + overlap.rotate_back(d), overlap.rotate(c) + d

@@ -1,7 +1,7 @@
 """Streaming curvature: `init`, `update`, `merge` and `finalize`."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
@@ -136,9 +136,11 @@ class Accumulator:
         factors.require_data(state)
         old_inputs, outputs = factors.kronecker_factors(state)
         for _ in range(iterations):
-            inputs = self._half_step(optimal_factors.over_outputs, passes(), outputs)
-            outputs = self._half_step(optimal_factors.over_inputs, passes(), inputs)
-            if optimal_factors.same_directions(old_inputs, inputs):
+            new = self.total(optimal_factors.over_outputs, passes(), outputs)
+            inputs = optimal_factors.over_squared_norms(state.layers, new, outputs, 0)
+            new = self.total(optimal_factors.over_inputs, passes(), inputs)
+            outputs = optimal_factors.over_squared_norms(state.layers, new, inputs, 1)
+            if optimal_factors.same_directions(state.layers, old_inputs, inputs):
                 break
             old_inputs = inputs
         else:
@@ -148,15 +150,6 @@ class Accumulator:
             )
             warnings.warn(msg, stacklevel=3)
         return self.finalize(factors.with_kronecker_factors(state, inputs, outputs))
-
-    def _half_step(
-        self, contract: Any, data: Iterable[WeightedBatch], others: Sequence[Array | None]
-    ) -> list[Array | None]:
-        contracted = self.total(contract, data, others)
-        return [
-            None if new is None or other is None else optimal_factors.over_squared_norm(new, other)
-            for new, other in zip(contracted, others, strict=True)
-        ]
 
     def correct(self, curvature: Curvature, data: Iterable[WeightedBatch]) -> Curvature:
         """Replace the eigenvalues of Kronecker blocks by exact second moments in their bases.
@@ -218,6 +211,9 @@ class Accumulator:
                 selection=self.settings.selection,
             )
             self.settings.check_layers(program.layers)
+            if not self.settings.columns.pull_back:
+                resolved = tuple(map(factors.without_cotangents, program.resolved))
+                program = replace(program, resolved=resolved)
             return compiled_for(self.model_fn, program, self.settings, target)
 
         return self.programs.get(shapes, make)

@@ -1,6 +1,7 @@
 """Parsing a model again, so that its layers are the blocks of a curvature."""
 
 import glob
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import PyTree
@@ -38,7 +39,7 @@ def parse_like(
             model_fn, params, example, vmap_over_data=vmap_over_data, selection=selection
         )
         if [_grouping(layer) for layer in program.layers] == wanted:
-            return program
+            return _with_sides_of(curvature, program)
     msg = (
         "`curvature` is of another model: it has the layers "
         f"{[layer.name for layer in curvature.layers]}, `model_fn` has "
@@ -47,9 +48,16 @@ def parse_like(
     raise ValueError(msg)
 
 
+def _with_sides_of(curvature: BlockDiagonal, program: Program) -> Program:
+    """The program whose factors are of the kinds that the curvature's are of."""
+    pairs = zip(program.resolved, curvature.layers, strict=True)
+    resolved = (replace(r, layer=replace(r.layer, sides=layer.sides)) for r, layer in pairs)
+    return replace(program, resolved=tuple(resolved))
+
+
 def _grouping(layer: Layer) -> tuple[Any, ...]:
     probed = layer.block in ("none", "diagonal")  # a block "none" is a diagonal of zeros
-    return layer.segments, "diagonal" if probed else layer.block, layer.stack, layer.diagonal
+    return layer.segments, "diagonal" if probed else layer.block, layer.stack
 
 
 def _selection_of(curvature: BlockDiagonal, *, separate: bool) -> Selection:

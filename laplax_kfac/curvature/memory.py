@@ -83,6 +83,4 @@ def examples_at_once(program: Program, record_bytes: int) -> int:
 
 def sum_bytes(layer: Layer) -> int:
     """Memory for the sums of a Kronecker layer, and for its bases."""
-    sides = zip((layer.rows, layer.out_features), layer.diagonal, strict=True)
-    entries = sum(size if diagonal else size**2 for size, diagonal in sides)
-    return 4 * layer.stack * entries if layer.block == "kronecker" else 0
+    return 4 * layer.factor_elements

@@ -28,6 +28,7 @@ class OptionKeywords(TypedDict, total=False):
     params_filter: PathFilter
     fallback: str | Mapping[str, str]
     dense_limit: int
+    factor_kinds: str | Mapping[str, Any] | None
     separate_weight_and_bias: bool
     vmap_over_data: bool
 
@@ -60,6 +61,11 @@ class Options:
         fallback: Block of parameters without a Kronecker form: ``"dense"`` (up to ``dense_limit``,
             diagonal above), ``"diagonal"``, ``"none"``, or ``"error"``; or these by pattern.
         dense_limit: Most parameters of a leaf that get a dense block.
+        factor_kinds: What Kronecker factors may be: ``"dense"``, ``"diagonal"``, ``"identity"`` (a
+            multiple of it), or ``"blocked:64"`` for blocks of 64 neighbouring features. One kind is
+            for all input factors but those of lookups; or give, by patterns of layers' names, one
+            for both factors, or a pair for inputs and outputs. Dense by default, and diagonal for
+            rows that data pick and for very wide factors.
         separate_weight_and_bias: Whether biases get blocks of their own.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
 
@@ -77,6 +83,7 @@ class Options:
     params_filter: PathFilter = None
     fallback: str | Mapping[str, str] = "dense"
     dense_limit: int = DENSE_LIMIT
+    factor_kinds: str | Mapping[str, Any] | None = None
     separate_weight_and_bias: bool = False
     vmap_over_data: bool = True
 
@@ -129,6 +136,7 @@ class Options:
             self.dense_limit,
             separate_weight_and_bias=self.separate_weight_and_bias,
             curvature=self.curvature,
+            factor_kinds=self.factor_kinds,
         )
 
     def settings(self, loss_fn: Any) -> "Settings":

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key, Num, PyTree
 
 from laplax_kfac import pytrees
 from laplax_kfac.arguments import no_type_check, positive_integer
+from laplax_kfac.bases import sum_into_rows
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal, apply
 from laplax_kfac.capture.batches import batches, even_batches, first_example
 from laplax_kfac.capture.capture import ParameterRecord, Record, UseRecord
@@ -19,7 +20,6 @@ from laplax_kfac.curvature.accumulator import Accumulator
 from laplax_kfac.curvature.matching import parse_like
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.curvature.options import Options
-from laplax_kfac.factors.gradients import sum_into_rows
 from laplax_kfac.parsing.grouping import Member, Resolved
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace

@@ -6,17 +6,18 @@ curvature in the Kronecker eigenbasis; without bases it is the diagonal of the c
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from laplax_kfac.blocks.blocks import Block, rotate
+from laplax_kfac.bases import UNROTATED, sum_into_rows
+from laplax_kfac.blocks.blocks import Block
 from laplax_kfac.capture.capture import Record, UseRecord
 from laplax_kfac.factors.gradients import (
     FORMED,
     STORED,
+    Bases,
     RotatedUses,
     accumulate,
     gradients_side_by_side,
@@ -25,7 +26,6 @@ from laplax_kfac.factors.gradients import (
     num_positions,
     rotated_records,
     sum_in_parts,
-    sum_into_rows,
     sum_of_matrices,
 )
 from laplax_kfac.parsing.grouping import Resolved
@@ -47,7 +47,7 @@ def corrected_eigenvalues(
     Layers whose block is exact already keep what they have: their entry is all zeros.
     """
     return tuple(
-        second_moments(r, record, weights, block)
+        second_moments(r, record, weights, block.sides)
         if isinstance(record, tuple) and r.layer.block == "kronecker"
         else jnp.zeros_like(block.eigenvalues)
         for r, record, block in zip(resolved, records, blocks, strict=True)
@@ -55,23 +55,23 @@ def corrected_eigenvalues(
 
 
 def second_moments(
-    resolved: Resolved, record: tuple[UseRecord, ...], weights: Float[Array, " N"], block: Block
+    resolved: Resolved, record: tuple[UseRecord, ...], weights: Float[Array, " N"], sides: Bases
 ) -> Float[Array, "..."]:
-    """Second moments of the gradients of one layer in the basis of the block."""
+    """Second moments of the gradients of one layer in the bases of its sides."""
     if is_lookup(resolved):
-        rows, gradients, shares = jax.vmap(lambda r: lookup_gradients(r, block))(record[0])
+        rows, gradients, shares = jax.vmap(lambda r: lookup_gradients(r, sides[1]))(record[0])
         squares = jnp.sum(gradients**2, axis=1) * (shares * weights[:, None, None])[..., None]
         moments = sum_into_rows(resolved.layer.rows, rows, squares)
         return moments.reshape(resolved.layer.shape)
     members, layer = resolved.members, resolved.layer
     weights = accumulate(weights)
     if _in_pairs(resolved, record):
-        uses = rotated_records(members, record, block)
+        uses = rotated_records(members, record, sides)
         numbers = num_positions(record) ** 2 * layer.stack * (layer.rows + layer.out_features)
         at_once = max(1, FORMED // numbers)
         moments = sum_in_parts(_moments_by_pairs, (uses, weights), at_once)
         return moments.reshape(layer.shape)
-    before, after = _rotations(layer, record, block)
+    before, after = _rotations(layer, record, sides)
 
     def by_matrices(uses: RotatedUses, weights: Float[Array, " n"]) -> Array:
         matrices = _rotated(after, gradients_side_by_side(members, uses))
@@ -112,20 +112,18 @@ def _moments_by_pairs(
 
 
 def _rotated(
-    block: Block, matrices: Float[Array, "n stack rows R out"]
+    sides: Bases, matrices: Float[Array, "n stack rows R out"]
 ) -> Float[Array, "n stack rows R out"]:
-    """Matrices side by side in the block's bases."""
-    shape, (rows, out) = matrices.shape, block.basis
-    matrices = rotate(replace(block, basis=(rows, None)), matrices.reshape(*shape[:3], -1))
-    matrices = matrices.reshape(*shape[:2], -1, shape[-1])
-    return rotate(replace(block, basis=(None, out)), matrices).reshape(shape)
+    """Matrices side by side in the bases."""
+    shape, (rows, out) = matrices.shape, sides
+    matrices = rows.rotate(matrices.reshape(*shape[:3], -1), -2)
+    return out.rotate(matrices.reshape(*shape[:2], -1, shape[-1]), -1).reshape(shape)
 
 
-def _rotations(layer: Layer, record: tuple[UseRecord, ...], block: Block) -> tuple[Block, Block]:
+def _rotations(layer: Layer, record: tuple[UseRecord, ...], sides: Bases) -> tuple[Bases, Bases]:
     """What to rotate first, inputs and cotangents, and what later, matrices that are smaller."""
     positions, columns = num_positions(record), record[0].gradients.shape[1]
     fewer = positions < columns * layer.out_features, positions < layer.rows
-    pairs = list(zip(block.basis, fewer, strict=True))
-    before = tuple(basis if first else None for basis, first in pairs)
-    after = tuple(None if first else basis for basis, first in pairs)
-    return replace(block, basis=before), replace(block, basis=after)
+    pairs = list(zip(sides, fewer, strict=True))
+    before = tuple(basis if first else UNROTATED for basis, first in pairs)
+    return before, tuple(UNROTATED if first else basis for basis, first in pairs)

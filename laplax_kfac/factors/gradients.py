@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from laplax_kfac.blocks.blocks import Block
+from laplax_kfac.bases import UNROTATED, Basis, Sum
 from laplax_kfac.capture.capture import UseRecord
 from laplax_kfac.parsing.grouping import Member, Resolved
 from laplax_kfac.patterns import one_hot
@@ -27,8 +27,8 @@ _COLUMNS = 16
 STORED = 200
 """Multiply-adds of a large product in the time of writing a number to memory and reading it."""
 
-UNROTATED = Block((None, None), jnp.ones(()))
-
+NO_ROTATION = (UNROTATED, UNROTATED)
+Bases = tuple[Basis, ...]
 RotatedUses = tuple[tuple[Array, Array], ...]
 """(inputs, cotangents) of every use of a layer, in the eigenbases of its block."""
 
@@ -39,21 +39,21 @@ def num_positions(record: tuple[UseRecord, ...]) -> int:
 
 
 def rotated_records(
-    members: Sequence[Member], record: tuple[UseRecord, ...], block: Block = UNROTATED
+    members: Sequence[Member], record: tuple[UseRecord, ...], sides: Bases = NO_ROTATION
 ) -> RotatedUses:
-    """Inputs and cotangents of every use in the eigenbases of the layer's block, if given.
+    """Inputs and cotangents of every use in the eigenbases of the layer's block.
 
     A transposed use has its inputs in the layer's output space, and the cotangents in its inputs'.
     """
     rotated = []
     for member, use in zip(members, record, strict=True):
-        bases = block.basis[::-1] if member.claim.transposed else block.basis
+        bases = sides[::-1] if member.claim.transposed else sides
         g = accumulate(use.gradients)
         if member.claim.indexed:
             a = one_hot(use.inputs, member.claim.ids.shape[1], g.dtype)
         else:
             a = accumulate(use.inputs)
-        rotated.append((_in_basis(a, bases[0]), _in_basis(g, bases[1])))
+        rotated.append((bases[0].rotate(a), bases[1].rotate(g)))
     return tuple(rotated)
 
 
@@ -79,28 +79,20 @@ def gradients_side_by_side(
     return total
 
 
-def _in_basis(x: Float[Array, "..."], basis: Float[Array, "..."] | None) -> Float[Array, "..."]:
-    if basis is None:
-        return x
-    if basis.ndim == 2:  # not as a batch of one, of which XLA transposes the product
-        return jnp.matmul(x, basis, precision=_HIGHEST)
-    return jnp.einsum("...ki,kij->...kj", x, basis, precision=_HIGHEST)
-
-
 def is_lookup(resolved: Resolved) -> bool:
     """Whether per-example gradients of a layer have few rows: those that its only use picked."""
     return len(resolved.members) == 1 and resolved.members[0].claim.indexed
 
 
 def lookup_gradients(
-    record: UseRecord, block: Block
+    record: UseRecord, outputs: Basis
 ) -> tuple[Int[Array, "S stack"], Float[Array, "R S stack out"], Float[Array, "S stack"]]:
     """The rows of one example's gradient: row numbers, rows in the basis, and shares.
 
     A row that several positions pick comes once for each, with shares that sum to one.
     """
     rows = record.inputs[..., 0]
-    g = _in_basis(accumulate(record.gradients), block.basis[1])
+    g = outputs.rotate(accumulate(record.gradients))
     same = same_row(rows[None])[0].astype(g.dtype)
     gradients = jnp.einsum("stk,rtko->rsko", same, g, precision=_HIGHEST)
     return rows, gradients, 1.0 / jnp.sum(same, axis=1)
@@ -111,27 +103,17 @@ def same_row(rows: Int[Array, "N S stack"]) -> Float[Array, "N S S stack"]:
     return (rows[:, :, None] == rows[:, None]).astype(jnp.result_type(float))
 
 
-def sum_into_rows(
-    size: int, rows: Int[Array, "N S stack"], values: Float[Array, "N S stack *out"]
-) -> Float[Array, "stack size *out"]:
-    """Add the values of all positions to the rows that these pick; -1 picks none."""
-    stack = rows.shape[-1]
-    total = jnp.zeros((stack, size, *values.shape[3:]), values.dtype)
-    kept = jnp.where(rows < 0, size, rows)  # beyond the last row: dropped
-    return total.at[jnp.arange(stack), kept].add(values, mode="drop")
-
-
 def accumulate(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """In a dtype to sum in: float32, or float64 where x64 is on."""
     return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
 
 
 def sum_of_matrices(
-    function: Callable[[RotatedUses, Array], Array],
+    function: Callable[[RotatedUses, Array], Sum],
     uses: RotatedUses,
     weights: Float[Array, " N"],
     size: int,
-) -> Array:
+) -> Sum:
     """Sum a function of gradient matrices over examples and columns, few enough for a cache.
 
     Args:
@@ -144,11 +126,11 @@ def sum_of_matrices(
     at_once = max(1, _CACHED // size)
     each = min(columns, at_once, _COLUMNS)
 
-    def of_examples(uses: RotatedUses, weights: Float[Array, " n"]) -> Array:
+    def of_examples(uses: RotatedUses, weights: Float[Array, " n"]) -> Sum:
         if each == columns:
             return function(uses, weights)
 
-        def of_columns(*cotangents: Float[Array, "r n S stack out"]) -> Array:
+        def of_columns(*cotangents: Float[Array, "r n S stack out"]) -> Sum:
             pairs = zip(uses, cotangents, strict=True)
             return function(tuple((a, jnp.moveaxis(g, 0, 1)) for (a, _), g in pairs), weights)
 
@@ -157,9 +139,7 @@ def sum_of_matrices(
     return sum_in_parts(of_examples, (uses, weights), at_once // each)
 
 
-def sum_in_parts(
-    function: Callable[..., Array], arguments: tuple[PyTree, ...], at_once: int
-) -> Array:
+def sum_in_parts(function: Callable[..., Sum], arguments: tuple[PyTree, ...], at_once: int) -> Sum:
     """Sum a function over the leading axis of its arguments, a part of it at once.
 
     Args:
@@ -178,8 +158,7 @@ def sum_in_parts(
         padding = [(0, each * parts - count), *[(0, 0)] * (x.ndim - 1)]
         return jnp.pad(x, padding).reshape(parts, each, *x.shape[1:])
 
-    total: Array = sum_over(lambda part: function(*part), jax.tree.map(split, arguments))
-    return total
+    return sum_over(lambda part: function(*part), jax.tree.map(split, arguments))
 
 
 def sum_over(function: Callable[[PyTree], PyTree], parts: PyTree) -> PyTree:

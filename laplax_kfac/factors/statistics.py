@@ -14,9 +14,10 @@ Sums are taken in float32, or float64 where x64 is on, at full matrix-product pr
 are sums, so they may be accumulated in any order, over any split of the data.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,25 +25,19 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from laplax_kfac import pytrees
-from laplax_kfac.blocks.blocks import Block, Side, block_of_sides, diagonal_block, eigh_each
+from laplax_kfac.bases import UNROTATED, Kind, Sum, eigh_each
+from laplax_kfac.bases.eigh import Eigh
+from laplax_kfac.blocks.blocks import Block, block_of_sides, diagonal_block
 from laplax_kfac.capture.capture import ParameterRecord, Record, UseRecord
 from laplax_kfac.factors.eigenvalue_correction import second_moments
 from laplax_kfac.factors.gradients import (
-    UNROTATED,
+    NO_ROTATION,
     accumulate,
     gradient_matrices,
     rotated_records,
     same_row,
-    sum_into_rows,
 )
-from laplax_kfac.gram import (
-    Symmetric,
-    Tiled,
-    bordered,
-    self_product,
-    upper_tiles,
-    whole,
-)
+from laplax_kfac.gram import Symmetric, bordered
 from laplax_kfac.parsing.claims import Claim
 from laplax_kfac.parsing.grouping import Member, Resolved
 from laplax_kfac.parsing.layer import Layer
@@ -50,7 +45,6 @@ from laplax_kfac.parsing.layout import ParameterSpace
 
 KfacApprox = Literal["expand", "reduce"]
 KFAC_APPROXIMATIONS = ("expand", "reduce")
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @pytrees.register
@@ -59,22 +53,26 @@ class KroneckerSums:
     """Sums of one Kronecker layer, with a leading axis over its U uses.
 
     Attributes:
-        inputs: A, shape (U, stack, rows, rows), or (U, stack, rows) if it is diagonal.
-        outputs: B, shape (U, stack, out, out), or (U, stack, out) if it is diagonal.
+        inputs: A, a sum of the kind of the layer's input side.
+        outputs: B, a sum of the kind of its output side.
         count: M, shape (U, stack).
     """
 
-    inputs: Any
-    outputs: Any
+    inputs: Sum
+    outputs: Sum
     count: Float[Array, "*U stack"]
 
 
 @pytrees.register
 @dataclass(frozen=True)
 class ParameterSums:
-    """Sums of a probed layer: of g g^T (p, p) for a dense block, of g^2 (p,) for a diagonal."""
+    """Sums of a layer without two sides.
 
-    gradients: Any
+    Attributes:
+        gradients: Of g g^T (p, p) for a dense block, of g^2, in the layer's shape, for a diagonal.
+    """
+
+    gradients: Sum
 
 
 Sums = KroneckerSums | ParameterSums | None
@@ -139,12 +137,19 @@ def require_same_blocks(first: Statistics, second: Statistics) -> None:
 
 def mirrored(statistics: Statistics) -> Statistics:
     """Statistics with all entries of the matrices of which sums keep the upper tiles."""
-    leaves, treedef = jax.tree.flatten(statistics, is_leaf=_is_tiled)
-    return jax.tree.unflatten(treedef, [whole(x) if _is_tiled(x) else x for x in leaves])
+    pairs = zip(statistics.layers, statistics.sums, strict=True)
+    return replace(statistics, sums=tuple(_finished(*pair) for pair in pairs))
 
 
-def _is_tiled(x: Any) -> bool:
-    return isinstance(x, Tiled)
+def _finished(layer: Layer, sums: Sums) -> Sums:
+    if isinstance(sums, KroneckerSums):
+        inputs, outputs = layer.kinds
+        return replace(
+            sums, inputs=inputs.finished(sums.inputs), outputs=outputs.finished(sums.outputs)
+        )
+    if sums is None:
+        return None
+    return ParameterSums(layer.kinds[0].finished(sums.gradients))
 
 
 def batch_sums(
@@ -187,14 +192,17 @@ def _layer_sums(
     if resolved.layer.block == "dense":
         return _probed_sums(resolved.layer, _gradients(resolved.members, record), weights)
     if resolved.layer.block == "diagonal":
-        return ParameterSums(second_moments(resolved, record, weights, UNROTATED))
+        return ParameterSums(second_moments(resolved, record, weights, NO_ROTATION))
     sums = [
         _use_sums(resolved.layer, m, r, weights, input_weights, kfac_approx)
         for m, r in zip(resolved.members, record, strict=True)
     ]
     if len(sums) > 1:  # in one form, whatever they were formed from
-        retiled = lambda x: upper_tiles(x) if _is_tiled(x) else x  # noqa: E731
-        sums = jax.tree.map(retiled, sums, is_leaf=_is_tiled)
+        inputs, outputs = resolved.layer.kinds
+        sums = [
+            replace(x, inputs=inputs.aligned(x.inputs), outputs=outputs.aligned(x.outputs))
+            for x in sums
+        ]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *sums)
 
 
@@ -202,29 +210,18 @@ def _probed_sums(
     layer: Layer, gradients: Float[Array, "N R p"], weights: Float[Array, " N"]
 ) -> ParameterSums:
     """Exact sums of a dense or diagonal block from its per-example gradients."""
-    weights = weights.astype(gradients.dtype)
-    dense = layer.block == "dense"
+    weights, kind = accumulate(weights), layer.kinds[0]
     if gradients.shape[1] == 0:
-        identity = _identity(jnp.sum(weights)[None], layer.size, diagonal=not dense)
-        return ParameterSums(jax.tree.map(lambda x: x[0], identity))
-    weights = weights[:, None, None]
-    if dense:
-        return ParameterSums(_gram(gradients, weights))
-    squares = jnp.real(weights * gradients * jnp.conj(gradients))
-    return ParameterSums(jnp.sum(squares, axis=(0, 1)))
+        total = kind.identity(jnp.sum(weights)[None], layer.size)
+    else:
+        total = kind.sum(gradients[..., None, :], weights[:, None, None, None])
+    return ParameterSums(jax.tree.map(lambda x: x[0], total))
 
 
 def _gradients(members: Sequence[Member], record: tuple[UseRecord, ...]) -> Float[Array, "N R p"]:
     """Per-example gradients of all parameters of a layer."""
     matrices = gradient_matrices(members, rotated_records(members, record))
     return matrices.reshape(*matrices.shape[:2], -1)
-
-
-def _identity(counts: Float[Array, " stack"], size: int, *, diagonal: bool) -> Any:
-    """A multiple of the identity for every stack index."""
-    if diagonal:
-        return counts[:, None] * jnp.ones(size, counts.dtype)
-    return upper_tiles(counts[:, None, None] * jnp.eye(size, dtype=counts.dtype))
 
 
 def _use_sums(
@@ -236,7 +233,7 @@ def _use_sums(
     kfac_approx: KfacApprox,
 ) -> KroneckerSums:
     claim = member.claim
-    diagonal = layer.diagonal[::-1] if claim.transposed else layer.diagonal
+    kinds = layer.kinds[::-1] if claim.transposed else layer.kinds
     active, g = accumulate(record.active), accumulate(record.gradients)
     a = record.inputs if claim.indexed else accumulate(record.inputs)
     weights, input_weights = weights.astype(g.dtype), input_weights.astype(g.dtype)
@@ -250,29 +247,21 @@ def _use_sums(
             a = jnp.sum(a, axis=1, keepdims=True) / positions[..., None]
         counts = jnp.max(active, axis=1, keepdims=True)
     count = jnp.einsum("n,nsk->k", input_weights, counts.astype(weights.dtype))
-    inputs: Any
     if claim.indexed:
-        inputs = sum_into_rows(claim.ids.shape[1], a[..., 0], input_weights[:, None, None] * shares)
+        shares = input_weights[:, None, None] * shares
+        inputs = kinds[0].sum_rows(a[..., 0], claim.ids.shape[1], shares)
     elif _from_operands(layer, claim, kfac_approx):
-        inputs = _moment_of_operands(member, record.operands, input_weights, count)
+        moment = _moment_of_operands(member, record.operands, input_weights, count)
+        inputs = kinds[0].of_matrix(moment)
     else:
-        inputs = second_moment(a, input_weights[:, None, None, None], diagonal=diagonal[0])
+        inputs = kinds[0].sum(a, input_weights[:, None, None, None])
     if g.shape[1] == 0:
-        outputs = _identity(count, g.shape[-1], diagonal=diagonal[1])
+        outputs = kinds[1].identity(count, g.shape[-1])
     else:
-        outputs = second_moment(g, weights[:, None, None, None, None], diagonal=diagonal[1])
+        outputs = kinds[1].sum(g, weights[:, None, None, None, None])
     if claim.transposed:
         inputs, outputs = outputs, inputs
     return KroneckerSums(inputs, outputs, count)
-
-
-def second_moment(
-    x: Float[Array, "*n stack p"], weights: Float[Array, "..."], *, diagonal: bool
-) -> Any:
-    """Weighted sum of x x^T for every stack index, or its diagonal."""
-    if diagonal:
-        return jnp.sum(weights * x * x, axis=tuple(range(x.ndim - 2)))
-    return _stacked_gram(x, weights)
 
 
 def needs_inputs(resolved: Resolved, kfac_approx: KfacApprox) -> bool:
@@ -282,7 +271,9 @@ def needs_inputs(resolved: Resolved, kfac_approx: KfacApprox) -> bool:
 
 
 def _from_operands(layer: Layer, claim: Claim, kfac_approx: KfacApprox) -> bool:
-    if layer.block != "kronecker" or kfac_approx != "expand" or layer.diagonal[claim.transposed]:
+    if layer.block != "kronecker" or kfac_approx != "expand":
+        return False
+    if not layer.kinds[claim.transposed].holds_all:
         return False
     return claim.moments is not None and claim.input_scale is None
 
@@ -302,38 +293,7 @@ def _moment_of_operands(
         corner = member.joint_bias**2 * count[:, None]
         border = jnp.concatenate([member.joint_bias * first, corner], axis=-1)
         second = bordered(second, border)
-    return second if isinstance(second, Tiled) else upper_tiles(second)
-
-
-@jax.custom_jvp
-def _gram(x: Float[Array, "*n p"], weights: Float[Array, "..."]) -> Any:
-    """Weighted sum of x x^T; the weights are not negative.
-
-    Both operands of the product are one array, with the square roots of the weights multiplied in:
-    of a tall x a second copy would take longer than the product.
-    """
-    return self_product((jnp.sqrt(weights) * x).reshape(-1, x.shape[-1]))
-
-
-@_gram.defjvp
-def _gram_jvp(
-    primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Symmetric, Symmetric]:
-    """The derivative is that of the plain formula, for a root has none at a weight of zero."""
-
-    def plain(x: Array, weights: Array) -> Symmetric:
-        y, x = ((v * x).reshape(-1, x.shape[-1]) for v in (weights, 1.0))
-        return upper_tiles(jnp.matmul(y.T, x, precision=_HIGHEST))
-
-    return _gram(*primals), jax.jvp(plain, primals, tangents)[1]
-
-
-def _stacked_gram(x: Float[Array, "*n stack p"], weights: Float[Array, "..."]) -> Symmetric:
-    """Weighted sum of x[n, k] x[n, k]^T for every stack index k."""
-    if x.shape[-2] == 1:  # a plain matrix product is faster than a batch of one
-        return jax.tree.map(lambda tile: tile[None], _gram(x[..., 0, :], weights[..., 0, :]))
-    y = (weights * x).reshape(-1, *x.shape[-2:])
-    return upper_tiles(jnp.einsum("nkp,nkq->kpq", y, x.reshape(y.shape), precision=_HIGHEST))
+    return second
 
 
 # -- finalize ----------------------------------------------------------------------------------
@@ -364,26 +324,32 @@ def require_data(statistics: Statistics) -> None:
 def _matrices(statistics: Statistics) -> list[Array]:
     """The matrices to decompose, of all layers."""
     pairs = zip(statistics.layers, statistics.sums, strict=True)
-    return [x for pair in pairs for x, diagonal in _sides(*pair) if not diagonal]
+    return [x for pair in pairs for kind, side in _sides(*pair) for x in kind.matrices(side)]
 
 
 @jax.jit
-def _blocks(statistics: Statistics, decomposed: Sequence[Side]) -> tuple[Block, ...]:
+def _blocks(statistics: Statistics, decomposed: Sequence[Eigh]) -> tuple[Block, ...]:
     """Blocks of all layers from the eigendecompositions of `_matrices`."""
     left, blocks = iter(decomposed), []
     for layer, sums in zip(statistics.layers, statistics.sums, strict=True):
-        sides = [(x, None) if diagonal else next(left) for x, diagonal in _sides(layer, sums)]
+        sides = []
+        for kind, side in _sides(layer, sums):
+            found = list(itertools.islice(left, len(kind.matrices(side))))
+            sides.append(kind.eigenbasis(side, found))
         blocks.append(block_of_sides(sides) if sides else _block_of_parameters(layer, sums))
     return tuple(blocks)
 
 
-def _sides(layer: Layer, sums: Sums) -> list[tuple[Array, bool]]:
-    """Matrices whose Kronecker product is the layer's block, and whether each is diagonal."""
+def _sides(layer: Layer, sums: Sums) -> list[tuple[Kind, Sum]]:
+    """Matrices whose Kronecker product is the layer's block, and their kinds."""
     if isinstance(sums, KroneckerSums):
-        factors = _factors(sums)
-        factors = factors if layer.stack > 1 else (factors[0][0], factors[1][0])
-        return list(zip(factors, layer.diagonal, strict=True))
-    return [(sums.gradients, False)] if sums is not None and layer.block == "dense" else []
+        factors = _factors(layer, sums)
+        if layer.stack == 1:
+            factors = jax.tree.map(lambda x: x[0], factors)
+        return list(zip(layer.kinds, factors, strict=True))
+    if sums is not None and layer.block == "dense":
+        return [(layer.kinds[0], sums.gradients)]
+    return []
 
 
 def _block_of_parameters(layer: Layer, sums: Sums) -> Block:
@@ -391,31 +357,40 @@ def _block_of_parameters(layer: Layer, sums: Sums) -> Block:
     if sums is None:
         return diagonal_block(jnp.zeros(layer.size))
     assert isinstance(sums, ParameterSums)
-    return Block((None, None) if layer.is_matrix else (None,), sums.gradients)
+    return Block((UNROTATED,) * len(layer.kinds), sums.gradients)
 
 
-def _factors(sums: KroneckerSums) -> tuple[Array, Array]:
+def _factors(layer: Layer, sums: KroneckerSums) -> tuple[Sum, Sum]:
     """The two factors of a layer's block; their product is that of the curvature."""
     count = jnp.where(sums.count > 0, sums.count, 1.0)  # a branch never taken has zero sums
-    count = count.reshape(*count.shape, *[1] * (sums.inputs.ndim - 2))
-    return nearest_kronecker(sums.inputs / count, sums.outputs)
+    means = jax.tree.map(
+        lambda x: x / count.reshape(*count.shape, *[1] * (x.ndim - 2)), sums.inputs
+    )
+    return nearest_kronecker(layer.kinds, means, sums.outputs)
 
 
 def nearest_kronecker(
-    inputs: Float[Array, "U stack rows *rows"],
-    outputs: Float[Array, "U stack out *out"],
-    iterations: int = 100,
-) -> tuple[Float[Array, "stack rows *rows"], Float[Array, "stack out *out"]]:
+    kinds: tuple[Kind, ...], inputs: Sum, outputs: Sum, iterations: int = 100
+) -> tuple[Sum, Sum]:
     """The Kronecker product nearest to ``sum_u inputs[u] kron outputs[u]`` in Frobenius norm.
 
     The nearest product lies in the span of the summands (Van Loan & Pitsianis 1993), so the power
     iteration runs on U coefficients, with the Gram matrices of the summands. These have no
     negative entries, for the summands are positive semi-definite; so have the coefficients, and
     the product is positive semi-definite too.
+
+    Args:
+        kinds: Those of the inputs and of the outputs.
+        inputs: Finished sums with an axis over U uses in front.
+        outputs: The same of the other side.
+        iterations: Steps.
     """
-    if inputs.shape[0] == 1:
-        return inputs[0], outputs[0]
-    gram_in, gram_out = _gram_of_uses(inputs), _gram_of_uses(outputs)
+    if len(jax.tree.leaves(inputs)[0]) == 1:
+        first: tuple[Sum, Sum] = jax.tree.map(lambda x: x[0], (inputs, outputs))
+        return first
+    gram_in, gram_out = (
+        gram_of_uses(kind, total) for kind, total in zip(kinds, (inputs, outputs), strict=True)
+    )
 
     def unit(
         w: Float[Array, "stack U"], gram: Float[Array, "stack U U"]
@@ -430,31 +405,50 @@ def nearest_kronecker(
     start = unit(jnp.ones(gram_in.shape[:2], gram_in.dtype), gram_in)
     w = jax.lax.fori_loop(0, iterations, step, start)
     v = jnp.einsum("kuv,kv->ku", gram_in, w)
-    return jnp.einsum("ku,uk...->k...", w, inputs), jnp.einsum("ku,uk...->k...", v, outputs)
+
+    def combined(weights: Float[Array, "stack U"], total: Sum) -> Sum:
+        return jax.tree.map(lambda x: jnp.einsum("ku,uk...->k...", weights, x), total)
+
+    return combined(w, inputs), combined(v, outputs)
 
 
-def _gram_of_uses(factors: Float[Array, "U stack p *p"]) -> Float[Array, "stack U U"]:
-    flat = factors.reshape(*factors.shape[:2], -1)
-    return jnp.einsum("ukp,vkp->kuv", flat, flat, precision=_HIGHEST)
+def gram_of_uses(kind: Kind, total: Sum) -> Float[Array, "stack U U"]:
+    """Inner products of the sums of all uses."""
+    with_each = jax.vmap(jax.vmap(kind.inner, (None, 0)), (0, None))
+    return jnp.moveaxis(with_each(total, total), -1, 0)
 
 
-def kronecker_factors(statistics: Statistics) -> tuple[list[Array | None], list[Array | None]]:
+def kronecker_factors(statistics: Statistics) -> tuple[list[Sum | None], list[Sum | None]]:
     """Input factors and output factors of all layers; None for those without."""
     pairs = [
-        _factors(sums) if isinstance(sums, KroneckerSums) else (None, None)
-        for sums in statistics.sums
+        _factors(layer, sums) if isinstance(sums, KroneckerSums) else (None, None)
+        for layer, sums in zip(statistics.layers, statistics.sums, strict=True)
     ]
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
 def with_kronecker_factors(
-    statistics: Statistics, inputs: Sequence[Array | None], outputs: Sequence[Array | None]
+    statistics: Statistics, inputs: Sequence[Sum | None], outputs: Sequence[Sum | None]
 ) -> Statistics:
     """Statistics whose Kronecker layers have these factors."""
-    sums = tuple(
-        KroneckerSums(a[None], b[None], jnp.ones((1, a.shape[0]), a.dtype))
-        if a is not None and b is not None
-        else old
-        for old, a, b in zip(statistics.sums, inputs, outputs, strict=True)
-    )
-    return replace(statistics, sums=sums)
+    sums: list[Sums] = []
+    for layer, old, *new in zip(statistics.layers, statistics.sums, inputs, outputs, strict=True):
+        if isinstance(old, KroneckerSums):
+            first, second = jax.tree.map(lambda x: x[None], new)
+            sums.append(KroneckerSums(first, second, jnp.ones((1, layer.stack))))
+        else:
+            sums.append(old)
+    return replace(statistics, sums=tuple(sums))
+
+
+def without_cotangents(resolved: Resolved) -> Resolved:
+    """A layer to which nothing is pulled back: the factor of cotangents is the identity.
+
+    A layer that a use and a transposed use share has cotangents, and inputs, on either side.
+    """
+    layer, (inputs, outputs) = resolved.layer, resolved.layer.sides
+    where = {member.claim.transposed for member in resolved.members}
+    if layer.block != "kronecker" or len(where) > 1:
+        return resolved
+    sides = ("identity", outputs) if where == {True} else (inputs, "identity")
+    return replace(resolved, layer=replace(layer, sides=sides))

@@ -5,6 +5,7 @@ its ids; what is left over are fallback parameters (their own gradient gives an 
 or diagonal), or does not influence the output.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
@@ -69,9 +70,38 @@ def resolve(
         _require_affordable(resolved.layer)
     layers.sort(key=lambda r: (space.paths.index(r.layer.params[0]), r.layer.first))
     names = unique_names([r.layer for r in layers], space)
+    selection.check_kinds(names)
+    named = [replace(r.layer, name=name) for r, name in zip(layers, names, strict=True)]
     return tuple(
-        replace(r, layer=replace(r.layer, name=name)) for r, name in zip(layers, names, strict=True)
+        replace(r, layer=replace(layer, sides=sides_of(layer, r.members, selection)))
+        for r, layer in zip(layers, named, strict=True)
     )
+
+
+def sides_of(layer: Layer, members: Sequence[Member], selection: Selection) -> tuple[str, str]:
+    """Kinds of a layer's input and output factor: diagonal where data pick rows, or by size.
+
+    Raises:
+        ValueError: If another kind is asked for where data pick rows.
+    """
+    if layer.block != "kronecker":
+        return layer.sides
+    wanted, kinds = selection.kinds_for(layer.name), []
+    for side, size in enumerate((layer.in_features, layer.out_features)):
+        lookup = any(m.claim.indexed and m.claim.transposed == bool(side) for m in members)
+        asked = wanted[side]
+        if asked is not None and not (lookup and None in wanted):  # None: all that are no lookups
+            if lookup and asked != "diagonal":
+                msg = (
+                    f"`factor_kinds` asks for {asked!r} in layer {layer.name!r}, a factor of which "
+                    "is of rows that data pick: one row at a time, so that it is 'diagonal'. Give "
+                    "that side the kind 'diagonal'."
+                )
+                raise ValueError(msg)
+            kinds.append(asked)
+        else:
+            kinds.append("diagonal" if lookup or size > FACTOR_LIMIT else "dense")
+    return kinds[0], kinds[1]
 
 
 def _matrix_layer(
@@ -86,12 +116,8 @@ def _matrix_layer(
     reason = findings.uses[first.use].role.reason
     if first.bias is not None:
         names, reason = ["bias"], "added to the output of a layer, not joint with its weight"
-    diagonal = (
-        rows > FACTOR_LIMIT or any(c.indexed and not c.transposed for c in claims),
-        columns > FACTOR_LIMIT or any(c.indexed and c.transposed for c in claims),
-    )
     if selection.curvature != "kronecker":
-        diagonal, reason = (False, False), f"{reason}; `curvature` is {selection.curvature!r}"
+        reason = f"{reason}; `curvature` is {selection.curvature!r}"
     elif columns > FACTOR_LIMIT or (rows > FACTOR_LIMIT and not first.indexed):
         reason += f"; a factor is diagonal, for it is larger than {FACTOR_LIMIT}"
     if len(claims) > 1 and selection.curvature == "kronecker":
@@ -108,7 +134,6 @@ def _matrix_layer(
         stack=stack,
         bias=bool(bias),
         uses=len(claims),
-        diagonal=diagonal,
         reason=reason,
         segments=tuple(c.segment for c in parts),
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from laplax_kfac.bases import Dense, Diagonal, Kind, kind_of
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.segments import Segment
 
@@ -37,7 +38,8 @@ class Layer:
         stack: Independent matrices in the block: groups, heads, experts, scanned layers.
         bias: Whether a bias is joint with the weight, as the last row of its matrix.
         uses: How often the model uses the weight.
-        diagonal: Whether the input factor, and the output factor, of a Kronecker block is diagonal.
+        sides: Kinds of the input factor and of the output factor of a Kronecker block, as
+            `bases.kind_of` reads them.
         reason: Why this block, and no better one.
         segments: Ids of the block's rows, in order.
     """
@@ -52,7 +54,7 @@ class Layer:
     stack: int = 1
     bias: bool = False
     uses: int = 1
-    diagonal: tuple[bool, bool] = (False, False)
+    sides: tuple[str, str] = ("dense", "dense")
     reason: str = ""
     segments: tuple[Segment, ...] = field(default=(), repr=False)
 
@@ -83,6 +85,31 @@ class Layer:
             return (self.size,)
         matrix = (self.rows, self.out_features)
         return matrix if self.stack == 1 else (self.stack, *matrix)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What the block's matrix may be along every axis of a vector in it: one kind a side."""
+        if self.block == "kronecker":
+            return tuple(map(kind_of, self.sides))
+        if self.block == "dense":
+            return (Dense(),)
+        return (Diagonal(),) * (2 if self.is_matrix else 1)
+
+    @property
+    def factor_elements(self) -> int:
+        """Numbers in the sums of a Kronecker block, for one use; none for other blocks."""
+        if self.block != "kronecker":
+            return 0
+        pairs = zip(self.kinds, (self.rows, self.out_features), strict=True)
+        return self.stack * sum(kind.num_elements(size) for kind, size in pairs)
+
+    @property
+    def basis_elements(self) -> int:
+        """Numbers in the bases of the block."""
+        if self.block == "kronecker":
+            pairs = zip(self.kinds, (self.rows, self.out_features), strict=True)
+            return self.stack * sum(kind.num_in_basis(size) for kind, size in pairs)
+        return sum(kind.num_in_basis(self.size) for kind in self.kinds)
 
     @property
     def first(self) -> int:

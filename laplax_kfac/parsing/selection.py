@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from laplax_kfac.arguments import no_type_check
+from laplax_kfac.bases import kind_of
 from laplax_kfac.parsing.layer import BlockKind
 
 Fallback = Literal["dense", "diagonal", "none", "error"]
 CurvatureKind = Literal["kronecker", "diagonal", "block"]
+FactorKinds = tuple[str | None, str | None]
 PathFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 LAST_LAYER = "last_layer"
+ALL_INPUTS = "*"
 DENSE_LIMIT = 256
 
 
@@ -27,6 +30,8 @@ class Selection:
         dense_limit: Most parameters of a leaf that get a dense block; more get a diagonal.
         separate_weight_and_bias: Whether biases get blocks of their own.
         last_layer: Whether only the last layer is covered.
+        factor_kinds: Pairs of a pattern of layers' names and the kinds of their input and output
+            factors; the first match counts, and where there is none, or None, the default.
         curvature: Whether layers with a Kronecker form get Kronecker blocks; or every parameter
             its exact diagonal entry; or every layer its exact dense block.
     """
@@ -37,6 +42,26 @@ class Selection:
     separate_weight_and_bias: bool = False
     last_layer: bool = False
     curvature: CurvatureKind = "kronecker"
+    factor_kinds: tuple[tuple[str, FactorKinds], ...] = ()
+
+    def kinds_for(self, layer: str) -> FactorKinds:
+        """The kinds of factors that are asked for in a layer; None for the default."""
+        kinds = (kinds for pattern, kinds in self.factor_kinds if matches(layer, [pattern]))
+        return next(kinds, (None, None))
+
+    def check_kinds(self, layers: Sequence[str]) -> None:
+        """Refuse patterns of `factor_kinds` that are no layer's.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        for pattern, _ in self.factor_kinds:
+            if not any(matches(name, [pattern]) for name in layers):
+                msg = (
+                    f"`factor_kinds` names {pattern!r}, which matches none of the layers "
+                    f"{list(layers)}."
+                )
+                raise ValueError(msg)
 
     def covers(self, path: str) -> bool:
         """Whether the parameters at a path are covered."""
@@ -73,6 +98,7 @@ def select(
     *,
     separate_weight_and_bias: bool = False,
     curvature: str = "kronecker",
+    factor_kinds: str | Mapping[str, Any] | None = None,
 ) -> Selection:
     """A selection from the arguments of `kfac`, checked.
 
@@ -83,6 +109,8 @@ def select(
         dense_limit: Most parameters of a leaf that get a dense block.
         separate_weight_and_bias: Whether biases get blocks of their own.
         curvature: ``"kronecker"``, ``"diagonal"`` or ``"block"``.
+        factor_kinds: A kind for all input factors but those of lookups; or, by patterns of layers'
+            names, one for both factors of a layer, or a pair.
 
     Raises:
         ValueError: If a value is unknown.
@@ -107,7 +135,27 @@ def select(
         separate_weight_and_bias,
         last_layer,
         curvature,  # type: ignore[arg-type]
+        _factor_kinds(factor_kinds),
     )
+
+
+def _factor_kinds(wanted: Any) -> tuple[tuple[str, FactorKinds], ...]:
+    """Pairs of a pattern and two kinds, checked."""
+    if wanted is None:
+        return ()
+    if not isinstance(wanted, Mapping):
+        return ((ALL_INPUTS, (kind_of(wanted).text, None)),)
+    pairs = []
+    for pattern, kinds in wanted.items():
+        both = (kinds, kinds) if isinstance(kinds, str) else tuple(kinds)
+        if len(both) != 2:
+            msg = (
+                "`factor_kinds` takes one kind for a layer, or a pair of them, for the inputs and "
+                f"the outputs; found {kinds!r} for {pattern!r}."
+            )
+            raise ValueError(msg)
+        pairs.append((pattern, (kind_of(both[0]).text, kind_of(both[1]).text)))
+    return tuple(pairs)
 
 
 def _as_function(params_filter: Any) -> Callable[[str], bool] | None:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from laplax_kfac.bases import UNROTATED
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal
 from laplax_kfac.parsing.layout import ParameterSpace
 
@@ -90,7 +91,7 @@ def precision_matrix(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> Block
         ]
         parts = matrix.read(matrix.space.unflatten(full))
         blocks = [
-            Block((None,) * len(block.basis), part)
+            Block((UNROTATED,) * len(block.sides), part)
             for block, part in zip(matrix.blocks, parts, strict=True)
         ]
         prior_prec = BlockDiagonal(tuple(blocks), matrix.layers, matrix.space)

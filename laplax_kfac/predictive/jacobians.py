@@ -137,7 +137,7 @@ def layer_jacobian(resolved: Resolved, record: Record, block: Block) -> Jacobian
         entries = entries.reshape(outputs, *block.eigenvalues.shape)
         rotated_entries = jax.vmap(functools.partial(rotate, block))(entries)
         return Matrices(rotated_entries.reshape(outputs, -1))
-    rotated = rotated_records(members, record, block)
+    rotated = rotated_records(members, record, block.sides)
     if form is Matrices:
         return Matrices(gradient_matrices(members, rotated).reshape(outputs, -1))
     gradients = jnp.concatenate([g for _, g in rotated], axis=1)

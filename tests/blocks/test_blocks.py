@@ -18,6 +18,7 @@ from support.matrices import (
     B,
     D,
     P,
+    basis_of,
     dense_matrix,
     kronecker_block,
     matrix,
@@ -26,7 +27,6 @@ from support.matrices import (
 )  # fmt: skip
 from support.tolerances import tolerance
 
-from laplax_kfac.blocks import blocks
 from laplax_kfac.blocks.blocks import (
     Block,
     BlockDiagonal,
@@ -34,8 +34,6 @@ from laplax_kfac.blocks.blocks import (
     dense_block,
     diagonal,
     diagonal_block,
-    eigh,
-    eigh_each,
     rotate,
     rotate_back,
 )
@@ -76,13 +74,15 @@ CASES = [
     ),
     Case(
         "kronecker with a diagonal side",
-        lambda: Block((None, jnp.linalg.eigh(B)[1]), D[:, None] * jnp.linalg.eigh(B)[0]),
+        lambda: Block(
+            (basis_of(None), basis_of(jnp.linalg.eigh(B)[1])), D[:, None] * jnp.linalg.eigh(B)[0]
+        ),
         (5, 3),
         np.kron(np.diag(D), B)[None],
     ),
-    Case("dense", lambda: dense_block(P), (6,), P[None]),
-    Case("singular dense", lambda: dense_block(LOW_RANK), (6,), LOW_RANK[None]),
-    Case("stack of dense", lambda: dense_block(AS), (2, 4), AS),
+    Case("dense", lambda: dense_block(jnp.asarray(P)), (6,), P[None]),
+    Case("singular dense", lambda: dense_block(jnp.asarray(LOW_RANK)), (6,), LOW_RANK[None]),
+    Case("stack of dense", lambda: dense_block(jnp.asarray(AS)), (2, 4), AS),
     Case("diagonal", lambda: diagonal_block(jnp.asarray(D)), (5,), np.diag(D)[None]),
     Case("none", lambda: diagonal_block(jnp.zeros(5)), (5,), np.zeros((1, 5, 5))),
 ]
@@ -112,31 +112,6 @@ def test_a_block_is_its_dense_matrix(case):
     # The basis is orthogonal: it keeps lengths, and back is the inverse.
     np.testing.assert_allclose(np.linalg.norm(rotated), np.linalg.norm(v), rtol=1e-12)
     np.testing.assert_allclose(back, v, **tolerance(jnp.float64))
-
-
-def test_eigenvalues_of_a_semidefinite_matrix_are_never_negative():
-    with jax.enable_x64(False):
-        noisy = jnp.asarray(LOW_RANK, jnp.float32)
-        assert jnp.linalg.eigvalsh(noisy).min() < 0  # rounding
-        assert eigh(noisy)[0].min() == 0
-
-
-def test_small_matrices_of_one_width_are_decomposed_together_in_a_program(monkeypatch):
-    monkeypatch.setattr(blocks, "_SMALL", 4)
-    matrices = [A, AS, P, 2 * A, B]
-    jaxpr = jax.make_jaxpr(lambda *m: eigh_each(m))(*matrices)
-    assert str(jaxpr).count("= eigh[") == 2 * 2 + 1  # A's, B: each for a CPU and others; P: alone
-    for found in (jax.jit(eigh_each)(matrices), eigh_each(matrices)):  # together, one by one
-        for one, (values, vectors) in zip(matrices, found, strict=True):
-            assert values.shape == one.shape[:-1]
-            again = np.einsum("...ij,...j,...kj->...ik", vectors, values, vectors)
-            np.testing.assert_allclose(again, one, **tolerance(jnp.float64))
-
-
-def test_the_asymmetric_part_of_a_matrix_is_ignored():
-    skew = normal(6, 6)
-    values, vectors = eigh(jnp.asarray(P + skew - skew.T))
-    np.testing.assert_allclose((vectors * values) @ vectors.T, P, **tolerance(jnp.float64))
 
 
 # -- all blocks of a model ---------------------------------------------------------------------

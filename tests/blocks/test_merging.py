@@ -9,10 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import models
-from support.matrices import dense_matrix, kronecker_block, matrix, normal, positive
+from support.matrices import (
+    basis_of,
+    dense_matrix,
+    kronecker_block,
+    matrix,
+    normal,
+    positive,
+    vectors_of,
+)
 from support.tolerances import tolerance
 
 import laplax_kfac
+from laplax_kfac.bases import UNROTATED
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal, apply, dense_block
 from laplax_kfac.blocks.merging import add_blocks
 
@@ -62,7 +71,7 @@ def test_kronecker_blocks_have_the_basis_of_the_nearest_product(kind):
     nearest = nearest_kronecker(exact)
     vectors = dense(replace(found, eigenvalues=jnp.ones_like(found.eigenvalues)))
     np.testing.assert_allclose(vectors, np.eye(ROWS * OUT), **CLOSE)  # the basis is orthogonal
-    bases = [np.eye(n) if u is None else u for u, n in zip(found.basis, (ROWS, OUT), strict=True)]
+    bases = [vectors_of(u, n) for u, n in zip(found.sides, (ROWS, OUT), strict=True)]
     rotation = np.kron(*bases)
     rotated = rotation.T @ nearest @ rotation
     np.testing.assert_allclose(rotated - np.diag(np.diag(rotated)), 0.0, atol=1e-9)
@@ -77,15 +86,14 @@ def test_kronecker_blocks_have_the_basis_of_the_nearest_product(kind):
 def shuffled(block: Block) -> Block:
     """The same matrix, with eigenvectors in another order and of other signs."""
     order = np.asarray([2, 0, 3, 1])
-    u, v = block.basis
-    assert u is not None
-    return Block((-u[:, order], v), block.eigenvalues[order])
+    u, v = block.sides
+    return Block((basis_of(-vectors_of(u, ROWS)[:, order]), v), block.eigenvalues[order])
 
 
 def test_what_is_exact_stays_exact():
     block = corrected(1)
-    multiple = Block((None, None), jnp.full((ROWS, OUT), 0.7))
-    one_axis = dense_block(positive(6, seed=1)), dense_block(positive(6, seed=2))
+    multiple = Block((UNROTATED, UNROTATED), jnp.full((ROWS, OUT), 0.7))
+    one_axis = [dense_block(jnp.asarray(positive(6, seed=s))) for s in (1, 2)]
     cases = {
         "a basis in another order": (block, shuffled(corrected(1))),
         "a multiple of the identity": (block, multiple),
@@ -95,7 +103,7 @@ def test_what_is_exact_stays_exact():
             kronecker_block(positive(ROWS, seed=3), positive(OUT, seed=2)),
         ),
         "dense": one_axis,
-        "dense and diagonal": (one_axis[0], Block((None,), jnp.arange(1.0, 7.0))),
+        "dense and diagonal": (one_axis[0], Block((UNROTATED,), jnp.arange(1.0, 7.0))),
     }
     for name, (first, second) in cases.items():
         for found in (add_blocks(first, second), add_blocks(second, first)):

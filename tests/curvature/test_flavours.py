@@ -178,7 +178,7 @@ def test_factors_are_second_moments_of_inputs_and_cotangents(name, kfac_approx):
         repeats = len(a) // models.NUM_EXAMPLES
         inputs = np.einsum("nski,nskj->kij", a, a) / repeats
         outputs = np.einsum("nsko,nskp->kop", g, g)
-        if layer.diagonal[0]:
+        if layer.sides[0] == "diagonal":
             inputs = np.stack([np.diag(np.diag(m)) for m in inputs])
         count = models.NUM_EXAMPLES * a.shape[1]
         for i, o, block in zip(
@@ -203,7 +203,7 @@ def test_forward_only_has_input_factors_alone(name, kfac_approx):
         if kfac_approx == "reduce":
             a = a.mean(axis=1, keepdims=True)
         inputs = np.einsum("nski,nskj->kij", a, a)
-        if layer.diagonal[0]:
+        if layer.sides[0] == "diagonal":
             inputs = np.stack([np.diag(np.diag(m)) for m in inputs])
         for i, block in zip(inputs, stack_of_blocks(found, ids), strict=True):
             np.testing.assert_allclose(block, np.kron(i, np.eye(g.shape[-1])), **CLOSE)
@@ -254,7 +254,7 @@ def test_kfoc_is_the_nearest_kronecker_product(name):
         for ours, kfac, right in zip(*blocks, strict=True):
             error = np.linalg.norm(ours - right)
             assert error <= np.linalg.norm(kfac - right) + 1e-9 * np.linalg.norm(right)
-            if layer.diagonal[0]:
+            if layer.sides[0] == "diagonal":
                 # Only products with a diagonal input factor compete.
                 tensor = right.reshape(layer.rows, layer.out_features, layer.rows, -1)
                 slices = np.einsum("iojp->iop", tensor * np.eye(layer.rows)[:, None, :, None])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.matrices import normal, positive
+from support.matrices import basis_of, normal, positive
 from support.tolerances import tolerance
 
 import laplax_kfac
@@ -49,7 +49,7 @@ def test_gradients_enter_alike_in_every_order(positions, by_pairs, formed, monke
     acc = laplax_kfac.accumulator(model_fn, PARAMS, loss_fn="mse")
     data = [({"input": x, "target": Y}, jnp.asarray(weights))]
     u, v = (np.linalg.qr(normal(k, k))[0] for k in (IN + 1, OUT))
-    block = Block((jnp.asarray(u), jnp.asarray(v)), jnp.zeros(()))
+    block = Block((basis_of(u), basis_of(v)), jnp.zeros(()))
     a, b = positive(IN + 1), positive(OUT)
 
     rotated = np.einsum("ij,nrio,op->nrjp", u, matrices, v)

@@ -10,6 +10,7 @@ from support.matrices import normal, positive
 from support.tolerances import tolerance
 
 import laplax_kfac
+from laplax_kfac.bases import Dense
 from laplax_kfac.factors.statistics import nearest_kronecker
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -23,6 +24,8 @@ def sums_of(model_fn, params, data, **options) -> Any:
 
 # -- sums of one layer, against their definitions ----------------------------------------------
 
+DENSE = (Dense(), Dense())
+DENSE = (Dense(), Dense())
 N, S, IN, OUT = 5, 3, 4, 2
 PARAMS = {"b": normal(OUT, seed=1), "w": normal(IN, OUT, seed=2)}
 X, Y = normal(N, S, IN), normal(N, OUT, seed=3)
@@ -164,7 +167,7 @@ def rearranged(inputs, outputs):
 @pytest.mark.parametrize("uses", [1, 2, 5])
 def test_nearest_kronecker_is_the_best_rank_one_of_the_rearranged_sum(uses):
     inputs, outputs = positive(uses, 4, seed=0), positive(uses, 3, seed=1)
-    a, b = nearest_kronecker(jnp.asarray(inputs[:, None]), jnp.asarray(outputs[:, None]))
+    a, b = nearest_kronecker(DENSE, jnp.asarray(inputs[:, None]), jnp.asarray(outputs[:, None]))
     u, s, vt = np.linalg.svd(rearranged(inputs, outputs))
     np.testing.assert_allclose(
         np.outer(a[0], b[0]), s[0] * np.outer(u[:, 0], vt[0]), **tolerance(jnp.float64)
@@ -175,9 +178,11 @@ def test_nearest_kronecker_is_the_best_rank_one_of_the_rearranged_sum(uses):
 
 def test_nearest_kronecker_of_a_stack_is_that_of_each():
     inputs, outputs = positive(3, 2, 4, seed=0), positive(3, 2, 3, seed=1)
-    a, b = nearest_kronecker(jnp.asarray(inputs), jnp.asarray(outputs))
+    a, b = nearest_kronecker(DENSE, jnp.asarray(inputs), jnp.asarray(outputs))
     for k in range(2):
-        alone = nearest_kronecker(jnp.asarray(inputs[:, k, None]), jnp.asarray(outputs[:, k, None]))
+        alone = nearest_kronecker(
+            DENSE, jnp.asarray(inputs[:, k, None]), jnp.asarray(outputs[:, k, None])
+        )
         np.testing.assert_allclose(
             np.kron(a[k], b[k]), np.kron(alone[0][0], alone[1][0]), **tolerance(jnp.float64)
         )
@@ -186,7 +191,9 @@ def test_nearest_kronecker_of_a_stack_is_that_of_each():
 def test_nearest_kronecker_of_equal_directions_is_exact():
     a, b = positive(1, 4, seed=0), positive(1, 3, seed=1)
     scales = np.asarray([0.5, 2.0, 3.0])[:, None, None]
-    found = nearest_kronecker((scales * a)[:, None], jnp.repeat(b, 3, axis=0)[:, None])
+    found = nearest_kronecker(
+        DENSE, jnp.asarray((scales * a)[:, None]), jnp.repeat(b, 3, axis=0)[:, None]
+    )
     expected = np.kron(5.5 * a[0], b[0])
     np.testing.assert_allclose(np.kron(found[0][0], found[1][0]), expected, rtol=1e-9)
 
@@ -195,14 +202,14 @@ def test_nearest_kronecker_of_equal_directions_is_exact():
 def test_uses_without_curvature_contribute_nothing(zero):
     inputs, outputs = positive(3, 1, 4, seed=0), positive(3, 1, 3, seed=1)
     outputs[list(zero)] = 0.0
-    a, b = nearest_kronecker(jnp.asarray(inputs), jnp.asarray(outputs))
+    a, b = nearest_kronecker(DENSE, jnp.asarray(inputs), jnp.asarray(outputs))
     assert np.isfinite(a).all()
     assert np.isfinite(b).all()
     kept = [u for u in range(3) if u not in zero]
     if not kept:
         np.testing.assert_array_equal(np.kron(a[0], b[0]), 0.0)
         return
-    expected = nearest_kronecker(jnp.asarray(inputs[kept]), jnp.asarray(outputs[kept]))
+    expected = nearest_kronecker(DENSE, jnp.asarray(inputs[kept]), jnp.asarray(outputs[kept]))
     np.testing.assert_allclose(
         np.kron(a[0], b[0]), np.kron(expected[0][0], expected[1][0]), **tolerance(jnp.float64)
     )

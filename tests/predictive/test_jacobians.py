@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import models
+from support.matrices import basis_of
 from support.tolerances import tolerance
 
+from laplax_kfac.bases import UNROTATED
 from laplax_kfac.blocks.blocks import Block
 from laplax_kfac.capture.capture import capture, unit_vectors
 from laplax_kfac.parsing.program import parse
@@ -43,7 +45,7 @@ def test_a_layer_with_uses_may_have_a_block_without_kronecker_form(kind):
     leaves = jax.tree.leaves(params)
     record = capture(program, leaves, program.consts, inputs[0], unit_vectors)[1][0]
     basis = jnp.linalg.qr(models.normal((p, p)))[0]
-    bases = (basis,) if kind == "dense" else (None, None)
+    bases = (basis_of(basis),) if kind == "dense" else (UNROTATED, UNROTATED)
     resolved = replace(program.resolved[0], layer=replace(layer, block=kind))
     found = jacobians.layer_jacobian(
         resolved, record, Block(bases, jnp.ones(p if kind == "dense" else layer.shape))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from support import models
+from support.matrices import basis_of
 from support.tolerances import tolerance
 
 import laplax_kfac
@@ -71,11 +72,10 @@ def drawn(name, **options):
 
     def basis(layer):
         axes = len(layer.shape) - (layer.stack > 1)
-        diagonal = layer.diagonal if layer.block == "kronecker" else [layer.block != "dense"] * axes
         stack = layer.shape[:-axes]
         return tuple(
-            None if d else jnp.asarray(np.linalg.qr(rng.normal(size=(*stack, n, n)))[0])
-            for d, n in zip(diagonal, layer.shape[-axes:], strict=True)
+            kind.promote(basis_of(np.linalg.qr(rng.normal(size=(*stack, n, n)))[0]), n)
+            for kind, n in zip(layer.kinds, layer.shape[-axes:], strict=True)
         )
 
     blocks = [Block(basis(ly), jnp.asarray(rng.uniform(size=ly.shape))) for ly in program.layers]

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from laplax_kfac.bases import UNROTATED, Basis, Dense, Diagonal
 from laplax_kfac.blocks.blocks import (
     Block,
     BlockDiagonal,
     block_of_sides,
     dense_block,
     diagonal_block,
-    eigh,
 )
 from laplax_kfac.parsing.layer import BlockKind, Layer
 from laplax_kfac.parsing.layout import ParameterSpace
@@ -43,8 +43,18 @@ def kronecker_block(
         diagonal: Whether each of the two is diagonal.
     """
     factors = jnp.asarray(inputs), jnp.asarray(outputs)
-    pairs = zip(factors, diagonal, strict=True)
-    return block_of_sides([(x, None) if is_diagonal else eigh(x) for x, is_diagonal in pairs])
+    kinds = [Diagonal() if is_diagonal else Dense() for is_diagonal in diagonal]
+    return block_of_sides([kind.decompose(x) for kind, x in zip(kinds, factors, strict=True)])
+
+
+def basis_of(vectors: Any) -> Basis:
+    """Of orthonormal vectors in columns; None stands for the axes."""
+    return UNROTATED if vectors is None else Dense().basis_of([jnp.asarray(vectors)])
+
+
+def vectors_of(basis: Basis, size: int) -> Any:
+    """The vectors of a basis, in columns."""
+    return Dense().promote(basis, size).rotate_back(jnp.eye(size), axis=-2)
 
 
 A, B, P = positive(4, seed=1), positive(3, seed=2), positive(6, seed=3)
@@ -130,7 +140,7 @@ def dense_matrix() -> np.ndarray:
 def tree(flat: Any) -> Any:
     """A flat vector as a pytree like PARAMS; the integer leaf as a float."""
     leaves = [
-        part.reshape(s)
+        jnp.asarray(part.reshape(s))
         for part, s in zip(np.split(flat, SPACE.offsets[1:-1]), SPACE.shapes, strict=True)
     ]
     return jax.tree.unflatten(SPACE.treedef, leaves)

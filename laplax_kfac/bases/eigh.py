@@ -1,0 +1,86 @@
+"""Eigendecompositions of positive semi-definite matrices, alone and of many at once."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Eigh = tuple[Float[Array, "... _"], Float[Array, "... _ _"]]
+"""Eigenvalues, clipped at zero, and eigenvectors in the columns of a matrix."""
+_SMALL = 512
+"""Width up to which matrices are decomposed in one program, and together if of one width."""
+
+
+def eigh(matrix: Float[Array, "*stack n n"]) -> Eigh:
+    """Eigenvalues, clipped at zero, and eigenvectors of a positive semi-definite matrix."""
+    eigenvalues, vectors = _eigh(0.5 * (matrix + matrix.swapaxes(-1, -2)))
+    return jnp.clip(eigenvalues, 0.0), vectors
+
+
+def eigh_each(matrices: Sequence[Float[Array, "... _ _"]]) -> list[Eigh]:
+    """`eigh` of several matrices: wide ones one after the other, small ones in one program.
+
+    Of a program, a CPU decomposes several at the same time, and the threads of LAPACK, which has
+    work for all of them in one wide matrix, wait for each other: up to twice the processor time.
+    """
+    small = iter(_eigh_of_small([x for x in matrices if x.shape[-1] <= _SMALL]))
+    return [next(small) if x.shape[-1] <= _SMALL else _eigh_of_wide(x) for x in matrices]
+
+
+@jax.jit
+def _eigh_of_small(matrices: Sequence[Float[Array, "... _ _"]]) -> list[Eigh]:
+    """Those of one width are decomposed together, by one call that is compiled."""
+    found: dict[int, Eigh] = {}
+    for n in {x.shape[-1] for x in matrices}:
+        numbers = [k for k, x in enumerate(matrices) if x.shape[-1] == n]
+        stacks = [matrices[k].reshape(-1, n, n) for k in numbers]
+        cuts = np.cumsum([len(x) for x in stacks])[:-1]
+        parts = zip(*(jnp.split(y, cuts) for y in eigh(jnp.concatenate(stacks))), strict=True)
+        for k, (values, vectors) in zip(numbers, parts, strict=True):
+            shape = matrices[k].shape
+            found[k] = values.reshape(shape[:-1]), vectors.reshape(shape)
+    return [found[k] for k in range(len(matrices))]
+
+
+_eigh_of_wide = jax.jit(eigh)
+
+
+@jax.custom_jvp
+def _eigh(matrix: Float[Array, "*stack n n"]) -> Eigh:
+    if matrix.ndim == 2:
+        return _eigh_of_one(matrix)
+    # On a CPU, XLA spreads a batch over the threads that it also waits for it with: two batches
+    # at once can stop for ever (jaxlib 0.10.2). A loop has one matrix at a time.
+    flat = matrix.reshape(-1, *matrix.shape[-2:])
+    values, vectors = jax.lax.platform_dependent(
+        flat, cpu=functools.partial(jax.lax.map, _eigh_of_one), default=_eigh_of_one
+    )
+    return values.reshape(matrix.shape[:-1]), vectors.reshape(matrix.shape)
+
+
+def _eigh_of_one(matrix: Float[Array, "*stack n n"]) -> Eigh:
+    values, vectors = jnp.linalg.eigh(matrix)
+    return values, vectors
+
+
+@_eigh.defjvp
+def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Eigh, Eigh]:
+    """Derivative that leaves the basis within an eigenspace alone.
+
+    JAX's own divides by the gaps between eigenvalues, which are rounding errors in the null space
+    of a factor. No function of the matrix depends on the basis within an eigenspace.
+    """
+    (matrix,), (tangent,) = primals, tangents
+    values, vectors = _eigh(matrix)
+    # With K_ij = 1 / (lambda_j - lambda_i), zero within an eigenspace, and D = U^T dM U:
+    # d lambda = diag(D) and dU = U (K * D).
+    inner = vectors.swapaxes(-1, -2) @ tangent @ vectors
+    gaps = values[..., None, :] - values[..., :, None]
+    largest = jnp.max(jnp.abs(values), axis=-1)[..., None, None]
+    close = jnp.abs(gaps) <= 100 * jnp.finfo(values.dtype).eps * largest
+    weights = jnp.where(close, 0.0, 1.0 / jnp.where(close, 1.0, gaps))
+    change = jnp.diagonal(inner, axis1=-2, axis2=-1), vectors @ (weights * inner)
+    return (values, vectors), change
