@@ -215,7 +215,7 @@ def test_a_model_may_ignore_its_parameters():
 
 
 def test_constants_that_are_being_traced_are_data():
-    """A factor that is not known while tracing cannot scale a weight: it is a fallback parameter."""
+    """A factor that is not known while tracing cannot scale a weight, which is a fallback then."""
     params, found = normal({"w": (4, 3)}), []
 
     def record(factor):
