@@ -106,7 +106,7 @@ def claims_of(number: int, use: Use) -> list[Claim | Fallback]:
     data, whose layer has the other operand as its weight.
     """
     found: list[Claim | Fallback] = []
-    for part in [None] if use.role.view.mixed else _parts(use.ids):
+    for part in [None] if use.role.view.mixed else parts_of(use.ids):
         claim = _claim(number, use, part)
         if isinstance(claim, str):
             found.append(Fallback.of(_of_part(use.ids, part), use.pattern.name, claim))
@@ -127,13 +127,13 @@ def _claim(number: int, use: Use, part: Part | None) -> Claim | str:
     scale = _of_part(use.scale, part)
     if any(s and not constant_along(scale, a) for a, s in enumerate(claim.shared)):
         return "scaled differently where it is shared"
-    factors = _rank_one(take_first(scale, claim.shared))
+    factors = rank_one(take_first(scale, claim.shared))
     if factors is None:
         return "scaled entry by entry, which no Kronecker product can follow"
     return replace(claim, input_scale=factors[0], output_scale=factors[1])
 
 
-def _parts(ids: Int[np.ndarray, "*scans stack rows out"]) -> list[Part | None]:
+def parts_of(ids: Int[np.ndarray, "*scans stack rows out"]) -> list[Part | None]:
     """The parts of a weight that hold parameters, where the rest is constants: padding, zeros.
 
     One for every set of rows with the same columns; none of these in two sets.
@@ -170,7 +170,7 @@ def take_first(
     return x.reshape(-1, *x.shape[-2:])
 
 
-def _rank_one(
+def rank_one(
     scale: Float[np.ndarray, "stack rows out"],
 ) -> tuple[Float[np.ndarray, "stack rows"], Float[np.ndarray, "stack out"] | None] | None:
     """Factor scale[k, i, o] = u[k, i] v[k, o], with v None where it is all ones.

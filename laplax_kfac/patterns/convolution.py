@@ -23,14 +23,16 @@ _LEAST_WORK = 2**17
 """Multiply-adds that patches' products take an image, from which more is won than compiled."""
 
 
-def _operands(eqn: JaxprEqn) -> tuple[int, ...]:
+def operands(eqn: JaxprEqn) -> tuple[int, ...]:
+    """Which operands may be the weight."""
     # A convolution with batch groups sums over examples: it arises from derivatives, not layers.
     if eqn.params["batch_group_count"] != 1:
         return ()
     return (0, 1) if eqn.params["feature_group_count"] == 1 else (1,)
 
 
-def _weight(eqn: JaxprEqn, operand: int, w: Entries) -> Entries:
+def weight(eqn: JaxprEqn, operand: int, w: Entries) -> Entries:
+    """The weight as ``(stack, in, out)``."""
     groups = eqn.params["feature_group_count"]
     if operand == 0:  # jnp.convolve exchanges its arguments: the weight is moved over the data
         w = w.transpose(eqn.params["dimension_numbers"].lhs_spec)  # (batch, in, *space)
@@ -40,7 +42,8 @@ def _weight(eqn: JaxprEqn, operand: int, w: Entries) -> Entries:
     return w.reshape(groups, w.shape[0] // groups, math.prod(w.shape[1:])).transpose(0, 2, 1)
 
 
-def _inputs(eqn: JaxprEqn, operand: int, others: Operands) -> Inputs:
+def inputs(eqn: JaxprEqn, operand: int, others: Operands) -> Inputs:
+    """Layer inputs ``(positions, stack, in)``."""
     (x,), groups = others, eqn.params["feature_group_count"]
     if operand == 0:
         return _responses(eqn, x)
@@ -72,7 +75,8 @@ def _axes(eqn: JaxprEqn) -> tuple[patches.Axis, ...]:
     return tuple(patches.Axis(*axis) for axis in zip(image, kernel, *options, strict=True))
 
 
-def _moments(eqn: JaxprEqn, operand: int) -> Moments | None:
+def moments(eqn: JaxprEqn, operand: int) -> Moments | None:
+    """Sums over the inputs by correlation of images, where that is cheaper."""
     axes = _axes(eqn)
     plain = operand == 1 and eqn.params["feature_group_count"] == 1
     if not plain or _work(eqn, axes) < _LEAST_WORK:
@@ -80,10 +84,10 @@ def _moments(eqn: JaxprEqn, operand: int) -> Moments | None:
     if jax.default_backend() != "cpu" or not patches.has_cheap_moment(axes):
         return None
 
-    def moments(others: Operands, weights: Float[Array, " N"]) -> tuple[Symmetric, Array]:
+    def of_examples(others: Operands, weights: Float[Array, " N"]) -> tuple[Symmetric, Array]:
         (x,) = others
         summed = jnp.tensordot(weights, x, 1, precision=lax.Precision.HIGHEST)
-        total = _inputs(eqn, operand, (summed,))
+        total = inputs(eqn, operand, (summed,))
         images = jax.vmap(lambda x: _channels_last(eqn, x))(x)
         weights = jnp.repeat(weights, images.shape[1])
         images = images.reshape(-1, *images.shape[2:])
@@ -92,7 +96,7 @@ def _moments(eqn: JaxprEqn, operand: int) -> Moments | None:
         second: Symmetric = second_moment(axes, images, weights)
         return jax.tree.map(lambda part: part[None], second), jnp.sum(total, axis=0)
 
-    return moments
+    return of_examples
 
 
 def _work(eqn: JaxprEqn, axes: Sequence[patches.Axis]) -> int:
@@ -119,7 +123,8 @@ def _responses(eqn: JaxprEqn, x: Shaped[Array, "..."]) -> Shaped[Array, "positio
     return responses.reshape(entries, -1).T[:, None, :]
 
 
-def _outputs(eqn: JaxprEqn, operand: int, y: Entries) -> Entries:
+def outputs(eqn: JaxprEqn, operand: int, y: Entries) -> Entries:
+    """The output as ``(positions, stack, out)``."""
     y = y.transpose(eqn.params["dimension_numbers"].out_spec)
     if operand == 0:
         return y.reshape(y.shape[0], math.prod(y.shape[1:])).transpose(1, 0)[:, None, :]
@@ -133,7 +138,7 @@ def _channels_last_by_group(x: Entries, groups: int) -> Entries:
     return x.reshape(batch * space, groups, channels // groups)
 
 
-CONV = Pattern("conv", _operands, _weight, _inputs, _outputs, moments=_moments)
+CONV = Pattern("conv", operands, weight, inputs, outputs, moments=moments)
 
 
 register("conv_general_dilated", CONV)

@@ -35,17 +35,20 @@ class _DotAxes:
         )  # fmt: skip
 
 
-def _weight(eqn: JaxprEqn, operand: int, w: Entries) -> Entries:
+def weight(eqn: JaxprEqn, operand: int, w: Entries) -> Entries:
+    """The weight as ``(stack, in, out)``."""
     axes = _DotAxes.of(eqn, operand)
     return merged(w, axes.w_batch, axes.w_in, axes.w_out)
 
 
-def _inputs(eqn: JaxprEqn, operand: int, others: Operands) -> Inputs:
+def inputs(eqn: JaxprEqn, operand: int, others: Operands) -> Inputs:
+    """Layer inputs ``(positions, stack, in)``."""
     axes, (x,) = _DotAxes.of(eqn, operand), others
     return merged(x, axes.x_positions, axes.x_batch, axes.x_in)
 
 
-def _outputs(eqn: JaxprEqn, operand: int, y: Entries) -> Entries:
+def outputs(eqn: JaxprEqn, operand: int, y: Entries) -> Entries:
+    """The output as ``(positions, stack, out)``."""
     # dot_general lays its output out as (batch, free axes of lhs, free axes of rhs).
     axes = _DotAxes.of(eqn, operand)
     n_batch, n_pos, n_out = len(axes.w_batch), len(axes.x_positions), len(axes.w_out)
@@ -56,6 +59,6 @@ def _outputs(eqn: JaxprEqn, operand: int, y: Entries) -> Entries:
     return merged(y, positions, batch, out)
 
 
-DENSE = Pattern("dense", lambda _: (0, 1), _weight, _inputs, _outputs)
+DENSE = Pattern("dense", lambda _: (0, 1), weight, inputs, outputs)
 
 register("dot_general", DENSE)

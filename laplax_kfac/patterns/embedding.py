@@ -36,14 +36,15 @@ class _Lookup:
         return cls(stack, picked, tuple(d for d in axes if d not in picked))
 
 
-def _operands(eqn: JaxprEqn) -> tuple[int, ...]:
+def operands(eqn: JaxprEqn) -> tuple[int, ...]:
     """The table, unless more than one and less than all entries of an axis are taken."""
     axes, sizes = _Lookup.of(eqn), eqn.params["slice_sizes"]
     whole = all(sizes[d] == jaxprs.shape(eqn.invars[0])[d] for d in axes.kept)
     return (0,) if whole and axes.picked else ()
 
 
-def _weight(eqn: JaxprEqn, _: int, w: Entries) -> Entries:
+def weight(eqn: JaxprEqn, _: int, w: Entries) -> Entries:
+    """The weight as ``(stack, in, out)``."""
     axes = _Lookup.of(eqn)
     return merged(w, axes.stack, axes.picked, axes.kept)
 
@@ -68,7 +69,8 @@ def _gather_batch(eqn: JaxprEqn) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(d for d in batch if d not in stack), stack
 
 
-def _gather_inputs(eqn: JaxprEqn, _: int, others: Operands) -> RowNumbers:
+def gather_inputs(eqn: JaxprEqn, _: int, others: Operands) -> RowNumbers:
+    """Row numbers."""
     (indices,), (positions, stack) = others, _gather_batch(eqn)
     indices = merged(indices, positions, stack, (indices.ndim - 1,))
     order = [int(d) for d in eqn.params["dimension_numbers"].start_index_map]
@@ -79,25 +81,26 @@ def _gather_inputs(eqn: JaxprEqn, _: int, others: Operands) -> RowNumbers:
     return _row_numbers(eqn, starts)[..., None]
 
 
-def _gather_outputs(eqn: JaxprEqn, _: int, y: Entries) -> Entries:
+def gather_outputs(eqn: JaxprEqn, _: int, y: Entries) -> Entries:
+    """The output as ``(positions, stack, out)``."""
     offset = tuple(int(d) for d in eqn.params["dimension_numbers"].offset_dims)
     batch = tuple(d for d in range(y.ndim) if d not in offset)
     positions, stack = (tuple(batch[d] for d in part) for part in _gather_batch(eqn))
     return merged(y, positions, stack, offset)
 
 
-def _slice_inputs(eqn: JaxprEqn, _: int, others: Operands) -> RowNumbers:
+def slice_inputs(eqn: JaxprEqn, _: int, others: Operands) -> RowNumbers:
+    """Row numbers."""
     return _row_numbers(eqn, others).reshape(1, 1, 1)
 
 
-def _slice_outputs(_: JaxprEqn, __: int, y: Entries) -> Entries:
+def slice_outputs(_: JaxprEqn, __: int, y: Entries) -> Entries:
+    """The output as ``(positions, stack, out)``."""
     return y.reshape(1, 1, math.prod(y.shape))
 
 
-GATHER = Pattern("embedding", _operands, _weight, _gather_inputs, _gather_outputs, indexed=True)
-DYNAMIC_SLICE = Pattern(
-    "embedding", _operands, _weight, _slice_inputs, _slice_outputs, indexed=True
-)
+GATHER = Pattern("embedding", operands, weight, gather_inputs, gather_outputs, indexed=True)
+DYNAMIC_SLICE = Pattern("embedding", operands, weight, slice_inputs, slice_outputs, indexed=True)
 
 register("gather", GATHER)
 register("dynamic_slice", DYNAMIC_SLICE)

@@ -12,7 +12,8 @@ from laplax_kfac import jaxprs
 from laplax_kfac.patterns.contract import Entries, Inputs, Operands, Pattern, register
 
 
-def _operands(eqn: JaxprEqn) -> tuple[int, ...]:
+def operands(eqn: JaxprEqn) -> tuple[int, ...]:
+    """Which operands may be the weight."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     plain = (
         tuple(map(tuple, numbers.dot_dimension_numbers[0])) == ((1,), (1,))
@@ -29,20 +30,22 @@ def _groups_of_tokens(eqn: JaxprEqn, _: int, others: Operands) -> Float[Array, "
     return ((token < ends) & (token >= ends - others[1])).astype(others[0].dtype)
 
 
-def _inputs(eqn: JaxprEqn, operand: int, others: Operands) -> Inputs:
+def inputs(eqn: JaxprEqn, operand: int, others: Operands) -> Inputs:
+    """Layer inputs ``(positions, stack, in)``."""
     return others[0][:, None, :] * _groups_of_tokens(eqn, operand, others)[..., None]
 
 
-def _outputs(eqn: JaxprEqn, _: int, y: Entries) -> Entries:
+def outputs(eqn: JaxprEqn, _: int, y: Entries) -> Entries:
+    """The output as ``(positions, stack, out)``."""
     return y[:, None, :].repeat(jaxprs.shape(eqn.invars[1])[0], axis=1)
 
 
 RAGGED = Pattern(
     "dense",
-    _operands,
+    operands,
     weight=lambda _, __, w: w,
-    inputs=_inputs,
-    outputs=_outputs,
+    inputs=inputs,
+    outputs=outputs,
     active=_groups_of_tokens,
 )
 

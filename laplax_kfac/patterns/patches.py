@@ -1,6 +1,6 @@
-"""Patches that slide over images: their entries, and second moments of these by correlation.
+"""Patches that slide over images: their entries, and sums of products of these.
 
-With a patch as rows, its second moment has a block of products for every pair (i, j) of these.
+The second moment of patches has a block for every pair (i, j) of a patch's rows.
 Patches that overlap have entries in common, and so have the products of their rows: those of rows
 y and y + d of the images serve all pairs of a patch's rows at distance d. So the second moment of
 all patches takes a fraction of the work, and of the memory, of a product of the patches themselves.
@@ -119,6 +119,7 @@ def second_moment(
 ) -> Float[Array, "entries entries"]:
     """Weighted sum of x x^T over all patches x of all images; the weights are not negative."""
     rows, *rest = axes
+    # w x x^T = (sqrt(w) x) (sqrt(w) x)^T: so products are of one array with itself.
     x = images * jnp.sqrt(weights).reshape(-1, *[1] * (images.ndim - 1))
     if _whole_rows_are_cheaper(axes, images.shape):
         products = _products(rows, x.reshape(*x.shape[:2], -1))
@@ -182,6 +183,8 @@ def _products(axis: Axis, x: Float[Array, "n rows *q p"]) -> Float[Array, "pairs
     """For every pair of a patch's rows, the sum of the products of images' rows at them."""
     x = x.swapaxes(0, 1)  # then rows that follow each other are one block of memory
     total: dict[tuple[int, int], Array] = {}
+    # The block of a pair (i, j) is the sum over patches t of x[t + i]^T x[t + j], each of which is
+    # x[y]^T x[y + d] with y = t + i, d = j - i: what pairs have in common is computed once.
     for product in row_products(axis):
         left, right = (_take(x, product.rows + d) for d in (0, product.distance))
         new = jnp.matmul(left.T, right, precision=_HIGHEST)
@@ -245,6 +248,8 @@ def _of_patches(
     zero = jnp.zeros((), products.dtype)
     products = lax.pad(products, zero, [none, *padding, none, *padding, none])
     total: Array | None = None
+    # Of the products P[y, z] of entries y and z of two rows, the patch at position t has those with
+    # y = t + k and z = t + l for all its places k, l: a part of P for every position.
     for position in np.ndindex(*(axis.positions for axis in axes)):
         start = [p * axis.stride for p, axis in zip(position, axes, strict=True)]
         index = [

@@ -74,28 +74,28 @@ def test_every_rule_has_a_case():
     assert {case.primitive for case in CASES} == set(INDEX_RULES) - ELSEWHERE
 
 
-@pytest.mark.parametrize("lanes", [(), (2,), (3, 2)], ids=["no_lane", "one_lane", "two_lanes"])
+@pytest.mark.parametrize("scans", [(), (2,), (3, 2)], ids=["no_scan", "one_scan", "two_scans"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_rules_do_what_jax_does(case, lanes):
+def test_rules_do_what_jax_does(case, scans):
     rng = np.random.default_rng(0)
     sizes = [int(np.prod(shape)) for shape in case.shapes]
     offsets = np.cumsum([0, *sizes])
-    # Ids in another order in every lane: below 256, so that they are exact in bfloat16.
+    # Ids in another order in every iteration: below 256, so that they are exact in bfloat16.
     arrays = [
-        np.stack([rng.permutation(n) + k for _ in range(int(np.prod(lanes)))], axis=-1)
-        .reshape((*shape, *lanes))
+        np.stack([rng.permutation(n) + k for _ in range(int(np.prod(scans)))], axis=-1)
+        .reshape((*shape, *scans))
         for n, k, shape in zip(sizes, offsets, case.shapes, strict=False)
     ]  # fmt: skip
     examples = [jnp.zeros(shape) for shape in case.shapes]
     (eqn,) = jax.make_jaxpr(case.function)(*examples).eqns
     assert eqn.primitive.name == case.primitive
     found = INDEX_RULES[case.primitive](eqn, arrays)
-    for lane in np.ndindex(*lanes):
-        ids = [jnp.asarray(a[(..., *lane)], jnp.float32) for a in arrays]
+    for place in np.ndindex(*scans):
+        ids = [jnp.asarray(a[(..., *place)], jnp.float32) for a in arrays]
         expected = jax.tree.leaves(case.function(*ids))
         assert len(found) == len(expected)
         for ours, theirs in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(ours[(..., *lane)], np.asarray(theirs, int))
+            np.testing.assert_array_equal(ours[(..., *place)], np.asarray(theirs, int))
 
 
 def test_expand_dims_of_other_versions():
@@ -113,13 +113,13 @@ def test_rules_keep_foreign_entries():
     np.testing.assert_array_equal(found, [0, 1, FOREIGN, FOREIGN, FOREIGN])
 
 
-def test_lanes_are_broadcast_against_each_other():
+def test_scan_axes_are_broadcast_against_each_other():
     x, y = np.arange(6).reshape(2, 3), np.arange(8).reshape(1, 2, 4)
-    x_lanes, y_lanes = align_scan_axes([x.reshape(2, 3, 1), y], [2, 2])
-    assert x_lanes.shape == (2, 3, 4)
-    assert y_lanes.shape == (1, 2, 4)
-    np.testing.assert_array_equal(x_lanes, np.repeat(x[..., None], 4, axis=-1))
-    np.testing.assert_array_equal(y_lanes, y)
+    wide_x, wide_y = align_scan_axes([x.reshape(2, 3, 1), y], [2, 2])
+    assert wide_x.shape == (2, 3, 4)
+    assert wide_y.shape == (1, 2, 4)
+    np.testing.assert_array_equal(wide_x, np.repeat(x[..., None], 4, axis=-1))
+    np.testing.assert_array_equal(wide_y, y)
 
 
 def test_rules_are_those_of_one_equation_of_a_chain():

@@ -197,7 +197,7 @@ def test_leaves_that_are_no_arrays_are_an_error():
 
 
 @pytest.mark.parametrize(("size", "block"), [(16, "dense"), (17, "diagonal")])
-def test_probed_blocks_are_dense_where_they_are_small(size, block):
+def test_blocks_of_fallback_parameters_are_dense_where_they_are_small(size, block):
     params = {"gain": jnp.zeros((16, size))}
     layers = laplax_kfac.find_layers(
         lambda input, params: input * jnp.exp(params["gain"]), params, jnp.ones((16, size))
@@ -215,7 +215,7 @@ def test_a_model_may_ignore_its_parameters():
 
 
 def test_constants_that_are_being_traced_are_data():
-    """A factor that is not known while tracing cannot scale a weight: its layer is probed."""
+    """A factor that is not known while tracing cannot scale a weight, which is a fallback then."""
     params, found = normal({"w": (4, 3)}), []
 
     def record(factor):

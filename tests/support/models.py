@@ -104,7 +104,7 @@ def embed(name: str, rows: int, columns: int, positions: int = 1, **other: Any) 
     return Expected(name, "embedding", "kronecker", rows, columns, positions, **other)
 
 
-def probed(name: str, pattern: str, size: int, because: str) -> Expected:
+def fallback(name: str, pattern: str, size: int, because: str) -> Expected:
     return Expected(name, pattern, "dense", size, because=because)
 
 
@@ -552,7 +552,7 @@ def reversed_scan_over_layers() -> Built:
 
 
 @model(
-    probed("cell/h0", "other", 4, "the initial value of a scan's carry"),
+    fallback("cell/h0", "other", 4, "the initial value of a scan's carry"),
     dense("cell/wh", 4, 4, 5, bias=True),
     dense("cell/wx", 3, 4, 5),
     dense("head", 4, 2, bias=True),
@@ -667,7 +667,7 @@ def scan_over_weights_with_one_bias() -> Built:
     return model_fn, normal({"w": (3, 4, 4), "b": (4,)}), inputs(4)
 
 
-@model(probed("w", "other", 48, "put out by a scan before its use"))
+@model(fallback("w", "other", 48, "put out by a scan before its use"))
 def scan_that_puts_out_its_weights() -> Built:
     def model_fn(input: Array, params: Any) -> Any:
         return lax.scan(lambda h, w: (jnp.tanh(h @ w), w[0]), input, params["w"])
@@ -795,7 +795,7 @@ def gram_of_a_weight() -> Built:
     return model_fn, normal({"w": (4, 3)}), inputs(4)
 
 
-@model(probed("w", "other", 16, "another arrangement"))
+@model(fallback("w", "other", 16, "another arrangement"))
 def tied_in_another_arrangement() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return jnp.tanh(input @ params["w"]) @ params["w"].reshape(2, 2, 4).swapaxes(0, 1).reshape(
@@ -805,7 +805,7 @@ def tied_in_another_arrangement() -> Built:
     return model_fn, normal({"w": (4, 4)}), inputs(4)
 
 
-@model(probed("w", "other", 20, "used again in other parts"))
+@model(fallback("w", "other", 20, "used again in other parts"))
 def tied_in_part() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return jnp.tanh(input @ params["w"])[1:] @ params["w"][:, 1:].T
@@ -931,7 +931,7 @@ def bias_on_copies_of_the_output() -> Built:
     return model_fn, normal({"w": (4, 3), "b": (3,)}), inputs(4)
 
 
-@model(probed("b", "bias", 1, "one number"), dense("w", 4, 3))
+@model(fallback("b", "bias", 1, "one number"), dense("w", 4, 3))
 def bias_of_one_number() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return jnp.tanh(input @ params["w"] + params["b"])
@@ -995,7 +995,7 @@ def weight_with_scaled_columns() -> Built:
     return model_fn, normal({"lin": {"w": (4, 3), "b": (3,)}}), inputs(4)
 
 
-@model(own_bias("lin/b", 3), probed("lin/w", "dense", 12, "scaled entry by entry"))
+@model(own_bias("lin/b", 3), fallback("lin/w", "dense", 12, "scaled entry by entry"))
 def masked_weight() -> Built:
     mask = np.tril(np.ones((4, 3)))
 
@@ -1016,7 +1016,7 @@ def weight_where_rows_are_kept() -> Built:
     return model_fn, normal({"lin": {"w": (4, 3), "b": (3,)}}), inputs(4)
 
 
-@model(probed("w", "dense", 16, "scaled entry by entry"))
+@model(fallback("w", "dense", 16, "scaled entry by entry"))
 def weight_above_the_diagonal() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return jnp.tanh(input @ jnp.triu(params["w"]))
@@ -1150,7 +1150,7 @@ def padded_weight() -> Built:
     return model_fn, normal({"w": (3, 3)}), inputs(4)
 
 
-@model(probed("w", "dense", 10, "combined with constants or data"))
+@model(fallback("w", "dense", 10, "combined with constants or data"))
 def triangular_weight() -> Built:
     places = np.tril_indices(4)
 
@@ -1160,7 +1160,7 @@ def triangular_weight() -> Built:
     return model_fn, normal({"w": (10,)}), inputs(4)
 
 
-@model(probed("w", "other", 16, "added to another parameter before its use"))
+@model(fallback("w", "other", 16, "added to another parameter before its use"))
 def symmetric_weight() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return jnp.tanh(input @ (params["w"] + params["w"].T))
@@ -1168,7 +1168,7 @@ def symmetric_weight() -> Built:
     return model_fn, normal({"w": (4, 4)}), inputs(4)
 
 
-@model(probed("w", "dense", 6, "repeated within one weight"))
+@model(fallback("w", "dense", 6, "repeated within one weight"))
 def repeated_weight() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return jnp.tanh(input @ jnp.tile(params["w"], (2, 1)))
@@ -1185,7 +1185,7 @@ def one_weight_for_all_groups() -> Built:
     return model_fn, normal({"mix": {"w": (3, 4), "b": (4,)}}), inputs(5, 2, 3)
 
 
-@model(probed("w", "dense", 12, "scaled differently where it is shared"))
+@model(fallback("w", "dense", 12, "scaled differently where it is shared"))
 def one_weight_scaled_for_every_group() -> Built:
     scales = np.asarray([1.0, 2.0])[:, None, None]
 
@@ -1200,8 +1200,8 @@ def one_weight_scaled_for_every_group() -> Built:
 
 @model(
     dense("lin", 4, 5, bias=True),
-    probed("norm/bias", "shift", 5, "normalisation"),
-    probed("norm/scale", "scale", 5, "elementwise"),
+    fallback("norm/bias", "shift", 5, "normalisation"),
+    fallback("norm/scale", "scale", 5, "elementwise"),
 )
 def nnx_layer_norm() -> Built:
     class Net(nnx.Module):
@@ -1219,8 +1219,8 @@ def nnx_layer_norm() -> Built:
     dense("lin", 4, 5, bias=True),
     own_bias("norm/bias", 5),
     own_bias("norm/mean", 5, because="added to the output of a layer"),
-    probed("norm/scale", "scale", 5, "elementwise"),
-    probed("norm/var", "other", 5, "rsqrt"),
+    fallback("norm/scale", "scale", 5, "elementwise"),
+    fallback("norm/var", "other", 5, "rsqrt"),
 )
 def nnx_batch_norm_with_its_averages() -> Built:
     class Net(nnx.Module):
@@ -1237,7 +1237,7 @@ def nnx_batch_norm_with_its_averages() -> Built:
 
 @model(
     dense("lin", 4, 5, bias=True),
-    probed("slope", "scale", 5, "elementwise"),
+    fallback("slope", "scale", 5, "elementwise"),
 )
 def learned_slope() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
@@ -1279,8 +1279,8 @@ def leaves_that_do_not_count() -> Built:
 
 @model(
     own_bias("b", 3),
-    probed("g", "other", 3, "multiplied by another parameter"),
-    probed("v", "other", 12, ""),
+    fallback("g", "other", 3, "multiplied by another parameter"),
+    fallback("v", "other", 12, ""),
 )
 def weight_norm() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
@@ -1291,7 +1291,7 @@ def weight_norm() -> Built:
     return model_fn, normal({"v": (4, 3), "g": (3,), "b": (3,)}), inputs(4)
 
 
-@model(probed("w", "other", 12, "used by `exp`"))
+@model(fallback("w", "other", 12, "used by `exp`"))
 def exponential_of_a_weight() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return input @ jnp.exp(params["w"])
@@ -1307,7 +1307,7 @@ def merged_lora() -> Built:
     return model_fn, normal({"w": (4, 3), "a": (4, 2), "b": (2, 3)}), inputs(4)
 
 
-@model(dense("lin", 4, 3, bias=True), probed("spread", "other", 12, "no pattern covers"))
+@model(dense("lin", 4, 3, bias=True), fallback("spread", "other", 12, "no pattern covers"))
 def weights_drawn_around_a_mean() -> Built:
     noise = normal((4, 3), seed=5)
 
@@ -1394,9 +1394,9 @@ def _attend(h: Array) -> Array:
 
 
 @model(
-    probed("cls", "other", 4, "added to another parameter before its use"),
+    fallback("cls", "other", 4, "added to another parameter before its use"),
     dense("lin", 3, 4, 5, bias=True),
-    probed("pos", "other", 24, "added to another parameter before its use"),
+    fallback("pos", "other", 24, "added to another parameter before its use"),
 )
 def class_token_and_positions() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
@@ -1408,7 +1408,7 @@ def class_token_and_positions() -> Built:
 
 
 @model(
-    probed("cls", "dense", 4, "combined with constants or data"), dense("lin", 3, 4, 5, bias=True)
+    fallback("cls", "dense", 4, "combined with constants or data"), dense("lin", 3, 4, 5, bias=True)
 )  # fmt: skip
 def class_token() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
@@ -1417,7 +1417,7 @@ def class_token() -> Built:
     return model_fn, normal({"cls": (4,), "lin": {"w": (3, 4), "b": (4,)}}), inputs(5, 3)
 
 
-@model(probed("cls", "dense", 4, "combined with constants or data"), dense("w", 4, 2, 6))
+@model(fallback("cls", "dense", 4, "combined with constants or data"), dense("w", 4, 2, 6))
 def class_token_into_a_layer() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return jnp.concatenate([params["cls"][None], input]) @ params["w"]
@@ -1425,7 +1425,7 @@ def class_token_into_a_layer() -> Built:
     return model_fn, normal({"cls": (4,), "w": (4, 2)}), inputs(5, 4)
 
 
-@model(dense("mean", 4, 2, bias=True), probed("spread", "direct", 2, "part of the output itself"))
+@model(dense("mean", 4, 2, bias=True), fallback("spread", "direct", 2, "part of the output itself"))
 def parameter_as_an_output() -> Built:
     def model_fn(input: Array, params: Any) -> tuple[Array, Array]:
         return _linear(input, params["mean"]), params["spread"]
@@ -1513,7 +1513,7 @@ def one_hot_embedding() -> Built:
     return model_fn, normal({"table": (7, 4)}), tokens(5, 7)
 
 
-@model(probed("w", "scale", 12, "elementwise"))
+@model(fallback("w", "scale", 12, "elementwise"))
 def product_written_as_a_sum() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return jnp.sum(input[:, None] * params["w"], axis=0)
@@ -1572,7 +1572,7 @@ def custom_vjp_activation() -> Built:
     return model_fn, params, x
 
 
-@model(dense("one", 4, 5), probed("two", "other", 15, "used by `custom_vjp_call"))
+@model(dense("one", 4, 5), fallback("two", "other", 15, "used by `custom_vjp_call"))
 def custom_vjp_around_a_product() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return _product_with_a_rule(jnp.tanh(input @ params["one"]), params["two"])
@@ -1596,7 +1596,7 @@ def _warped(x: Array) -> Array:
 _warped.defjvps(lambda t, _, x: 0.5 * t * jnp.cos(x))
 
 
-@model(probed("one", "other", 20, "used by `custom_jvp_call`"), dense("two", 5, 3))
+@model(fallback("one", "other", 20, "used by `custom_jvp_call`"), dense("two", 5, 3))
 def custom_jvp_of_a_weight() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return jnp.tanh(input @ _warped(params["one"])) @ params["two"]
@@ -1638,7 +1638,7 @@ def reduction_with_an_operator_of_its_own() -> Built:
     return model_fn, normal({"lin": {"w": (4, 3), "b": (3,)}}), inputs(2, 4)
 
 
-@model(probed("w", "other", 12, "reduce"))
+@model(fallback("w", "other", 12, "reduce"))
 def reduction_of_a_weight() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         weight = lax.reduce(params["w"], np.asarray(0.0, float), lambda a, b: a + 2.0 * b, (0,))
@@ -1651,7 +1651,7 @@ def reduction_of_a_weight() -> Built:
 
 
 @model(
-    probed("cls", "dense", 4, "combined with constants or data"), dense("lin", 3, 4, 5, bias=True)
+    fallback("cls", "dense", 4, "combined with constants or data"), dense("lin", 3, 4, 5, bias=True)
 )
 def class_token_behind_the_inputs() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
@@ -1704,7 +1704,7 @@ def scan_over_no_layers() -> Built:
     return model_fn, normal(params), inputs(4)
 
 
-@model(probed("w", "complex", 12, "turned into a complex number"))
+@model(fallback("w", "complex", 12, "turned into a complex number"))
 def weight_times_an_imaginary_number() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return jnp.abs(jnp.sum(input) + input @ (1j * params["w"]))
@@ -1728,7 +1728,7 @@ def block_diagonal_of_parts() -> Built:
     return model_fn, normal({"w": (3, 4)}), inputs(3)
 
 
-@model(probed("b", "bias", 4, "scaled differently"), dense("w", 4, 4, 3))
+@model(fallback("b", "bias", 4, "scaled differently"), dense("w", 4, 4, 3))
 def bias_scaled_by_the_time() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         def step(h: Array, t: Array) -> tuple[Array, None]:
@@ -1739,7 +1739,7 @@ def bias_scaled_by_the_time() -> Built:
     return model_fn, normal({"w": (4, 4), "b": (4,)}), inputs(4)
 
 
-@model(probed("b", "bias", 4, "scaled differently"), dense("w", 4, 4, 3))
+@model(fallback("b", "bias", 4, "scaled differently"), dense("w", 4, 4, 3))
 def bias_added_and_scaled_by_the_time() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         def step(h: Array, t: Array) -> tuple[Array, None]:
@@ -1750,7 +1750,7 @@ def bias_added_and_scaled_by_the_time() -> Built:
     return model_fn, normal({"w": (4, 4), "b": (4,)}), inputs(4)
 
 
-@model(probed("w", "dense", 16, "scaled differently where it is shared"))
+@model(fallback("w", "dense", 16, "scaled differently where it is shared"))
 def weight_scaled_by_the_time() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         def step(h: Array, t: Array) -> tuple[Array, None]:
