@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt
 from tqdm import tqdm
 
-from laplax_kfac import jaxprs, pytrees
+from laplax_kfac import factors, jaxprs, pytrees
 from laplax_kfac.arguments import no_type_check, positive_integer, require_choice
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import (
@@ -31,16 +31,11 @@ from laplax_kfac.capture.batches import (
     weighted_batch,
 )
 from laplax_kfac.capture.batches import batch_size as size_of
-from laplax_kfac.capture.capture import Record, capture_batch, record_size
-from laplax_kfac.factors import optimal_factors
-from laplax_kfac.factors import statistics as factors
+from laplax_kfac.capture.capture import capture_batch, record_size
+from laplax_kfac.capture.layer_io import Record
+from laplax_kfac.factors import KFAC_APPROXIMATIONS, KfacApprox, Statistics, optimal_factors
 from laplax_kfac.factors.eigenvalue_correction import corrected_eigenvalues
 from laplax_kfac.factors.gradients import sum_over
-from laplax_kfac.factors.statistics import (
-    KFAC_APPROXIMATIONS,
-    KfacApprox,
-    Statistics,
-)
 from laplax_kfac.likelihood.losses import (
     FISHER_TYPES,
     NAMED,

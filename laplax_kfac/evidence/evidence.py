@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, PyTree
 from laplax_kfac import pytrees
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import Batch, batches, even_batches
-from laplax_kfac.capture.capture import map_examples
+from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE
 from laplax_kfac.likelihood.losses import resolve_likelihood
 from laplax_kfac.parsing.program import ModelFn, per_example

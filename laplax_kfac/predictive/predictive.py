@@ -22,7 +22,7 @@ from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import batch_size as size_of
 from laplax_kfac.capture.batches import first_example, to_arrays
-from laplax_kfac.capture.capture import map_examples
+from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE, RECORD_BYTES
 from laplax_kfac.curvature.matching import parse_like
 from laplax_kfac.parsing import cache_keys as fingerprint
@@ -33,10 +33,10 @@ from laplax_kfac.predictive.jacobians import (
     Expansion,
     Linearised,
     compiled_linearise,
-    in_parts,
+    in_chunks,
     joint_output_covariances,
     most_inputs,
-    numbers_that_fit,
+    num_that_fit,
     output_covariances,
 )
 
@@ -277,7 +277,7 @@ def predictive_samples(
     function = per_example(model_fn, vmap_over_data=vmap_over_data)
     jaxpr, consts, _ = jaxprs.trace(function, params, first_example(batch))
     each = min(
-        numbers_that_fit(RECORD_BYTES) // (3 * curvature.space.size),
+        num_that_fit(RECORD_BYTES) // (3 * curvature.space.size),
         EVALUATIONS // min(size_of(batch), batch_size),
     )
     sizes = num_samples, max(1, each), batch_size
@@ -320,9 +320,9 @@ def _draw(
         def at(part: PyTree) -> Array:
             return map_examples(functools.partial(of_samples, params, samples), part)
 
-        return in_parts(at, inputs, batch_size, traced=True).swapaxes(0, 1)
+        return in_chunks(at, inputs, batch_size, traced=True).swapaxes(0, 1)
 
-    return in_parts(some, jnp.arange(num_samples), together, traced=True)
+    return in_chunks(some, jnp.arange(num_samples), together, traced=True)
 
 
 # -- functions of weight samples, for one example ------------------------------------------------
@@ -444,7 +444,7 @@ class _Model:
             linear = self.at(part)
             return linear.output, output_covariances(linear, self.variances, diagonal=diagonal)
 
-        return in_parts(of_part, self.inputs, most, traced=traced)
+        return in_chunks(of_part, self.inputs, most, traced=traced)
 
     @no_type_check
     def joint(self, others: PyTree | None, batch_size: int) -> Float[Array, "N C M C"]:
@@ -460,9 +460,9 @@ class _Model:
                 return joint_output_covariances(mine, theirs, self.variances)
 
             columns = self.inputs if others is None else others
-            return in_parts(of_columns, columns, most, traced=traced).swapaxes(0, 1)
+            return in_chunks(of_columns, columns, most, traced=traced).swapaxes(0, 1)
 
-        return in_parts(of_rows, self.inputs, most, traced=traced).swapaxes(1, 2)
+        return in_chunks(of_rows, self.inputs, most, traced=traced).swapaxes(1, 2)
 
 
 def _shapes(example: PyTree) -> Any:

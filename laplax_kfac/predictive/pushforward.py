@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from laplax_kfac import jaxprs, pytrees
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import Batch, batch_size
-from laplax_kfac.capture.capture import map_examples
+from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.curvature.kfac import DEFAULT_BATCH_SIZE
 from laplax_kfac.curvature.matching import parse_like
 from laplax_kfac.parsing.program import ModelFn, Program
@@ -28,7 +28,7 @@ from laplax_kfac.predictive.jacobians import (
     Expansion,
     Linearised,
     compiled_linearise,
-    in_parts,
+    in_chunks,
     linearise,
     most_inputs,
     output_covariance,
@@ -201,7 +201,7 @@ class Dataset:
 
         most = self._most(traced=False)
         of_part = functools.partial(outputs, self.params)
-        return in_parts(of_part, self.batch["input"], most, traced=False)
+        return in_chunks(of_part, self.batch["input"], most, traced=False)
 
     def predict(self, input: Any, params: PyTree) -> Any:
         """The model, on inputs and on their numbers."""
@@ -218,7 +218,7 @@ class Dataset:
         kept = jax.eval_shape(at, xs)
         if sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept)) > TABLE_BYTES:
             return xs
-        return in_parts(at, xs, self._most(traced=False), traced=False)
+        return in_chunks(at, xs, self._most(traced=False), traced=False)
 
     @functools.cached_property
     def _linearise(self) -> Callable[[Expansion, PyTree], Linearised]:
@@ -251,7 +251,7 @@ class Dataset:
             known = part if isinstance(part, Linearised) else self._linearise(expansion, part)
             return output_covariances(known, variances, diagonal=self.diagonal)
 
-        return in_parts(of_part, linear, self._most(traced=traced), traced=traced)
+        return in_chunks(of_part, linear, self._most(traced=traced), traced=traced)
 
     def _most(self, *, traced: bool) -> int:
         """How many inputs are worked on at once."""
