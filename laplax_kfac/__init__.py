@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from laplax_kfac import likelihood, patterns
 from laplax_kfac.blocks.merging import merge
 from laplax_kfac.caches import clear_caches
-from laplax_kfac.capture.capture import LayerRecord, intermediates_and_gradients
+from laplax_kfac.capture.intermediates import LayerRecord, intermediates_and_gradients
 from laplax_kfac.checkpoint import load, save
 from laplax_kfac.curvature.accumulator import Accumulator, accumulator
 from laplax_kfac.curvature.curvature import Curvature

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from laplax_kfac import jaxprs, machine
+from laplax_kfac import factors, jaxprs, machine
 from laplax_kfac.arguments import no_type_check
 from laplax_kfac.caches import Cache
 from laplax_kfac.capture.batches import (
@@ -24,10 +24,8 @@ from laplax_kfac.capture.batches import (
 from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.curvature.options import OptionKeywords, Options, Settings
 from laplax_kfac.curvature.passes import Arrays, Compiled, OfRecords, compiled_for, zeros_of
-from laplax_kfac.factors import optimal_factors
-from laplax_kfac.factors import statistics as factors
+from laplax_kfac.factors import Statistics, optimal_factors
 from laplax_kfac.factors.eigenvalue_correction import corrected_eigenvalues
-from laplax_kfac.factors.statistics import Statistics
 from laplax_kfac.parsing.cache_keys import of_mesh
 from laplax_kfac.parsing.program import ModelFn, parse
 

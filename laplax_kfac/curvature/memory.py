@@ -8,11 +8,10 @@ import math
 
 import jax
 
-from laplax_kfac import jaxprs, machine
+from laplax_kfac import factors, jaxprs, machine
 from laplax_kfac.capture.batches import Batch
 from laplax_kfac.capture.capture import record_size
 from laplax_kfac.curvature.options import Settings
-from laplax_kfac.factors import statistics as factors
 from laplax_kfac.fisher import Columns, FisherType
 from laplax_kfac.parsing.grouping import Member
 from laplax_kfac.parsing.layer import Layer

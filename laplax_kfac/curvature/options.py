@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, Key
 
 from laplax_kfac.arguments import no_type_check, positive_integer, require_choice
-from laplax_kfac.factors.statistics import KFAC_APPROXIMATIONS, KfacApprox
+from laplax_kfac.factors import KFAC_APPROXIMATIONS, KfacApprox
 from laplax_kfac.fisher import Columns, fisher_type_of
 from laplax_kfac.likelihood.named import resolve_likelihood
 from laplax_kfac.parsing.layer import Layer

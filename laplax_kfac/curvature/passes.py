@@ -12,11 +12,12 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt
 
-from laplax_kfac import machine
+from laplax_kfac import factors, machine
 from laplax_kfac.caches import Cache
 from laplax_kfac.capture.batches import Batch, pad
 from laplax_kfac.capture.batches import batch_size as size_of
-from laplax_kfac.capture.capture import Record, capture_batch
+from laplax_kfac.capture.capture import capture_batch
+from laplax_kfac.capture.layer_io import Record
 from laplax_kfac.curvature.memory import (
     columns_at_once,
     examples_at_once,
@@ -25,9 +26,8 @@ from laplax_kfac.curvature.memory import (
     record_bytes,
 )
 from laplax_kfac.curvature.options import Settings
-from laplax_kfac.factors import statistics as factors
+from laplax_kfac.factors import Statistics
 from laplax_kfac.factors.gradients import sum_over
-from laplax_kfac.factors.statistics import Statistics
 from laplax_kfac.likelihood.named import NAMED
 from laplax_kfac.parsing.cache_keys import kept, of_function, of_mesh, of_program
 from laplax_kfac.parsing.program import ModelFn, Program

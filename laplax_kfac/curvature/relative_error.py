@@ -12,15 +12,14 @@ from jaxtyping import Array, Float, Key, Num, PyTree
 
 from laplax_kfac import pytrees
 from laplax_kfac.arguments import no_type_check, positive_integer
-from laplax_kfac.bases import sum_into_rows
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal, apply
 from laplax_kfac.capture.batches import batches, even_batches, first_example
-from laplax_kfac.capture.capture import ParameterRecord, Record, UseRecord
+from laplax_kfac.capture.layer_io import ParameterIO, Record
 from laplax_kfac.curvature.accumulator import Accumulator
 from laplax_kfac.curvature.matching import parse_like
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.curvature.options import Options
-from laplax_kfac.parsing.grouping import Member, Resolved
+from laplax_kfac.parsing.grouping import Resolved
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.program import ModelFn
@@ -179,43 +178,15 @@ def _product(
 ) -> Array | None:
     if record is None:
         return None
-    if isinstance(record, ParameterRecord):
+    if isinstance(record, ParameterIO):
         g = record.gradients
         sizes = jnp.real(jnp.einsum("nrp,vp->nrv", g, vectors, precision=_HIGHEST))
         sizes = sizes * weights[:, None, None]
         return jnp.einsum("nrv,nrp->vp", sizes, jnp.conj(g), precision=_HIGHEST)
     layer = resolved.layer
     matrices = vectors.reshape(len(vectors), layer.stack, layer.rows, layer.out_features)
-    uses = list(zip(resolved.members, record, strict=True))
-    sizes = sum((_inner(m, use, matrices) for m, use in uses), jnp.zeros(()))
+    sizes = sum((use.inner(matrices) for use in record), jnp.zeros(()))
     if layer.block == "dense":  # one block for the whole stack, with what is between its members
         sizes = jnp.broadcast_to(jnp.sum(sizes, axis=-1, keepdims=True), sizes.shape)
     sizes = sizes * weights[:, None, None, None]
-    return sum((_outer(m, use, sizes, layer.rows) for m, use in uses), jnp.zeros(()))
-
-
-def _inner(
-    member: Member, use: UseRecord, matrices: Float[Array, "V stack rows out"]
-) -> Float[Array, "N R V stack"]:
-    """``<G, V>`` for the share of one use in every per-example gradient G."""
-    matrices = matrices.swapaxes(-1, -2) if member.claim.transposed else matrices
-    if member.claim.indexed:
-        rows = use.inputs[..., 0]
-        outputs = matrices[:, jnp.arange(rows.shape[-1]), rows] * (rows >= 0)[..., None]
-        outputs = jnp.moveaxis(outputs, 0, 1)
-    else:
-        outputs = jnp.einsum("nski,vkio->nvsko", use.inputs, matrices, precision=_HIGHEST)
-    return jnp.einsum("nvsko,nrsko->nrvk", outputs, use.gradients, precision=_HIGHEST)
-
-
-def _outer(
-    member: Member, use: UseRecord, sizes: Float[Array, "N R V stack"], size: int
-) -> Float[Array, "V stack rows out"]:
-    """The sum of the per-example gradients, for one use, with weights ``sizes``."""
-    g = jnp.einsum("nrvk,nrsko->nvsko", sizes, use.gradients, precision=_HIGHEST)
-    if member.claim.indexed:
-        sums = sum_into_rows(size, use.inputs[..., 0], jnp.moveaxis(g, 1, -2))
-        total = jnp.moveaxis(sums, -2, 0)
-    else:
-        total = jnp.einsum("nski,nvsko->vkio", use.inputs, g, precision=_HIGHEST)
-    return total.swapaxes(-1, -2) if member.claim.transposed else total
+    return sum((use.weighted_sum(sizes) for use in record), jnp.zeros(()))

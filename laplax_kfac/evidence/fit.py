@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from laplax_kfac import pytrees
 from laplax_kfac.arguments import no_type_check
 from laplax_kfac.capture.batches import Batch, batches, even_batches
-from laplax_kfac.capture.capture import map_examples
+from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.likelihood.named import resolve_likelihood
 from laplax_kfac.parsing.program import ModelFn, per_example

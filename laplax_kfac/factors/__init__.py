@@ -3,3 +3,33 @@
 In go the inputs and cotangents of layers; out come sums that may be added over any split of the
 data: Kronecker factors, eigenvalue corrections, half steps of the nearest Kronecker product.
 """
+
+from laplax_kfac.factors.layer_sums import (
+    KFAC_APPROXIMATIONS,
+    KfacApprox,
+    batch_sums,
+    needs_inputs,
+    without_cotangents,
+)
+from laplax_kfac.factors.sums import (
+    KroneckerSums,
+    ParameterSums,
+    Statistics,
+    empty_statistics,
+    merge,
+    mirrored,
+    require_same_blocks,
+)
+from laplax_kfac.factors.to_blocks import (
+    finalize,
+    kronecker_factors,
+    require_data,
+    with_kronecker_factors,
+)
+
+__all__ = [
+    "KFAC_APPROXIMATIONS", "KfacApprox", "KroneckerSums", "ParameterSums", "Statistics",
+    "batch_sums", "empty_statistics", "finalize", "kronecker_factors", "merge", "mirrored",
+    "needs_inputs", "require_data", "require_same_blocks", "with_kronecker_factors",
+    "without_cotangents",
+]  # fmt: skip

@@ -11,20 +11,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from laplax_kfac.bases import UNROTATED, sum_into_rows
+from laplax_kfac.bases import UNROTATED
 from laplax_kfac.blocks.blocks import Block
-from laplax_kfac.capture.capture import Record, UseRecord
+from laplax_kfac.capture.layer_io import LayerIO, Record, accumulate
 from laplax_kfac.factors.gradients import (
     FORMED,
     STORED,
     Bases,
     RotatedUses,
-    accumulate,
     gradients_side_by_side,
-    is_lookup,
+    inputs_are_shared,
     lookup_gradients,
+    lookup_of,
     num_positions,
-    rotated_records,
+    rotated_uses,
     sum_in_parts,
     sum_of_matrices,
 )
@@ -47,7 +47,7 @@ def corrected_eigenvalues(
     Layers whose block is exact already keep what they have: their entry is all zeros.
     """
     return tuple(
-        second_moments(r, record, weights, block.sides)
+        second_moments(r.layer, record, weights, block.sides)
         if isinstance(record, tuple) and r.layer.block == "kronecker"
         else jnp.zeros_like(block.eigenvalues)
         for r, record, block in zip(resolved, records, blocks, strict=True)
@@ -55,18 +55,18 @@ def corrected_eigenvalues(
 
 
 def second_moments(
-    resolved: Resolved, record: tuple[UseRecord, ...], weights: Float[Array, " N"], sides: Bases
+    layer: Layer, record: tuple[LayerIO, ...], weights: Float[Array, " N"], sides: Bases
 ) -> Float[Array, "..."]:
     """Second moments of the gradients of one layer in the bases of its sides."""
-    if is_lookup(resolved):
-        rows, gradients, shares = jax.vmap(lambda r: lookup_gradients(r, sides[1]))(record[0])
+    lookup = lookup_of(record)
+    if lookup is not None:
+        rows, cotangents = lookup
+        gradients, shares = lookup_gradients(rows, cotangents, sides[1])
         squares = jnp.sum(gradients**2, axis=1) * (shares * weights[:, None, None])[..., None]
-        moments = sum_into_rows(resolved.layer.rows, rows, squares)
-        return moments.reshape(resolved.layer.shape)
-    members, layer = resolved.members, resolved.layer
+        return rows.sum_into(squares).reshape(layer.shape)
     weights = accumulate(weights)
-    if _in_pairs(resolved, record):
-        uses = rotated_records(members, record, sides)
+    if _in_pairs(layer, record):
+        uses = rotated_uses(record, sides)
         numbers = num_positions(record) ** 2 * layer.stack * (layer.rows + layer.out_features)
         at_once = max(1, FORMED // numbers)
         moments = sum_in_parts(_moments_by_pairs, (uses, weights), at_once)
@@ -74,26 +74,26 @@ def second_moments(
     before, after = _rotations(layer, record, sides)
 
     def by_matrices(uses: RotatedUses, weights: Float[Array, " n"]) -> Array:
-        matrices = _rotated(after, gradients_side_by_side(members, uses))
+        matrices = _rotated(after, gradients_side_by_side(uses))
         # XLA sums over an axis between others slowly.
         squares = [matrices[..., r, :] ** 2 for r in range(matrices.shape[-2])]
         total = functools.reduce(jnp.add, squares)
         return jnp.einsum("n,nkio->kio", weights, total, precision=_HIGHEST)
 
-    uses = rotated_records(members, record, before)
+    uses = rotated_uses(record, before)
     return sum_of_matrices(by_matrices, uses, weights, layer.size).reshape(layer.shape)
 
 
-def _in_pairs(resolved: Resolved, record: tuple[UseRecord, ...]) -> bool:
+def _in_pairs(layer: Layer, record: tuple[LayerIO, ...]) -> bool:
     """Whether to multiply pairs of positions out, and not the positions' outer products.
 
     ``sum_r G_rio^2 = sum_tu (a_ti a_ui) (sum_r g_rto g_ruo)`` is one product over pairs, for all
     examples and columns: at S^2 multiply-adds an entry of the weight instead of R S, and no numbers
     of the size of the weight. With one position the pairs are squares.
     """
-    if any(m.claim.transposed for m in resolved.members):
+    if not inputs_are_shared(record):
         return False
-    layer, columns = resolved.layer, record[0].gradients.shape[1]
+    columns = record[0].num_columns
     positions = num_positions(record)
     entries = layer.rows * layer.out_features
     pairs = positions**2 * (entries + STORED * (layer.rows + 2 * columns * layer.out_features))
@@ -103,7 +103,7 @@ def _in_pairs(resolved: Resolved, record: tuple[UseRecord, ...]) -> bool:
 def _moments_by_pairs(
     uses: RotatedUses, weights: Float[Array, " n"]
 ) -> Float[Array, "stack rows out"]:
-    a = jnp.concatenate([a for a, _ in uses], axis=1)
+    a = jnp.concatenate([a[:, 0] for a, _ in uses], axis=1)
     g = jnp.concatenate([g for _, g in uses], axis=2)
     inputs = weights[:, None, None, None, None] * a[:, :, None] * a[:, None]
     outputs = jnp.sum(g[:, :, :, None] * g[:, :, None], axis=1)
@@ -120,9 +120,9 @@ def _rotated(
     return out.rotate(matrices.reshape(*shape[:2], -1, shape[-1]), -1).reshape(shape)
 
 
-def _rotations(layer: Layer, record: tuple[UseRecord, ...], sides: Bases) -> tuple[Bases, Bases]:
+def _rotations(layer: Layer, record: tuple[LayerIO, ...], sides: Bases) -> tuple[Bases, Bases]:
     """What to rotate first, inputs and cotangents, and what later, matrices that are smaller."""
-    positions, columns = num_positions(record), record[0].gradients.shape[1]
+    positions, columns = num_positions(record), record[0].num_columns
     fewer = positions < columns * layer.out_features, positions < layer.rows
     pairs = list(zip(sides, fewer, strict=True))
     before = tuple(basis if first else UNROTATED for basis, first in pairs)

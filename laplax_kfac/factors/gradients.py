@@ -6,16 +6,14 @@ over rotated inputs and cotangents.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.bases import UNROTATED, Basis, Sum
-from laplax_kfac.capture.capture import UseRecord
-from laplax_kfac.parsing.grouping import Member, Resolved
-from laplax_kfac.patterns import one_hot
+from laplax_kfac.capture.layer_io import Cotangents, LayerIO, Rows, accumulate
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 FORMED = 2**23
@@ -30,82 +28,70 @@ STORED = 200
 NO_ROTATION = (UNROTATED, UNROTATED)
 Bases = tuple[Basis, ...]
 RotatedUses = tuple[tuple[Array, Array], ...]
-"""(inputs, cotangents) of every use of a layer, in the eigenbases of its block."""
+"""(inputs, gradients) of every use, (*n, R or 1, S, stack, features), in the bases of its block."""
 
 
-def num_positions(record: tuple[UseRecord, ...]) -> int:
+def num_positions(record: tuple[LayerIO, ...]) -> int:
     """Over all uses: per-example gradients of a layer are sums of so many outer products a g^T."""
-    return sum(use.inputs.shape[-3] for use in record)
+    return sum(use.num_positions for use in record)
 
 
-def rotated_records(
-    members: Sequence[Member], record: tuple[UseRecord, ...], sides: Bases = NO_ROTATION
-) -> RotatedUses:
-    """Inputs and cotangents of every use in the eigenbases of the layer's block.
-
-    A transposed use has its inputs in the layer's output space, and the cotangents in its inputs'.
-    """
-    rotated = []
-    for member, use in zip(members, record, strict=True):
-        bases = sides[::-1] if member.claim.transposed else sides
-        g = accumulate(use.gradients)
-        if member.claim.indexed:
-            a = one_hot(use.inputs, member.claim.ids.shape[1], g.dtype)
-        else:
-            a = accumulate(use.inputs)
-        rotated.append((bases[0].rotate(a), bases[1].rotate(g)))
-    return tuple(rotated)
+def rotated_uses(record: tuple[LayerIO, ...], sides: Bases = NO_ROTATION) -> RotatedUses:
+    """Inputs and gradients of every use in the bases of the layer's sides, for one or R columns."""
+    inputs, outputs = sides
+    return tuple((use.inputs.rotated(inputs), use.gradients.rotated(outputs)) for use in record)
 
 
-def gradient_matrices(
-    members: Sequence[Member], uses: RotatedUses
-) -> Float[Array, "*n R stack rows out"]:
+def inputs_are_shared(record: tuple[LayerIO, ...]) -> bool:
+    """Whether a layer's inputs are the same for all columns, in every use."""
+    return not any(isinstance(use.inputs, Cotangents) for use in record)
+
+
+def gradient_matrices(uses: RotatedUses) -> Float[Array, "*n R stack rows out"]:
     """``sum_t a_t g_rt^T`` of one example, or of many, over all uses of a layer."""
-    return jnp.moveaxis(gradients_side_by_side(members, uses), -2, -4)
+    return jnp.moveaxis(gradients_side_by_side(uses), -2, -4)
 
 
-def gradients_side_by_side(
-    members: Sequence[Member], uses: RotatedUses
-) -> Float[Array, "*n stack rows R out"]:
+def gradients_side_by_side(uses: RotatedUses) -> Float[Array, "*n stack rows R out"]:
     """The same matrices in the order in which one product of an example gives them.
 
     It is that of its inputs with the cotangents of all columns, ``a^T [g_1 ... g_R]``.
     """
     total = jnp.zeros(())
-    for member, (a, g) in zip(members, uses, strict=True):
-        transposed = member.claim.transposed
-        equation = "...sko,...rski->...kiro" if transposed else "...ski,...rsko->...kiro"
-        total = total + jnp.einsum(equation, a, g, precision=_HIGHEST)
+    for a, g in uses:
+        if a.shape[-4] == 1:
+            matrices = jnp.einsum(
+                "...ski,...rsko->...kiro", a[..., 0, :, :, :], g, precision=_HIGHEST
+            )
+        else:
+            matrices = jnp.einsum(
+                "...rski,...sko->...kiro", a, g[..., 0, :, :, :], precision=_HIGHEST
+            )
+        total = total + matrices
     return total
 
 
-def is_lookup(resolved: Resolved) -> bool:
-    """Whether per-example gradients of a layer have few rows: those that its only use picked."""
-    return len(resolved.members) == 1 and resolved.members[0].claim.indexed
+def lookup_of(record: tuple[LayerIO, ...]) -> tuple[Rows, Cotangents] | None:
+    """The only use, if it picks rows: per-example gradients then have few rows that are not 0."""
+    use = record[0]
+    if len(record) > 1 or not isinstance(use.inputs, Rows):
+        return None
+    assert isinstance(use.gradients, Cotangents)
+    return use.inputs, use.gradients
 
 
 def lookup_gradients(
-    record: UseRecord, outputs: Basis
-) -> tuple[Int[Array, "S stack"], Float[Array, "R S stack out"], Float[Array, "S stack"]]:
-    """The rows of one example's gradient: row numbers, rows in the basis, and shares.
+    rows: Rows, cotangents: Cotangents, outputs: Basis
+) -> tuple[Float[Array, "N R S stack out"], Float[Array, "N S stack"]]:
+    """The rows of every example's gradient, in the basis of the outputs, and shares.
 
     A row that several positions pick comes once for each, with shares that sum to one.
     """
-    rows = record.inputs[..., 0]
-    g = outputs.rotate(accumulate(record.gradients))
-    same = same_row(rows[None])[0].astype(g.dtype)
-    gradients = jnp.einsum("stk,rtko->rsko", same, g, precision=_HIGHEST)
-    return rows, gradients, 1.0 / jnp.sum(same, axis=1)
-
-
-def same_row(rows: Int[Array, "N S stack"]) -> Float[Array, "N S S stack"]:
-    """1 where two positions of one example pick the same row."""
-    return (rows[:, :, None] == rows[:, None]).astype(jnp.result_type(float))
-
-
-def accumulate(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """In a dtype to sum in: float32, or float64 where x64 is on."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.result_type(float)))
+    same = accumulate(rows.same())
+    gradients = jnp.einsum(
+        "nstk,nrtko->nrsko", same, cotangents.rotated(outputs), precision=_HIGHEST
+    )
+    return gradients, 1.0 / jnp.sum(same, axis=2)
 
 
 def sum_of_matrices(
@@ -122,21 +108,24 @@ def sum_of_matrices(
         weights: Weights of the examples.
         size: How many numbers a matrix has.
     """
-    columns = uses[0][1].shape[1]
+    columns = max(x.shape[1] for pair in uses for x in pair)
     at_once = max(1, _CACHED // size)
     each = min(columns, at_once, _COLUMNS)
+    flat, treedef = jax.tree.flatten(uses)
+    pulled = [k for k, x in enumerate(flat) if x.shape[1] == columns]
 
-    def of_examples(uses: RotatedUses, weights: Float[Array, " n"]) -> Sum:
+    def of_examples(flat: list[Array], weights: Float[Array, " n"]) -> Sum:
         if each == columns:
-            return function(uses, weights)
+            return function(jax.tree.unflatten(treedef, flat), weights)
 
-        def of_columns(*cotangents: Float[Array, "r n S stack out"]) -> Sum:
-            pairs = zip(uses, cotangents, strict=True)
-            return function(tuple((a, jnp.moveaxis(g, 0, 1)) for (a, _), g in pairs), weights)
+        def of_columns(*cotangents: Float[Array, "r n S stack _"]) -> Sum:
+            some = dict(zip(pulled, cotangents, strict=True))
+            parts = [jnp.moveaxis(some[k], 0, 1) if k in some else x for k, x in enumerate(flat)]
+            return function(jax.tree.unflatten(treedef, parts), weights)
 
-        return sum_in_parts(of_columns, tuple(jnp.moveaxis(g, 1, 0) for _, g in uses), each)
+        return sum_in_parts(of_columns, tuple(jnp.moveaxis(flat[k], 1, 0) for k in pulled), each)
 
-    return sum_in_parts(of_examples, (uses, weights), at_once // each)
+    return sum_in_parts(of_examples, (flat, weights), at_once // each)
 
 
 def sum_in_parts(function: Callable[..., Sum], arguments: tuple[PyTree, ...], at_once: int) -> Sum:

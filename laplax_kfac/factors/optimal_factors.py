@@ -13,17 +13,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from laplax_kfac.bases import UNROTATED, Sum
-from laplax_kfac.capture.capture import Record, UseRecord
+from laplax_kfac.capture.layer_io import LayerIO, Record, accumulate
 from laplax_kfac.factors.gradients import (
     FORMED,
     STORED,
     RotatedUses,
-    accumulate,
     gradients_side_by_side,
-    is_lookup,
+    inputs_are_shared,
     lookup_gradients,
+    lookup_of,
     num_positions,
-    rotated_records,
+    rotated_uses,
     sum_in_parts,
     sum_of_matrices,
 )
@@ -71,25 +71,27 @@ def _contracted(
     assert isinstance(record, tuple)
     layer = resolved.layer
     kept, contracted = layer.kinds[side], layer.kinds[1 - side]
-    if is_lookup(resolved):
-        rows, gradients, shares = jax.vmap(lambda r: lookup_gradients(r, UNROTATED))(record[0])
-        shares = (rows >= 0) * shares * weights[:, None, None]
+    lookup = lookup_of(record)
+    if lookup is not None:
+        rows, cotangents = lookup
+        gradients, shares = lookup_gradients(rows, cotangents, UNROTATED)
+        shares = (rows.numbers >= 0) * shares * weights[:, None, None]
         if side == 0:
             sizes = jnp.sum(contracted.form(gradients, factor), axis=1)
-            return kept.finished(kept.sum_rows(rows, layer.rows, sizes * shares))
-        shares = shares * contracted.diagonal(factor)[jnp.arange(layer.stack), rows]
+            return kept.finished(kept.sum_rows(rows.numbers, rows.size, sizes * shares))
+        shares = shares * contracted.diagonal(factor)[jnp.arange(layer.stack), rows.numbers]
         return kept.finished(kept.sum(gradients, shares[:, None, ..., None]))
+    uses, weights = rotated_uses(record), accumulate(weights)
     if num_positions(record) == 1:  # G = a g^T
-        a, g = accumulate(record[0].inputs), accumulate(record[0].gradients)
-        if side == 0:
-            sizes = jnp.sum(contracted.form(g, factor), axis=1)
-            return kept.finished(kept.sum(a, (weights[:, None, None] * sizes)[..., None]))
-        sizes = weights[:, None, None] * contracted.form(a, factor)
-        return kept.finished(kept.sum(g, sizes[:, None, ..., None]))
+        mine, other = uses[0] if side == 0 else uses[0][::-1]
+        sizes = contracted.form(other, factor)
+        if mine.shape[1] == 1:
+            sizes = jnp.sum(sizes, axis=1, keepdims=True)
+        return kept.finished(kept.sum(mine, (weights[:, None, None, None] * sizes)[..., None]))
 
     def by_matrices(uses: RotatedUses, weights: Float[Array, " n"]) -> Sum:
         """``G B G^T``, the vectors of B in the rows of G, those of the result in its columns."""
-        matrices = gradients_side_by_side(resolved.members, uses)
+        matrices = gradients_side_by_side(uses)
         rows = matrices.reshape(*matrices.shape[:3], -1)  # one matrix of all columns, and another
         columns = matrices.reshape(*matrices.shape[:2], -1, matrices.shape[-1])
         by_kept, by_contracted, axes = (rows, columns, (-2, -1)) if side == 0 else (
@@ -101,7 +103,7 @@ def _contracted(
 
     def by_pairs(uses: RotatedUses, weights: Float[Array, " n"]) -> Sum:
         """``G B G^T = sum_tu a_t (sum_r g_rt^T B g_ru) a_u^T``, and the other way round."""
-        a = jnp.concatenate([a for a, _ in uses], axis=1)[:, None]
+        a = jnp.concatenate([a for a, _ in uses], axis=2)
         g = jnp.concatenate([g for _, g in uses], axis=2)
         inner, outer = (g, a) if side == 0 else (a, g)
         products = weights[:, None, None, None, None] * contracted.times(inner, factor)
@@ -109,21 +111,19 @@ def _contracted(
         moved = jnp.einsum("nktu,nrukp->nrtkp", kernel, outer, precision=_HIGHEST)
         return kept.cross(outer, moved)
 
-    uses = rotated_records(resolved.members, record)
-    weights = accumulate(weights)
-    if not _contracts_in_pairs(resolved, record):
+    if not _contracts_in_pairs(layer, record):
         return sum_of_matrices(by_matrices, uses, weights, layer.size)
-    columns, positions = record[0].gradients.shape[1], num_positions(record)
+    columns, positions = record[0].num_columns, num_positions(record)
     widths = positions + layer.rows + columns * layer.out_features
     at_once = max(1, FORMED // (positions * layer.stack * widths))
     return sum_in_parts(by_pairs, (uses, weights), at_once)
 
 
-def _contracts_in_pairs(resolved: Resolved, record: tuple[UseRecord, ...]) -> bool:
+def _contracts_in_pairs(layer: Layer, record: tuple[LayerIO, ...]) -> bool:
     """Whether to go over pairs of positions, and not over gradients: what takes less."""
-    if any(m.claim.transposed for m in resolved.members):
+    if not inputs_are_shared(record):
         return False
-    layer, columns = resolved.layer, record[0].gradients.shape[1]
+    columns = record[0].num_columns
     positions, rows, out = num_positions(record), layer.rows, layer.out_features
     widths = rows + columns * out
     pairs = positions * (rows**2 + columns * out**2 + positions * (widths + STORED))

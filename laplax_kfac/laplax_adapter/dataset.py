@@ -20,7 +20,7 @@ from laplax.curv.cov import Posterior as LaplaxPosterior
 from laplax_kfac import jaxprs
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import Batch, batch_size
-from laplax_kfac.capture.capture import map_examples
+from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.laplax_adapter.curvature_types import PriorArguments
 from laplax_kfac.laplax_adapter.output_covariance import Numbered, Tabulated
@@ -31,7 +31,7 @@ from laplax_kfac.predictive.jacobians import (
     Expansion,
     Linearised,
     compiled_linearise,
-    in_parts,
+    in_chunks,
     most_inputs,
     output_covariances,
 )
@@ -95,7 +95,7 @@ class Dataset:
         of_part = functools.partial(
             compiled_outputs(self.model_fn, self.program), expansion.consts, expansion.leaves
         )
-        return in_parts(of_part, self.batch["input"], self._most(traced=False), traced=False)
+        return in_chunks(of_part, self.batch["input"], self._most(traced=False), traced=False)
 
     def in_place_of_own(self) -> dict[str, object]:
         """Arguments of laplax's pushforward with which it looks predictions up by number."""
@@ -121,7 +121,7 @@ class Dataset:
         kept = jax.eval_shape(at, xs)
         if sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept)) > TABLE_BYTES:
             return xs
-        return in_parts(at, xs, self._most(traced=False), traced=False)
+        return in_chunks(at, xs, self._most(traced=False), traced=False)
 
     @functools.cached_property
     def _linearise(self) -> Callable[[Expansion, PyTree], Linearised]:
@@ -156,7 +156,7 @@ class Dataset:
             known = part if isinstance(part, Linearised) else self._linearise(expansion, part)
             return output_covariances(known, variances, diagonal=self.diagonal)
 
-        return in_parts(of_part, linear, self._most(traced=traced), traced=traced)
+        return in_chunks(of_part, linear, self._most(traced=traced), traced=traced)
 
     def _most(self, *, traced: bool) -> int:
         """How many inputs are worked on at once."""

@@ -5,14 +5,14 @@ a weight. In the eigenbases the posterior covariance is a diagonal V, so that tw
 
     cov[c, c'] = sum_io G_c[i, o] G'_c'[i, o] V[i, o].
 
-There are two orders of summation. ``Matrices`` forms G, at C S numbers for every entry of the
-weight. ``Outer`` keeps a and g apart and sums over the rows first,
+There are two orders of summation. ``DenseJacobian`` forms G, at C S numbers for every entry of the
+weight. ``FactoredJacobian`` keeps a and g apart and sums over the rows first,
 
     cov[c, c'] = sum_tuo g_cto g'_c'uo W[t, u, o]     with   W[t, u, o] = sum_i a_ti a'_ui V[i, o],
 
 at S^2 numbers for every entry of the weight: the cheaper one if there are fewer positions than
 outputs, and with one position no numbers of the size of the weight are ever formed. The rows of a
-table that a lookup picks (``Picked``) are the case of ``Outer`` in which a is a unit vector.
+table that a lookup picks (``PickedJacobian``) are the case in which a is a unit vector.
 """
 
 import functools
@@ -30,16 +30,11 @@ from laplax_kfac import machine, pytrees
 from laplax_kfac.arguments import positive_integer
 from laplax_kfac.blocks.blocks import Block, rotate
 from laplax_kfac.capture.batches import batch_size, even_batches, pad
-from laplax_kfac.capture.capture import (
-    ParameterRecord,
-    Record,
-    capture,
-    map_examples,
-    record_size,
-    unit_vectors,
-)
+from laplax_kfac.capture.capture import capture, record_size, unit_vectors
+from laplax_kfac.capture.examples import map_examples
+from laplax_kfac.capture.layer_io import Cotangents, ParameterIO, Record, Rows, side_types
 from laplax_kfac.curvature.memory import sum_bytes
-from laplax_kfac.factors.gradients import gradient_matrices, rotated_records
+from laplax_kfac.factors.gradients import gradient_matrices, rotated_uses
 from laplax_kfac.parsing import cache_keys as fingerprint
 from laplax_kfac.parsing.grouping import Resolved
 from laplax_kfac.parsing.layer import Layer
@@ -50,7 +45,7 @@ _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 @pytrees.register
 @dataclass(frozen=True)
-class Matrices:
+class DenseJacobian:
     """Jacobian of one example, entry by entry: shape (C, p), conjugated where it is complex."""
 
     entries: Float[Array, "C p"]
@@ -58,7 +53,7 @@ class Matrices:
 
 @pytrees.register
 @dataclass(frozen=True)
-class Outer:
+class FactoredJacobian:
     """Jacobian ``sum_t a_t g_ct^T`` of one example, as its inputs and cotangents."""
 
     inputs: Float[Array, "S stack rows"]
@@ -67,14 +62,14 @@ class Outer:
 
 @pytrees.register
 @dataclass(frozen=True)
-class Picked:
+class PickedJacobian:
     """Jacobian of one example in a table: row numbers, -1 for none, and the rows' cotangents."""
 
     rows: Int[Array, "S stack"]
     gradients: Float[Array, "C S stack out"]
 
 
-Jacobian = Matrices | Outer | Picked
+Jacobian = DenseJacobian | FactoredJacobian | PickedJacobian
 
 
 @pytrees.register
@@ -127,23 +122,26 @@ def layer_jacobian(resolved: Resolved, record: Record, block: Block) -> Jacobian
         record: What `capture` saw of it; not None.
         block: Its block, for the basis.
     """
-    if isinstance(record, ParameterRecord):
-        return Matrices(jax.vmap(functools.partial(rotate, block))(record.gradients))
+    if isinstance(record, ParameterIO):
+        return DenseJacobian(jax.vmap(functools.partial(rotate, block))(record.gradients))
     assert record is not None
-    outputs = record[0].gradients.shape[0]
-    members, form = resolved.members, form_of(resolved, outputs)
-    if form is Matrices and _is_rotated_last(resolved.layer, outputs):
-        entries = gradient_matrices(members, rotated_records(members, record))
+    outputs = record[0].num_columns
+    form = form_of(resolved, outputs)
+    if form is DenseJacobian and _is_rotated_last(resolved.layer, outputs):
+        entries = gradient_matrices(rotated_uses(record))
         entries = entries.reshape(outputs, *block.eigenvalues.shape)
         rotated_entries = jax.vmap(functools.partial(rotate, block))(entries)
-        return Matrices(rotated_entries.reshape(outputs, -1))
-    rotated = rotated_records(members, record, block.sides)
-    if form is Matrices:
-        return Matrices(gradient_matrices(members, rotated).reshape(outputs, -1))
-    gradients = jnp.concatenate([g for _, g in rotated], axis=1)
-    if form is Picked:
-        return Picked(jnp.concatenate([use.inputs[..., 0] for use in record]), gradients)
-    return Outer(jnp.concatenate([a for a, _ in rotated]), gradients)
+        return DenseJacobian(rotated_entries.reshape(outputs, -1))
+    if form is DenseJacobian:
+        matrices = gradient_matrices(rotated_uses(record, block.sides))
+        return DenseJacobian(matrices.reshape(outputs, -1))
+    inputs, basis = block.sides
+    gradients = jnp.concatenate([use.gradients.rotated(basis) for use in record], axis=1)
+    if form is PickedJacobian:
+        rows = [use.inputs.numbers for use in record if isinstance(use.inputs, Rows)]
+        return PickedJacobian(jnp.concatenate(rows), gradients)
+    rotated = [use.inputs.rotated(inputs)[0] for use in record]
+    return FactoredJacobian(jnp.concatenate(rotated), gradients)
 
 
 def _is_rotated_last(layer: Layer, outputs: int) -> bool:
@@ -159,26 +157,27 @@ def form_of(resolved: Resolved, outputs: int) -> type[Jacobian]:
     """The form that takes the fewest operations for a model with C = ``outputs`` outputs."""
     layer = resolved.layer
     if not resolved.members or layer.block == "dense":
-        return Matrices
-    if all(m.claim.indexed and not m.claim.transposed for m in resolved.members):
-        return Picked
-    if any(m.claim.indexed or m.claim.transposed for m in resolved.members):
-        return Matrices
+        return DenseJacobian
+    types = {side_types(member)[0] for member in resolved.members}
+    if types == {Rows}:
+        return PickedJacobian
+    if types & {Rows, Cotangents} or Rows in {side_types(m)[1] for m in resolved.members}:
+        return DenseJacobian
     positions, entries = layer.positions, layer.rows * layer.out_features
     outer = positions**2 * (entries + outputs * layer.out_features)
     outer += outputs**2 * positions * layer.out_features
-    return Outer if outer <= (positions + outputs) * outputs * entries else Matrices
+    return FactoredJacobian if outer <= (positions + outputs) * outputs * entries else DenseJacobian
 
 
-def numbers(resolved: Resolved, outputs: int) -> tuple[int, int]:
+def num_elements(resolved: Resolved, outputs: int) -> tuple[int, int]:
     """How many numbers a layer's Jacobian takes, for an example, and its product, for a pair."""
     layer, form = resolved.layer, form_of(resolved, outputs)
     if layer.block == "none":
         return 0, 0
-    if form is Matrices:
+    if form is DenseJacobian:
         return 2 * outputs * layer.size, outputs**2
     places = layer.positions * layer.stack
-    rows = layer.rows if form is Outer else 1
+    rows = layer.rows if form is FactoredJacobian else 1
     per_pair = layer.positions * places * (rows + 2 * layer.out_features)
     return (
         places * (rows + 2 * outputs * layer.out_features),
@@ -196,12 +195,12 @@ def covariance(
         second: That for the other.
         variances: Posterior variances in the basis of the layer's block, in the block's shape.
     """
-    if isinstance(first, Matrices) and isinstance(second, Matrices):
+    if isinstance(first, DenseJacobian) and isinstance(second, DenseJacobian):
         weighted = first.entries * variances.reshape(-1)
         product = jnp.matmul(weighted, second.entries.conj().T, precision=jax.lax.Precision.HIGHEST)
         return jnp.real(product)
-    assert not isinstance(first, Matrices)
-    assert not isinstance(second, Matrices)
+    assert not isinstance(first, DenseJacobian)
+    assert not isinstance(second, DenseJacobian)
     weighted = _weighted(first, second, variances)
     gradients = second.gradients.reshape(len(second.gradients), -1)
     return _einsum("cp,dp->cd", weighted.reshape(len(weighted), -1), gradients)
@@ -209,7 +208,7 @@ def covariance(
 
 def variance(jacobian: Jacobian, variances: Float[Array, "..."]) -> Float[Array, " C"]:
     """Diagonal of the `covariance` of an example with itself."""
-    if isinstance(jacobian, Matrices):
+    if isinstance(jacobian, DenseJacobian):
         squares = jnp.abs(jacobian.entries) ** 2
         return jnp.matmul(squares, variances.reshape(-1), precision=jax.lax.Precision.HIGHEST)
     weighted = _weighted(jacobian, jacobian, variances)
@@ -217,17 +216,19 @@ def variance(jacobian: Jacobian, variances: Float[Array, "..."]) -> Float[Array,
 
 
 def _weighted(
-    first: Outer | Picked, second: Outer | Picked, variances: Float[Array, "..."]
+    first: FactoredJacobian | PickedJacobian,
+    second: FactoredJacobian | PickedJacobian,
+    variances: Float[Array, "..."],
 ) -> Float[Array, "C S stack out"]:
     """The cotangents of the first, ``sum_t g_cto W[t, u, o]``, at the positions u of the second."""
     stack, out = first.gradients.shape[2:]
     variances = variances.reshape(stack, -1, out)
-    if isinstance(first, Outer) and isinstance(second, Outer):
+    if isinstance(first, FactoredJacobian) and isinstance(second, FactoredJacobian):
         products = first.inputs[:, None] * second.inputs[None]
         weights = _by_stack(products, variances)
     else:
-        assert isinstance(first, Picked)
-        assert isinstance(second, Picked)
+        assert isinstance(first, PickedJacobian)
+        assert isinstance(second, PickedJacobian)
         same = (first.rows[:, None] == second.rows[None]) & (first.rows[:, None] >= 0)
         picked = variances[jnp.arange(stack), first.rows]
         weights = picked[:, None] * same[..., None]
@@ -333,15 +334,13 @@ def most_inputs(program: Program, most: object, *, traced: bool, pairs: bool = F
     outputs = sum(math.prod(o.shape) for o in jax.tree.leaves(program.output))
     linear = square = bases = 0
     for resolved in program.resolved:
-        jacobian, product = numbers(resolved, outputs)
+        jacobian, product = num_elements(resolved, outputs)
         linear += record_size(resolved.layer, outputs) + jacobian
         square += product
         bases += sum_bytes(resolved.layer)
-    room = numbers_that_fit(machine.RECORD_BYTES)
+    room = num_that_fit(machine.RECORD_BYTES)
     if jax.default_backend() == "cpu" and not traced:
-        room = min(
-            room, numbers_that_fit(max(machine.REUSED_BYTES, 4 * bases))
-        )  # bases are read anew
+        room = min(room, num_that_fit(max(machine.REUSED_BYTES, 4 * bases)))  # bases are read anew
     if pairs:  # n on either side: 2 linear n + square n^2 numbers
         fitting = (math.sqrt(linear**2 + square * room) - linear) / max(square, 1)
     else:
@@ -349,12 +348,12 @@ def most_inputs(program: Program, most: object, *, traced: bool, pairs: bool = F
     return max(1, min(positive_integer("batch_size", most), int(fitting)))
 
 
-def numbers_that_fit(size: int) -> int:
+def num_that_fit(size: int) -> int:
     """How many floating-point numbers fit into so many bytes."""
     return size // jnp.dtype(jnp.result_type(float)).itemsize
 
 
-def in_parts(function: Callable[[PyTree], Any], inputs: PyTree, most: int, *, traced: bool) -> Any:
+def in_chunks(function: Callable[[PyTree], Any], inputs: PyTree, most: int, *, traced: bool) -> Any:
     """Apply a function of many inputs to equal parts of at most ``most`` of them, in turn.
 
     Args:

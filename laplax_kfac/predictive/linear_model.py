@@ -17,7 +17,7 @@ from laplax_kfac.predictive.jacobians import (
     Expansion,
     Linearised,
     compiled_linearise,
-    in_parts,
+    in_chunks,
     joint_output_covariances,
     most_inputs,
     output_covariances,
@@ -73,7 +73,7 @@ class LinearModel:
             linear = self.at(part)
             return linear.output, output_covariances(linear, self.variances, diagonal=diagonal)
 
-        return in_parts(of_part, self.inputs, most, traced=traced)
+        return in_chunks(of_part, self.inputs, most, traced=traced)
 
     @no_type_check
     def joint(self, others: PyTree | None, batch_size: int) -> Float[Array, "N C M C"]:
@@ -89,6 +89,6 @@ class LinearModel:
                 return joint_output_covariances(mine, theirs, self.variances)
 
             columns = self.inputs if others is None else others
-            return in_parts(of_columns, columns, most, traced=traced).swapaxes(0, 1)
+            return in_chunks(of_columns, columns, most, traced=traced).swapaxes(0, 1)
 
-        return in_parts(of_rows, self.inputs, most, traced=traced).swapaxes(1, 2)
+        return in_chunks(of_rows, self.inputs, most, traced=traced).swapaxes(1, 2)

@@ -17,13 +17,13 @@ from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import batch_size as size_of
 from laplax_kfac.capture.batches import first_example, to_arrays
-from laplax_kfac.capture.capture import map_examples
+from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.parsing import cache_keys as fingerprint
 from laplax_kfac.parsing.program import ModelFn, per_example
 from laplax_kfac.posterior.posterior import Posterior, make_posterior
 from laplax_kfac.posterior.prior import PriorPrecision, Scalar
-from laplax_kfac.predictive.jacobians import in_parts, numbers_that_fit
+from laplax_kfac.predictive.jacobians import in_chunks, num_that_fit
 
 EVALUATIONS = 2048
 """Most pairs of an input and a weight sample that the network is evaluated at together."""
@@ -78,7 +78,7 @@ def predictive_samples(
     function = per_example(model_fn, vmap_over_data=vmap_over_data)
     jaxpr, consts, _ = jaxprs.trace(function, params, first_example(batch))
     each = min(
-        numbers_that_fit(machine.RECORD_BYTES) // (3 * curvature.space.size),
+        num_that_fit(machine.RECORD_BYTES) // (3 * curvature.space.size),
         EVALUATIONS // min(size_of(batch), batch_size),
     )
     sizes = num_samples, max(1, each), batch_size
@@ -139,9 +139,9 @@ class Sampler:
             def at(part: PyTree) -> Array:
                 return map_examples(functools.partial(of_samples, params, samples), part)
 
-            return in_parts(at, inputs, self.batch_size, traced=True).swapaxes(0, 1)
+            return in_chunks(at, inputs, self.batch_size, traced=True).swapaxes(0, 1)
 
-        return in_parts(some, jnp.arange(self.num_samples), self.together, traced=True)
+        return in_chunks(some, jnp.arange(self.num_samples), self.together, traced=True)
 
 
 def _map_samples(function: Callable[[PyTree], Array], samples: PyTree, sequential: bool) -> Array:

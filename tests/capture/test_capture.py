@@ -12,9 +12,9 @@ from support import models, oracles
 from support.tolerances import tolerance
 
 import laplax_kfac
-from laplax_kfac import patterns
 from laplax_kfac.blocks.blocks import BlockDiagonal
-from laplax_kfac.capture.capture import ParameterRecord, capture, capture_batch
+from laplax_kfac.capture.capture import capture, capture_batch
+from laplax_kfac.capture.layer_io import ParameterIO
 from laplax_kfac.fisher import Columns, fisher_type_of
 from laplax_kfac.likelihood.named import resolve_likelihood
 from laplax_kfac.parsing.program import parse, per_example
@@ -39,16 +39,13 @@ def summed_over_positions(resolved, record, columns):
     """The gradient that a layer's record stands for: sum_t a_t g_t^T, for R cotangents."""
     if record is None:
         return jnp.zeros((columns, *resolved.layer.shape))
-    if isinstance(record, ParameterRecord):
+    if isinstance(record, ParameterIO):
         return record.gradients
     layer = resolved.layer
     total = jnp.zeros((columns, layer.stack, layer.rows, layer.out_features))
-    for member, use in zip(resolved.members, record, strict=True):
-        inputs = use.inputs
-        if member.claim.indexed:
-            inputs = patterns.one_hot(inputs, member.claim.ids.shape[1])
-        matrix = jnp.einsum("ski,rsko->rkio", inputs, use.gradients)
-        total += matrix.swapaxes(-1, -2) if member.claim.transposed else matrix
+    for use in record:  # one of its sides is the same for all columns: einsum repeats it
+        a, g = use.inputs.features(), use.gradients.features()
+        total += jnp.einsum("rski,rsko->rkio", a, g)
     return total.reshape(columns, *layer.shape)
 
 

@@ -9,7 +9,8 @@ import pytest
 from jax import lax
 
 from laplax_kfac import jaxprs
-from laplax_kfac.capture.capture import _plan, run
+from laplax_kfac.capture.evaluator import run
+from laplax_kfac.capture.plan import plan_of
 from laplax_kfac.capture.rewrites import has_rewrite, rewrite
 from laplax_kfac.parsing.program import parse
 
@@ -121,7 +122,7 @@ def test_bodies_without_a_layer_are_entered(inner):
     program = parse(model_fn, w, x)
 
     def evaluate(w):
-        return run(program.jaxpr, [w, x], _plan(program), {0: jnp.zeros((8, 2))})[0][0]
+        return run(program.jaxpr, [w, x], plan_of(program), {0: jnp.zeros((8, 2))})[0][0]
 
     gradient = lambda f: jax.jit(jax.grad(lambda w: jnp.sum(f(w) ** 2)))  # noqa: E731
     own = gradient(lambda w: model_fn(x, w))

@@ -11,7 +11,7 @@ from support.tolerances import tolerance
 
 import laplax_kfac
 from laplax_kfac.bases import Dense
-from laplax_kfac.factors.statistics import nearest_kronecker
+from laplax_kfac.factors.nearest_kronecker import nearest_kronecker
 
 pytestmark = pytest.mark.usefixtures("x64")
 

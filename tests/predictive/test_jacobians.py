@@ -15,7 +15,7 @@ from laplax_kfac.blocks.blocks import Block
 from laplax_kfac.capture.capture import capture, unit_vectors
 from laplax_kfac.parsing.program import parse
 from laplax_kfac.predictive import jacobians
-from laplax_kfac.predictive.jacobians import Matrices, Outer, Picked
+from laplax_kfac.predictive.jacobians import DenseJacobian, FactoredJacobian, PickedJacobian
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -23,12 +23,12 @@ pytestmark = pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "forms"),
     [
-        ("mlp", [Outer, Outer]),
-        ("nnx_cnn", [Matrices, Outer]),
-        ("mixer", [Matrices, Outer]),
-        ("embedding", [Outer, Picked]),
-        ("tied_autoencoder", [Matrices, Matrices, Matrices]),
-        ("nnx_layer_norm", [Outer, Matrices, Matrices]),
+        ("mlp", [FactoredJacobian, FactoredJacobian]),
+        ("nnx_cnn", [DenseJacobian, FactoredJacobian]),
+        ("mixer", [DenseJacobian, FactoredJacobian]),
+        ("embedding", [FactoredJacobian, PickedJacobian]),
+        ("tied_autoencoder", [DenseJacobian, DenseJacobian, DenseJacobian]),
+        ("nnx_layer_norm", [FactoredJacobian, DenseJacobian, DenseJacobian]),
     ],
 )
 def test_the_cheaper_order_of_summation_is_taken(name, forms):
@@ -50,7 +50,7 @@ def test_a_layer_with_uses_may_have_a_block_without_kronecker_form(kind):
     found = jacobians.layer_jacobian(
         resolved, record, Block(bases, jnp.ones(p if kind == "dense" else layer.shape))
     )
-    assert isinstance(found, Matrices)
+    assert isinstance(found, DenseJacobian)
     exact = jax.jacrev(lambda w: model_fn(inputs[0], params | {"lin1": w}))(params["lin1"])
     rows = [exact["w"].reshape(-1, 20), exact["b"].reshape(-1, 5)]  # the bias is the last row
     expected = np.concatenate(rows, axis=1) @ (basis if kind == "dense" else np.eye(p))

@@ -1,0 +1,91 @@
+"""Inputs of layers and gradients at their outputs, for users."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from laplax_kfac import pytrees
+from laplax_kfac.capture.batches import as_batch, first_example, to_arrays
+from laplax_kfac.capture.capture import capture_batch
+from laplax_kfac.capture.layer_io import LayerIO
+from laplax_kfac.fisher import Columns, fisher_type_of
+from laplax_kfac.likelihood.named import resolve_likelihood
+from laplax_kfac.parsing.grouping import Resolved
+from laplax_kfac.parsing.program import ModelFn, parse
+
+
+@pytrees.register
+@dataclass(frozen=True)
+class LayerRecord:
+    """Inputs and output gradients of one layer, for every example.
+
+    Attributes:
+        inputs: Layer inputs, shape (N, S, in); (N, S, stack, in) for a stack of layers. Without
+            the trailing 1 that stands for a joint bias.
+        gradients: Gradients of each example's loss at the layer's output, (N, S, out) or
+            (N, S, stack, out). S counts the positions that the weight is shared over; those of
+            several uses of one weight are concatenated.
+    """
+
+    inputs: Float[Array, "N S *stack in"]
+    gradients: Float[Array, "N S *stack out"]
+
+
+def intermediates_and_gradients(
+    model_fn: ModelFn,
+    params: PyTree,
+    data: Any,
+    *,
+    loss_fn: Any,
+    vmap_over_data: bool = True,
+) -> dict[str, LayerRecord]:
+    """Inputs of every Kronecker layer and loss gradients at its output.
+
+    For every layer ``sum_s inputs[n, s] gradients[n, s]^T`` is the gradient of example n's loss in
+    the weight, viewed as an (in, out) matrix, and ``sum_s gradients[n, s]`` that in a joint bias.
+    Works under ``jit`` and ``vmap``.
+
+    Args:
+        model_fn: ``model_fn(input=, params=)``.
+        params: Its parameters.
+        data: One batch: ``(input, target)`` or ``{"input": ..., "target": ...}``; weights of
+            examples play no part.
+        loss_fn: A laplax ``LossFn``, its string, or a callable ``loss(output, target)`` of one
+            example; the gradients are those of its value at the observed target.
+        vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
+
+    Returns:
+        Layer name -> record. Parameters without a Kronecker form have no record: `find_layers`
+        says which and why.
+
+    Raises:
+        TypeError: If ``data`` is not one batch.
+        ValueError: If the batch, the loss or the model is not of a supported form.
+    """
+    batch = to_arrays(as_batch(data))
+    program = parse(
+        model_fn, params, first_example(batch), vmap_over_data=vmap_over_data,
+    )  # fmt: skip
+    records = capture_batch(
+        program,
+        (jax.tree.leaves(params), program.consts),
+        batch,
+        Columns(resolve_likelihood(loss_fn), fisher_type_of("empirical")),
+        key=jax.random.key(0),
+    )
+    return {
+        resolved.layer.name: _layer_record(resolved, record)
+        for resolved, record in zip(program.resolved, records, strict=True)
+        if isinstance(record, tuple)
+    }
+
+
+def _layer_record(resolved: Resolved, record: tuple[LayerIO, ...]) -> LayerRecord:
+    layer = resolved.layer
+    a = jnp.concatenate([use.inputs.features()[:, 0] for use in record], axis=1)
+    g = jnp.concatenate([use.gradients.features()[:, 0] for use in record], axis=1)
+    a = a[..., : layer.in_features]
+    return LayerRecord(a, g) if layer.stack > 1 else LayerRecord(a[:, :, 0], g[:, :, 0])

@@ -1,0 +1,117 @@
+"""From what equations saw to the inputs and gradients of layers: orientation, scale and parts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from laplax_kfac import jaxprs
+from laplax_kfac.capture.evaluator import Inputs
+from laplax_kfac.capture.layer_io import (
+    Cotangents,
+    Features,
+    LayerIO,
+    ParameterIO,
+    Patches,
+    Record,
+    Rows,
+    SideIO,
+    has_moments,
+)
+from laplax_kfac.capture.plan import Perturbations, perturbation_of
+from laplax_kfac.parsing.claims import Part
+from laplax_kfac.parsing.grouping import Member
+from laplax_kfac.parsing.program import Program
+from laplax_kfac.parsing.uses import Use
+
+
+def records_of(
+    program: Program, inputs: Inputs, at_uses: Perturbations, at_parameters: Perturbations
+) -> list[Record]:
+    """What every layer saw, from what its uses and its parameters did."""
+    records: list[Record] = []
+    for number, resolved in enumerate(program.resolved):
+        if resolved.members:
+            records.append(tuple(_layer_io(program, m, inputs, at_uses) for m in resolved.members))
+        elif number in at_parameters:
+            records.append(ParameterIO(at_parameters[number]))
+        else:
+            records.append(None)
+    return records
+
+
+def _layer_io(program: Program, member: Member, inputs: Inputs, at_uses: Perturbations) -> LayerIO:
+    """Inputs and cotangents of one use as the layer has them.
+
+    Scans and stacks become positions or stack indices, parts are cut out, constant factors are
+    multiplied in, and a joint bias is one more input.
+    """
+    claim, use = member.claim, program.uses[member.claim.use]
+    found, active, operands = inputs[claim.use]
+    values = jnp.asarray(found)
+    positions = use.pattern.outputs(
+        use.eqn, use.operand, np.empty(jaxprs.shape(use.eqn.outvars[0]), bool)
+    ).shape[0]
+    active = jnp.broadcast_to(active[..., None], (*use.lanes, positions, values.shape[-2], 1))
+    gradients = at_uses[perturbation_of(program, claim.use)]
+    outputs = lambda g: use.pattern.outputs(use.eqn, use.operand, g)  # noqa: E731
+    for _ in range(1 + len(use.lanes)):
+        outputs = jax.vmap(outputs)
+    a = values if claim.bias is None else claim.bias * active.astype(values.dtype)
+    a, active = _canonical(a, claim.shared), _canonical(active, claim.shared)
+    g = jax.vmap(lambda x: _canonical(x, claim.shared))(outputs(gradients))
+    if claim.part is not None:
+        a, g = _in_part(claim.part, use, a), _features(g, claim.part[1])
+    if use.pattern.active is not None:
+        g = g * active.astype(g.dtype)
+    if claim.input_scale is not None and claim.indexed:
+        rows = jnp.asarray(claim.input_scale, g.dtype)  # (stack, rows)
+        g = g * jnp.take_along_axis(rows, a[..., 0].T, axis=1).T[..., None]
+    elif claim.input_scale is not None:
+        a = a * jnp.asarray(claim.input_scale, a.dtype)
+    if claim.output_scale is not None:
+        g = g * jnp.asarray(claim.output_scale, g.dtype)
+    if member.joint_bias is not None:
+        a = jnp.concatenate([a, member.joint_bias * active.astype(a.dtype)], axis=-1)
+    computed: SideIO = Features(a)
+    if claim.indexed:
+        computed = Rows(a[..., 0], claim.ids.shape[1], g.dtype)
+    elif has_moments(member):
+        assert claim.moments is not None
+        computed = Patches(
+            Features(a), tuple(map(jnp.asarray, operands)), claim.moments, member.joint_bias
+        )
+    if claim.transposed:
+        return LayerIO(Cotangents(g), computed, active[..., 0])
+    return LayerIO(computed, Cotangents(g), active[..., 0])
+
+
+def _in_part(part: Part, use: Use, inputs: Array) -> Array:
+    """The inputs of a part of a weight; row numbers are counted in the part, -1 for other rows."""
+    rows, _ = part
+    if not use.pattern.indexed:
+        return _features(inputs, rows)
+    numbers = np.full(use.ids.shape[-2] + 1, -1)  # the last is that of -1
+    numbers[rows] = np.arange(rows.size)
+    return jnp.asarray(numbers, inputs.dtype)[inputs]
+
+
+def _features(x: Array, index: Int[np.ndarray, " n"]) -> Array:
+    """Some entries along the last axis; mostly neighbours, which a slice takes without a search."""
+    first, last = int(index[0]), int(index[-1])
+    return x[..., first : last + 1] if last - first + 1 == index.size else x[..., index]
+
+
+def _canonical(x: Array, shared: tuple[bool, ...]) -> Array:
+    """(*lanes, positions, stack, features) -> (S, stack, features).
+
+    Lanes and stack axes along which the weight is shared become positions, the others stack.
+    """
+    lanes = len(shared) - 1
+    axes = [*range(lanes), lanes + 1]  # of shared; axis `lanes` holds the pattern's positions
+    along = [axis for axis, s in zip(axes, shared, strict=True) if s]
+    stacked = [axis for axis, s in zip(axes, shared, strict=True) if not s]
+    order = [*(a for a in along if a < lanes), lanes, *(a for a in along if a > lanes)]
+    x = x.transpose(*order, *stacked, x.ndim - 1)
+    positions = int(np.prod(x.shape[: len(order)]))
+    return x.reshape(positions, -1, x.shape[-1])
