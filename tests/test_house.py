@@ -12,7 +12,7 @@ import laplax_kfac
 ROOT = Path(laplax_kfac.__file__).parent
 ORDER = [
     "arguments", "pytrees", "machine", "caches", "jaxprs", "gram", "patterns", "bases", "parsing",
-    "likelihood", "fisher", "capture", "factors", "blocks", "posterior", "curvature", "evidence",
+    "blocks", "likelihood", "fisher", "capture", "factors", "posterior", "curvature", "evidence",
     "predictive", "laplax_adapter",
 ]  # fmt: skip
 SIDE_ROOMS = ["report", "checkpoint", "links", "plotting"]  # nobody reads these

@@ -71,7 +71,7 @@ def intermediates_and_gradients(
     )  # fmt: skip
     records = capture_batch(
         program,
-        (jax.tree.leaves(params), program.consts),
+        ([jnp.asarray(leaf) for leaf in jax.tree.leaves(params)], program.consts),
         batch,
         Columns(resolve_likelihood(loss_fn), fisher_type_of("empirical")),
         key=jax.random.key(0),

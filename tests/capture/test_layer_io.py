@@ -102,11 +102,11 @@ def test_without_cotangents_there_is_the_identity(text):
 def test_products_with_the_gradients(name, exchanged):
     """<G, V> and sums of G, for matrices G = sum_t a_t g_t^T of examples and columns."""
     pulled = Cotangents(jnp.asarray(normal(N, R, S, STACK, OUT, seed=1)))
-    a, g = (pulled, SIDES[name]()) if exchanged else (SIDES[name](), pulled)
-    use = LayerIO(a, g, jnp.asarray(ACTIVE))
+    sides = (pulled, SIDES[name]()) if exchanged else (SIDES[name](), pulled)
+    use = LayerIO(sides[0], sides[1], jnp.asarray(ACTIVE))
     assert use.num_columns == R
     assert use.num_positions == S
-    a, g = (np.asarray(side.features()) for side in sides)
+    a, g = (np.asarray(side.features()) for side in (use.inputs, use.gradients))
     a, g = (np.broadcast_to(x, (N, R, *x.shape[2:])) for x in (a, g))
     gradients = np.einsum("nrski,nrsko->nrkio", a, g)
     v = jnp.asarray(normal(7, STACK, *gradients.shape[-2:], seed=2))
