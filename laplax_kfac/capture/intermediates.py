@@ -70,7 +70,7 @@ def intermediates_and_gradients(
     )  # fmt: skip
     records = capture_batch(
         program,
-        jax.tree.leaves(params),
+        list(map(jnp.asarray, jax.tree.leaves(params))),
         program.consts,
         batch,
         resolve_likelihood(loss_fn),

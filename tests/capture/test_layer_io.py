@@ -62,8 +62,8 @@ SIDES = {
 
 
 def counting(reduce):
-    arrays = map(jnp.asarray, (WEIGHTS, INPUT_WEIGHTS, ACTIVE))
-    return Counting(*arrays, reduce)
+    examples, inputs, active = map(jnp.asarray, (WEIGHTS, INPUT_WEIGHTS, ACTIVE))
+    return Counting(examples, inputs, active, reduce)
 
 
 @pytest.mark.parametrize("reduce", [False, True], ids=["expand", "reduce"])
@@ -103,7 +103,7 @@ def test_products_with_the_gradients(name, exchanged):
     """<G, V> and sums of G, for matrices G = sum_t a_t g_t^T of examples and columns."""
     pulled = Cotangents(jnp.asarray(normal(N, R, S, STACK, OUT, seed=1)))
     sides = (pulled, SIDES[name]()) if exchanged else (SIDES[name](), pulled)
-    use = LayerIO(*sides, jnp.asarray(ACTIVE))
+    use = LayerIO(sides[0], sides[1], jnp.asarray(ACTIVE))
     assert use.num_columns == R
     assert use.num_positions == S
     a, g = (np.asarray(side.features()) for side in sides)
