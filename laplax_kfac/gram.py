@@ -16,17 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from laplax_kfac import jaxprs, pytrees
-
-_WIDE = 384
-"""Width from which tiles pay."""
-_TILE = 208
-"""Width of a tile: a multiple of the registers of matrix products, and not of a large power of two,
-at which the rows of an array share their place in a cache."""
-_SLOW = (64, 256)
-"""Widths at which a product takes longer on a CPU than at the next: with 64 twice as long."""
-_MOST = 6
-"""Most tiles along a side: those of wider matrices are wider."""
+from laplax_kfac import jaxprs, machine, pytrees
 
 
 @pytrees.register
@@ -64,9 +54,9 @@ Symmetric = Float[Array, "... _ _"] | Tiled
 
 def _spans(width: int) -> list[tuple[int, int]]:
     """Where the tiles along a side begin and end."""
-    if width < _WIDE or jax.default_backend() != "cpu":
+    if width < machine.MACHINE.wide or not machine.on_cpu():
         return [(0, width)]
-    tile = max(_TILE, width // _MOST // 16 * 16)
+    tile = max(machine.MACHINE.tile, width // machine.MACHINE.most_tiles // 16 * 16)
     edges = [tile * k for k in range(round(width / tile))]
     return list(itertools.pairwise([*edges, width]))
 
@@ -74,7 +64,7 @@ def _spans(width: int) -> list[tuple[int, int]]:
 def self_product(x: Float[Array, "n p"]) -> Symmetric:
     """x^T x at full precision, by tiles if it is wide."""
     width = x.shape[1]
-    if width in _SLOW and jax.default_backend() == "cpu":
+    if width in machine.MACHINE.slow_widths and machine.on_cpu():
         wider = jnp.pad(x, ((0, 0), (0, 1)))
         return jnp.matmul(wider.T, wider, precision=jax.lax.Precision.HIGHEST)[:width, :width]
     parts = [x[:, left:right] for left, right in _spans(x.shape[1])]

@@ -1,13 +1,107 @@
-"""What was tuned for a machine: sizes and thresholds, in one place, with what was measured."""
+"""What was tuned for a machine: sizes and thresholds, each with what was measured.
 
-RECORD_BYTES = 2**30
-"""Most memory for what layers hand on of a batch; larger batches are worked on in chunks."""
-REUSED_BYTES = 2**25
-"""Memory that a CPU can well use again and again: new pages take as long as what is computed in
-them, and a loop over chunks of this size uses the same ones."""
-LAYOUTS = 3
-"""Copies of what sums are formed from: the model's, a weighted one, one for the products."""
-PASSES_KEPT = 16
-"""Most compiled functions of one model that are kept, for other calls with it."""
-SHAPES_KEPT = 64
-"""Most shapes of batches that passes are known for."""
+None of these changes what is computed, only in how many pieces, and by which of several ways. They
+were measured on x86 CPUs with 2 to 16 cores, in float32; accelerators have their own value where
+one is named.
+"""
+
+from dataclasses import dataclass
+
+import jax
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Sizes and thresholds.
+
+    Attributes:
+        wide: Width from which a product x^T x by tiles pays: it needs half of the operations, but
+            each tile is a call.
+        tile: Width of a tile: a multiple of the registers of matrix products, and not of a large
+            power of two, at which the rows of an array share their place in a cache.
+        most_tiles: Most tiles along a side: those of wider matrices are wider, or there were more
+            calls to compile than time to win.
+        slow_widths: Widths at which a product takes longer than at the next: with 64 twice as long.
+        decomposed_together: Width up to which matrices are decomposed in one program, and together
+            if of one width. LAPACK's threads have work for all in a wider one, and wait for each
+            other in several at once: up to twice the processor time.
+        formed: Numbers that are formed at once from the records of several examples.
+        cached: Numbers of gradient matrices that are formed at once: they should stay in a cache.
+        columns: Most columns at once, for the code of a sum over them has as many terms.
+        stored: Multiply-adds of a large product in the time of writing a number and reading it.
+        largest_window: Entries of the largest window of a max pooling that is unrolled; the code
+            has as many terms.
+        most_phases: Convolutions without strides that one with strides is taken apart to.
+        copied_patch: Nanoseconds to copy an entry of a patch, as XLA does for the pullback of a
+            convolution.
+        row_entry: Nanoseconds for an entry of a product over whole rows of an image, apart from
+            its multiply-adds.
+        row_products: Multiply-adds of such a product in a nanosecond.
+        row_margin: By how much rows must be faster than patches to be taken.
+        least_moment_work: Multiply-adds that products of patches take an image, from which more is
+            won by another way to their second moment than is lost by compiling it.
+        most_slices: Entries of a patch along one axis up to which images are sliced, not indexed.
+        most_row_products: Products of rows of images that are worth compiling.
+        worthwhile_rows: Products of rows, against those of the patches' rows, up to which they are
+            cheaper.
+        most_places: Entries of a patch for whose pairs a plan of correlations is made.
+        most_correlations: Convolutions that are worth compiling for it.
+        fewest_channels: Convolutions of fewer channels are slow.
+        fewest_images: The same where images are the channels.
+        cached_bytes: Memory for the images that a core has at hand.
+        record_bytes: Most memory for what layers hand on of a batch; larger batches are worked on
+            in chunks.
+        reused_bytes: Memory that a CPU can well use again and again: new pages take as long as what
+            is computed in them, and a loop over chunks of this size uses the same ones.
+        layouts: Copies of what sums are formed from: the model's, a weighted one, one for products.
+        evaluations: Most pairs of an input and a weight sample that the network is evaluated at
+            together.
+        samples_together: Samples of small models are drawn together up to this many numbers; more
+            is no faster.
+        table_bytes: Most memory for the predictions of a dataset, and for the Jacobians that are
+            kept for a grid of priors.
+        passes_kept: Most compiled functions of one model that are kept, for other calls with it.
+        shapes_kept: Most shapes of batches that passes are known for.
+    """
+
+    wide: int = 384
+    tile: int = 208
+    most_tiles: int = 6
+    slow_widths: tuple[int, ...] = (64, 256)
+    decomposed_together: int = 512
+    formed: int = 2**23
+    cached: int = 2**20
+    columns: int = 16
+    stored: int = 200
+    largest_window: int = 64
+    most_phases: int = 16
+    copied_patch: float = 0.6
+    row_entry: float = 0.6
+    row_products: float = 70.0
+    row_margin: float = 0.7
+    least_moment_work: int = 2**17
+    most_slices: int = 32
+    most_row_products: int = 64
+    worthwhile_rows: float = 0.85
+    most_places: int = 32
+    most_correlations: int = 32
+    fewest_channels: int = 16
+    fewest_images: int = 8
+    cached_bytes: int = 2**20
+    record_bytes: int = 2**30
+    reused_bytes: int = 2**25
+    layouts: int = 3
+    evaluations: int = 2048
+    samples_together: int = 2**20
+    table_bytes: int = 2**28
+    passes_kept: int = 16
+    shapes_kept: int = 64
+
+
+MACHINE = Machine()
+"""What is read, at every call: tests put another one in its place."""
+
+
+def on_cpu() -> bool:
+    """Whether arrays are worked on by a CPU unless they say otherwise."""
+    return jax.default_backend() == "cpu"

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from laplax_kfac import machine
+
 Eigh = tuple[Float[Array, "... _"], Float[Array, "... _ _"]]
 """Eigenvalues, clipped at zero, and eigenvectors in the columns of a matrix."""
-_SMALL = 512
-"""Width up to which matrices are decomposed in one program, and together if of one width."""
 
 
 def eigh(matrix: Float[Array, "*stack n n"]) -> Eigh:
@@ -26,8 +26,9 @@ def eigh_each(matrices: Sequence[Float[Array, "... _ _"]]) -> list[Eigh]:
     Of a program, a CPU decomposes several at the same time, and the threads of LAPACK, which has
     work for all of them in one wide matrix, wait for each other: up to twice the processor time.
     """
-    small = iter(_eigh_of_small([x for x in matrices if x.shape[-1] <= _SMALL]))
-    return [next(small) if x.shape[-1] <= _SMALL else _eigh_of_wide(x) for x in matrices]
+    most = machine.MACHINE.decomposed_together
+    small = iter(_eigh_of_small([x for x in matrices if x.shape[-1] <= most]))
+    return [next(small) if x.shape[-1] <= most else _eigh_of_wide(x) for x in matrices]
 
 
 @jax.jit

@@ -44,7 +44,7 @@ class Accumulator:
     params: PyTree
     settings: Settings
     programs: Cache[Compiled] = field(
-        default_factory=lambda: Cache(machine.SHAPES_KEPT), repr=False, compare=False
+        default_factory=lambda: Cache(machine.MACHINE.shapes_kept), repr=False, compare=False
     )
 
     def at(self, params: PyTree) -> "Accumulator":

@@ -27,14 +27,14 @@ def num_columns_of(program: Program, columns: Columns, batch: Batch) -> int:
 
 
 def columns_at_once(program: Program, fisher: FisherType, columns: int) -> int:
-    """All columns, unless the records of one example are larger than `RECORD_BYTES` then."""
-    if record_bytes(program, columns) <= machine.RECORD_BYTES or (
+    """All columns, unless the records of one example take more than `Machine.record_bytes`."""
+    if record_bytes(program, columns) <= machine.MACHINE.record_bytes or (
         program.custom_vjp and fisher.is_root  # may pull all unit vectors back
     ):
         return columns
     without = record_bytes(program, 0)
     each = record_bytes(program, 1) - without
-    return min(columns, max(1, (machine.RECORD_BYTES - without) // max(1, each)))
+    return min(columns, max(1, (machine.MACHINE.record_bytes - without) // max(1, each)))
 
 
 def record_bytes(program: Program, columns: int) -> int:
@@ -50,7 +50,7 @@ def formed_bytes(program: Program, settings: Settings, columns: int) -> int:
         numbers += record_size(resolved.layer, columns, inputs=inputs)
         if not inputs:
             operands = sum(_num_in_operands(program, member) for member in resolved.members)
-            numbers += machine.LAYOUTS * operands
+            numbers += machine.MACHINE.layouts * operands
     return 4 * numbers
 
 
@@ -62,7 +62,7 @@ def _num_in_operands(program: Program, member: Member) -> int:
 
 
 def examples_at_once(program: Program, record_bytes: int) -> int:
-    """How many examples are worked on at once: as many as `RECORD_BYTES` hold; on a CPU fewer.
+    """How many examples are worked on at once: as many as `Machine.record_bytes` hold; on a CPU fewer.
 
     New pages of memory cost a CPU as much time as what it computes in them, and a loop over small
     parts uses the same ones again. But the sums are read and written with every part: its records
@@ -72,9 +72,9 @@ def examples_at_once(program: Program, record_bytes: int) -> int:
         program: The parsed model.
         record_bytes: Memory for the records of one example.
     """
-    examples = machine.RECORD_BYTES // max(1, record_bytes)
+    examples = machine.MACHINE.record_bytes // max(1, record_bytes)
     if jax.default_backend() == "cpu":
-        room = max(machine.REUSED_BYTES, 5 * sum(map(sum_bytes, program.layers)) // 2)
+        room = max(machine.MACHINE.reused_bytes, 5 * sum(map(sum_bytes, program.layers)) // 2)
         examples = min(examples, room // max(1, record_bytes))
         examples = 1 << max(examples, 1).bit_length() - 1
     return max(examples, 1)

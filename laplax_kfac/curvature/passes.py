@@ -58,7 +58,9 @@ class Compiled:
     add: Callable[..., list[Array]]
     total: Callable[..., Any]
     add_total: Callable[..., Any]
-    known_shapes: Cache[Statistics] = field(default_factory=lambda: Cache(machine.SHAPES_KEPT))
+    known_shapes: Cache[Statistics] = field(
+        default_factory=lambda: Cache(machine.MACHINE.shapes_kept)
+    )
 
     def shapes(self, statistics: Callable[..., Statistics], arrays: "Arrays") -> Statistics:
         """Shapes of statistics; known from the last batch of the same size."""
@@ -99,7 +101,7 @@ def compiled_for(
     found = kept(
         model_fn,
         program.consts,
-        (*key, machine.RECORD_BYTES, machine.REUSED_BYTES),
+        (*key, machine.MACHINE.record_bytes, machine.MACHINE.reused_bytes),
         lambda: Compiled.of(without_arrays, settings),
     )
     return replace(found, program=program)

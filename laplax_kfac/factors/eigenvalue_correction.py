@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from laplax_kfac import machine
 from laplax_kfac.bases import UNROTATED
 from laplax_kfac.blocks.blocks import Block
 from laplax_kfac.capture.layer_io import LayerIO, Record, accumulate
 from laplax_kfac.factors.gradients import (
-    FORMED,
-    STORED,
     Bases,
     RotatedUses,
     gradients_side_by_side,
@@ -68,7 +67,7 @@ def second_moments(
     if _in_pairs(layer, record):
         uses = rotated_uses(record, sides)
         numbers = num_positions(record) ** 2 * layer.stack * (layer.rows + layer.out_features)
-        at_once = max(1, FORMED // numbers)
+        at_once = max(1, machine.MACHINE.formed // numbers)
         moments = sum_in_parts(_moments_by_pairs, (uses, weights), at_once)
         return moments.reshape(layer.shape)
     before, after = _rotations(layer, record, sides)
@@ -96,8 +95,9 @@ def _in_pairs(layer: Layer, record: tuple[LayerIO, ...]) -> bool:
     columns = record[0].num_columns
     positions = num_positions(record)
     entries = layer.rows * layer.out_features
-    pairs = positions**2 * (entries + STORED * (layer.rows + 2 * columns * layer.out_features))
-    return pairs <= columns * entries * (positions + 3 * STORED)
+    stored = machine.MACHINE.stored
+    pairs = positions**2 * (entries + stored * (layer.rows + 2 * columns * layer.out_features))
+    return pairs <= columns * entries * (positions + 3 * stored)
 
 
 def _moments_by_pairs(

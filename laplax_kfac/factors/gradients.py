@@ -12,19 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from laplax_kfac import machine
 from laplax_kfac.bases import UNROTATED, Basis, Sum
 from laplax_kfac.capture.layer_io import Cotangents, LayerIO, Rows, accumulate
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-FORMED = 2**23
-"""Numbers that are formed at once from the records of several examples."""
-_CACHED = 2**20
-"""Numbers of gradient matrices that are formed at once: they should stay in a cache."""
-_COLUMNS = 16
-"""Most columns at once, for the code of a sum over them has as many terms."""
-STORED = 200
-"""Multiply-adds of a large product in the time of writing a number to memory and reading it."""
-
 NO_ROTATION = (UNROTATED, UNROTATED)
 Bases = tuple[Basis, ...]
 RotatedUses = tuple[tuple[Array, Array], ...]
@@ -109,8 +101,8 @@ def sum_of_matrices(
         size: How many numbers a matrix has.
     """
     columns = max(x.shape[1] for pair in uses for x in pair)
-    at_once = max(1, _CACHED // size)
-    each = min(columns, at_once, _COLUMNS)
+    at_once = max(1, machine.MACHINE.cached // size)
+    each = min(columns, at_once, machine.MACHINE.columns)
     flat, treedef = jax.tree.flatten(uses)
     pulled = [k for k, x in enumerate(flat) if x.shape[1] == columns]
 

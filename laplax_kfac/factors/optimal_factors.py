@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from laplax_kfac import machine
 from laplax_kfac.bases import UNROTATED, Sum
 from laplax_kfac.capture.layer_io import LayerIO, Record, accumulate
 from laplax_kfac.factors.gradients import (
-    FORMED,
-    STORED,
     RotatedUses,
     gradients_side_by_side,
     inputs_are_shared,
@@ -115,7 +114,7 @@ def _contracted(
         return sum_of_matrices(by_matrices, uses, weights, layer.size)
     columns, positions = record[0].num_columns, num_positions(record)
     widths = positions + layer.rows + columns * layer.out_features
-    at_once = max(1, FORMED // (positions * layer.stack * widths))
+    at_once = max(1, machine.MACHINE.formed // (positions * layer.stack * widths))
     return sum_in_parts(by_pairs, (uses, weights), at_once)
 
 
@@ -126,8 +125,9 @@ def _contracts_in_pairs(layer: Layer, record: tuple[LayerIO, ...]) -> bool:
     columns = record[0].num_columns
     positions, rows, out = num_positions(record), layer.rows, layer.out_features
     widths = rows + columns * out
-    pairs = positions * (rows**2 + columns * out**2 + positions * (widths + STORED))
-    sizes = positions + rows + out + 2 * STORED
+    stored = machine.MACHINE.stored
+    pairs = positions * (rows**2 + columns * out**2 + positions * (widths + stored))
+    sizes = positions + rows + out + 2 * stored
     return pairs <= columns * rows * out * sizes
 
 

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 from laplax.curv.cov import Posterior as LaplaxPosterior
 
-from laplax_kfac import jaxprs
+from laplax_kfac import jaxprs, machine
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import Batch, batch_size
 from laplax_kfac.capture.examples import map_examples
@@ -39,8 +39,6 @@ from laplax_kfac.predictive.jacobians import (
 Spreads: TypeAlias = Float[Array, "N C"] | Float[Array, "N C C"]
 PosteriorFn: TypeAlias = Callable[..., LaplaxPosterior]
 
-TABLE_BYTES = 2**28
-"""Most memory for the predictions of a dataset, and for the Jacobians kept for a grid of priors."""
 
 LINEARISED = "laplax_kfac_linearised"
 """The prior argument that carries the linearised model along a grid of priors."""
@@ -76,9 +74,12 @@ class Dataset:
 
     @property
     def fits(self) -> bool:
-        """Whether the predictions at all inputs take at most `TABLE_BYTES`."""
+        """Whether the predictions at all inputs take at most `Machine.table_bytes`."""
         outputs = self.program.output.size
-        return ITEM * len(self) * outputs * (1 if self.diagonal else outputs) <= TABLE_BYTES
+        return (
+            ITEM * len(self) * outputs * (1 if self.diagonal else outputs)
+            <= machine.MACHINE.table_bytes
+        )
 
     def __len__(self) -> int:
         return batch_size(self.batch)
@@ -119,7 +120,10 @@ class Dataset:
         """
         xs, at = self.batch["input"], functools.partial(self._linearise, self._expansion)
         kept = jax.eval_shape(at, xs)
-        if sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept)) > TABLE_BYTES:
+        if (
+            sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+            > machine.MACHINE.table_bytes
+        ):
             return xs
         return in_chunks(at, xs, self._most(traced=False), traced=False)
 

@@ -18,8 +18,6 @@ def analytic(
     sample_gradient: Callable[[Key[Array, ""], PyTree], PyTree],
     *,
     space: Callable[[PyTree], PyTree] = real,
-    weights: Callable[[PyTree, PyTree], PyTree] | None = None,
-    squared_error: bool = False,
 ) -> Likelihood:
     """A likelihood with a root that is known as a product (f, w) -> S w, for w as ``space(f)``.
 
@@ -35,4 +33,4 @@ def analytic(
         flat, unravel = ravel_pytree(space(f))
         return product(f, unravel(jax.random.rademacher(key, flat.shape, flat.dtype)))
 
-    return Likelihood(name, losses, root, sample_gradient, sketch, weights, squared_error)
+    return Likelihood(name, losses, root, sample_gradient, sketch)

@@ -1,5 +1,7 @@
 """Likelihoods of classes and labels: softmax and logistic cross-entropy."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
@@ -75,10 +77,8 @@ def categorical(*, ignore_index: int | None = None, label_smoothing: float = 0.0
             raise ValueError(msg)
         return jnp.asarray(labels.reshape(logits.shape[:-1]) != ignore_index)
 
-    return analytic(
-        "cross_entropy", losses, product, sample_gradient, space=space,
-        weights=None if ignore_index is None else counted,
-    )  # fmt: skip
+    found = analytic("cross_entropy", losses, product, sample_gradient, space=space)
+    return found if ignore_index is None else replace(found, weights=counted)
 
 
 def _class_probabilities(y: PyTree, logits: Float[Array, "... C"]) -> Float[Array, "... C"]:

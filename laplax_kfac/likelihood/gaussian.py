@@ -1,6 +1,7 @@
 """Gaussian likelihoods: the squared error, a known variance, a variance that the model gives."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ def squared_error() -> Likelihood:
     def sample_gradient(key: Key[Array, ""], f: PyTree) -> PyTree:
         return product(f, _normal_like(key, f))
 
-    return analytic("mse", losses, product, sample_gradient, squared_error=True)
+    return replace(analytic("mse", losses, product, sample_gradient), squared_error=True)
 
 
 def _normal_like(key: Key[Array, ""], f: PyTree) -> PyTree:

@@ -44,7 +44,7 @@ def kept(
     if jaxprs.is_traced(list(consts)):
         return make()
     try:
-        mine = _KEPT.setdefault(model_fn, Cache(machine.PASSES_KEPT))
+        mine = _KEPT.setdefault(model_fn, Cache(machine.MACHINE.passes_kept))
     except TypeError:  # a model that cannot be referred to weakly, or has no hash
         return make()
     found: Made = mine.get(key, make)

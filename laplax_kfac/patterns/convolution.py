@@ -14,13 +14,10 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Float, Shaped
 
-from laplax_kfac import jaxprs
+from laplax_kfac import jaxprs, machine
 from laplax_kfac.gram import Symmetric
 from laplax_kfac.patterns import correlation, patches
 from laplax_kfac.patterns.contract import Entries, Inputs, Moments, Operands, Pattern, register
-
-_LEAST_WORK = 2**17
-"""Multiply-adds that patches' products take an image, from which more is won than compiled."""
 
 
 def operands(eqn: JaxprEqn) -> tuple[int, ...]:
@@ -79,7 +76,7 @@ def moments(eqn: JaxprEqn, operand: int) -> Moments | None:
     """Sums over the inputs by correlation of images, where that is cheaper."""
     axes = _axes(eqn)
     plain = operand == 1 and eqn.params["feature_group_count"] == 1
-    if not plain or _work(eqn, axes) < _LEAST_WORK:
+    if not plain or _work(eqn, axes) < machine.MACHINE.least_moment_work:
         return None
     if jax.default_backend() != "cpu" or not patches.has_cheap_moment(axes):
         return None

@@ -25,18 +25,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from laplax_kfac import machine
 from laplax_kfac.gram import SharedTiles
 from laplax_kfac.patterns.patches import Axis, row_products
-
-_MOST_PLACES = 32
-"""Entries of a patch for whose pairs a plan is made."""
-_MOST_PIECES = 32
-"""Convolutions that are worth compiling."""
-_FEWEST_CHANNELS = 16
-_FEWEST_IMAGES = 8
-"""Convolutions of fewer channels than this are slow; here images are the channels."""
-_CACHED_BYTES = 2**20
-"""Memory for the images that a core has at hand."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +95,11 @@ class _Plan:
 def is_cheaper(axes: Sequence[Axis], shape: Sequence[int]) -> bool:
     """Whether `second_moment` is cheaper than that of `patches`, for images of some shape."""
     images, *_, channels = shape
-    if images < _FEWEST_IMAGES or channels < _FEWEST_CHANNELS:
+    if images < machine.MACHINE.fewest_images or channels < machine.MACHINE.fewest_channels:
         return False
     if any(axis.spread > 1 or axis.dilation > 1 for axis in axes):
         return False
-    if math.prod(axis.patch for axis in axes) > _MOST_PLACES:
+    if math.prod(axis.patch for axis in axes) > machine.MACHINE.most_places:
         return False
     # In double precision XLA has no fast product for kernels smaller than what comes out.
     small = any(axis.size < 2 * axis.patch - 1 for axis in axes)
@@ -118,7 +109,7 @@ def is_cheaper(axes: Sequence[Axis], shape: Sequence[int]) -> bool:
     work = sum(piece.work() for piece in pieces)
     by_rows = sum(len(p.rows) for p in row_products(axes[0]))
     by_rows *= math.prod(axis.positions * axis.patch**2 for axis in axes[1:])
-    return 0 < len(pieces) <= _MOST_PIECES and work <= by_rows
+    return 0 < len(pieces) <= machine.MACHINE.most_correlations and work <= by_rows
 
 
 def second_moment(
@@ -155,10 +146,12 @@ def second_moment(
 
 def _chunks(size: int, images: int) -> tuple[int, int]:
     """The number of chunks to work in, and of images in each: a multiple of the fewest."""
-    chunks = math.ceil(size / _CACHED_BYTES)
+    chunks = math.ceil(size / machine.MACHINE.cached_bytes)
     if chunks == 1:
         return 1, images
-    each = math.ceil(images / chunks / _FEWEST_IMAGES) * _FEWEST_IMAGES
+    each = (
+        math.ceil(images / chunks / machine.MACHINE.fewest_images) * machine.MACHINE.fewest_images
+    )
     return math.ceil(images / each), each
 
 

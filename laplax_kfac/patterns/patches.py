@@ -21,17 +21,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from laplax_kfac import machine
 from laplax_kfac.gram import UpperTiles, whole
 
 _HIGHEST = lax.Precision.HIGHEST
-_MOST_SLICES = 32
-"""Entries of a patch along one axis up to which images are sliced, not indexed."""
-_MOST_PRODUCTS = 64
-"""Products of rows that are worth compiling."""
-_WORTHWHILE = 0.85
-"""Products of rows, against those of the patches' rows, up to which they are cheaper."""
-_CACHED_BYTES = 2**20
-"""Memory for the rows of some examples that a core has at hand."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ def _unfold(axis: Axis, x: Float[Array, "..."], place: int) -> Float[Array, "...
     x = lax.pad(x, jnp.zeros((), x.dtype), config)
     span = (axis.positions - 1) * axis.stride + 1
     starts = axis.dilation * np.arange(axis.patch)
-    if axis.positions and axis.patch <= _MOST_SLICES:
+    if axis.positions and axis.patch <= machine.MACHINE.most_slices:
         parts = [lax.slice_in_dim(x, int(k), int(k) + span, axis.stride, place) for k in starts]
         return jnp.concatenate(parts, axis=-1)
     entries = np.arange(axis.positions)[:, None] * axis.stride + starts
@@ -103,12 +96,15 @@ def _unfold(axis: Axis, x: Float[Array, "..."], place: int) -> Float[Array, "...
 
 def has_cheap_moment(axes: Sequence[Axis]) -> bool:
     """Whether patches share enough entries for `second_moment` to be cheaper than their product."""
-    if not axes or axes[0].patch < 2 or axes[0].patch > _MOST_SLICES:
+    if not axes or axes[0].patch < 2 or axes[0].patch > machine.MACHINE.most_slices:
         return False
     products = row_products(axes[0])
     rows = sum(len(p.rows) for p in products)
     of_patches = axes[0].positions * math.comb(axes[0].patch + 1, 2)
-    return len(products) <= _MOST_PRODUCTS and rows <= _WORTHWHILE * of_patches
+    return (
+        len(products) <= machine.MACHINE.most_row_products
+        and rows <= machine.MACHINE.worthwhile_rows * of_patches
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -212,7 +208,7 @@ def _by_chunks(
 
     sums = jax.eval_shape(products, x[:1])
     image = math.prod(jax.eval_shape(lambda x: extract(axes[1:], x, first=2), x[:1]).shape)
-    most = max(_CACHED_BYTES // x.dtype.itemsize, 4 * sums.size)
+    most = max(machine.MACHINE.cached_bytes // x.dtype.itemsize, 4 * sums.size)
     num_chunks = math.ceil(len(x) * image / most)
     if num_chunks <= 1:
         return products(x)
@@ -234,7 +230,9 @@ def _whole_rows_are_cheaper(axes: Sequence[Axis], shape: Sequence[int]) -> bool:
     patch, row = (math.prod(ns) * channels for ns in ([a.patch for a in rest], space))
     in_patches = positions * (patch**2 / 70 + 2 * patch)
     sums = (axes[0].patch + 1) * positions * patch**2 / (images * height)
-    return positions <= _MOST_PRODUCTS and row**2 / 70 + 2 * row + sums < in_patches
+    return (
+        positions <= machine.MACHINE.most_row_products and row**2 / 70 + 2 * row + sums < in_patches
+    )
 
 
 def _of_patches(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from laplax_kfac import pytrees
+from laplax_kfac import machine, pytrees
 from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.blocks.blocks import BlockDiagonal, rotate_back
 from laplax_kfac.blocks.merging import add
@@ -26,9 +26,6 @@ from laplax_kfac.posterior.prior import (
     precision_matrix,
     prior_distance,
 )
-
-NUMBERS_TOGETHER = 2**20
-"""Samples are drawn together up to this many numbers, for small models; more is no faster."""
 
 
 @pytrees.register
@@ -111,7 +108,7 @@ class Posterior:
         precision = self.precision
         leaves = precision.space.flatten(mean, name="params")
 
-        together = max(1, NUMBERS_TOGETHER // precision.space.size)
+        together = max(1, machine.MACHINE.samples_together // precision.space.size)
         if "rbg" in str(jax.random.key_impl(key)):
             together = 1  # its numbers under vmap are those of another key
         drawn = _draw(precision, leaves, key, start, num_samples, together)

@@ -321,7 +321,7 @@ def compiled_linearise(
 def most_inputs(program: Program, most: object, *, traced: bool, pairs: bool = False) -> int:
     """Most inputs that are worked on at once: at least one, and at most ``most``.
 
-    Their Jacobians and products fit into `RECORD_BYTES`. On a CPU they fit into memory that is
+    Their Jacobians and products fit into `Machine.record_bytes`. On a CPU they fit into memory that is
     used again for the next inputs, for new pages take as long as the work; but not in a compiled
     loop, where XLA's convolutions are slower by more than that.
 
@@ -338,9 +338,11 @@ def most_inputs(program: Program, most: object, *, traced: bool, pairs: bool = F
         linear += record_size(resolved.layer, outputs) + jacobian
         square += product
         bases += sum_bytes(resolved.layer)
-    room = num_that_fit(machine.RECORD_BYTES)
+    room = num_that_fit(machine.MACHINE.record_bytes)
     if jax.default_backend() == "cpu" and not traced:
-        room = min(room, num_that_fit(max(machine.REUSED_BYTES, 4 * bases)))  # bases are read anew
+        room = min(
+            room, num_that_fit(max(machine.MACHINE.reused_bytes, 4 * bases))
+        )  # bases are read anew
     if pairs:  # n on either side: 2 linear n + square n^2 numbers
         fitting = (math.sqrt(linear**2 + square * room) - linear) / max(square, 1)
     else:

@@ -25,9 +25,6 @@ from laplax_kfac.posterior.posterior import Posterior, make_posterior
 from laplax_kfac.posterior.prior import PriorPrecision, Scalar
 from laplax_kfac.predictive.jacobians import in_chunks, num_that_fit
 
-EVALUATIONS = 2048
-"""Most pairs of an input and a weight sample that the network is evaluated at together."""
-
 
 @no_type_check
 def predictive_samples(
@@ -78,8 +75,8 @@ def predictive_samples(
     function = per_example(model_fn, vmap_over_data=vmap_over_data)
     jaxpr, consts, _ = jaxprs.trace(function, params, first_example(batch))
     each = min(
-        num_that_fit(machine.RECORD_BYTES) // (3 * curvature.space.size),
-        EVALUATIONS // min(size_of(batch), batch_size),
+        num_that_fit(machine.MACHINE.record_bytes) // (3 * curvature.space.size),
+        machine.MACHINE.evaluations // min(size_of(batch), batch_size),
     )
     sizes = num_samples, max(1, each), batch_size
     draw = fingerprint.kept(

@@ -1,7 +1,5 @@
 """Eigendecompositions: never negative, symmetric, and of many matrices in one program."""
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +7,12 @@ import pytest
 from support.matrices import AS, A, B, P, normal
 from support.tolerances import tolerance
 
+from laplax_kfac import machine
 from laplax_kfac.bases import eigh, eigh_each
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 LOW_RANK = normal(6, 2, seed=5) @ normal(6, 2, seed=5).T
-eigh_module = importlib.import_module("laplax_kfac.bases.eigh")
 
 
 def test_eigenvalues_of_a_semidefinite_matrix_are_never_negative():
@@ -25,7 +23,7 @@ def test_eigenvalues_of_a_semidefinite_matrix_are_never_negative():
 
 
 def test_small_matrices_of_one_width_are_decomposed_together_in_a_program(monkeypatch):
-    monkeypatch.setattr(eigh_module, "_SMALL", 4)
+    monkeypatch.setattr(machine, "MACHINE", machine.Machine(decomposed_together=4))
     matrices = [jnp.asarray(x) for x in (A, AS, P, 2 * A, B)]
     jaxpr = jax.make_jaxpr(lambda *m: eigh_each(m))(*matrices)
     assert str(jaxpr).count("= eigh[") == 2 * 2 + 1  # A's, B: each for a CPU and others; P: alone

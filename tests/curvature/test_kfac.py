@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from support.machines import tune_machine
 from support.matrices import normal
 from support.oracles import LOSSES, block_mask, dense_empirical_fisher, dense_ggn, sizes
 from support.tolerances import tolerance
@@ -655,7 +656,7 @@ NUMBERS = {"type2": 27, "empirical": 18, "mc": 18}
 
 def bounded(monkeypatch, examples, fisher_type="type2"):
     """Let the records of so many examples fit in memory."""
-    monkeypatch.setattr("laplax_kfac.machine.RECORD_BYTES", 4 * examples * NUMBERS[fisher_type])
+    tune_machine(monkeypatch, record_bytes=4 * examples * NUMBERS[fisher_type])
 
 
 @jax.jit
@@ -693,7 +694,7 @@ def test_a_cpu_works_on_records_that_are_a_few_times_as_large_as_the_sums(monkey
     whole = gained_fit(data)
     assert largest() >= 2 * 3 * examples  # two columns, three outputs
     # The sums have 5^2 + 3^2 and 4^2 + 3^2 numbers: 5/2 times as many are records of 5 examples.
-    monkeypatch.setattr("laplax_kfac.machine.REUSED_BYTES", 0)
+    tune_machine(monkeypatch, reused_bytes=0)
     assert largest() <= 4 * (examples + 3)  # inputs, padded for parts of 4
     np.testing.assert_allclose(
         to_dense(gained_fit(data)), to_dense(whole), **tolerance(jnp.float64)
@@ -703,8 +704,8 @@ def test_a_cpu_works_on_records_that_are_a_few_times_as_large_as_the_sums(monkey
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="others form the patches")
 def test_a_cpu_works_on_more_examples_where_no_patches_are_formed(monkeypatch):
     """Factors of a convolution are summed up without patches, but for `reduce` and EKFAC."""
-    monkeypatch.setattr("laplax_kfac.machine.REUSED_BYTES", 2**17)
-    monkeypatch.setattr("laplax_kfac.patterns.convolution._LEAST_WORK", 0)
+    tune_machine(monkeypatch, reused_bytes=2**17)
+    tune_machine(monkeypatch, least_moment_work=0)
     kernel = {"w": normal(3, 3, 2, 4)}
     dimensions = ("NHWC", "HWIO", "NHWC")
     data = normal(64, 8, 8, 2), np.zeros(64, int)
@@ -741,7 +742,7 @@ def test_a_cpu_works_on_more_examples_where_no_patches_are_formed(monkeypatch):
     few, curvature = at_once("expand")
     assert few == 32 <= 2**17 // images
     assert at_once("expand", eigenvalue_correction=True)[0] == 16
-    monkeypatch.setattr("laplax_kfac.machine.REUSED_BYTES", 2**25)
+    tune_machine(monkeypatch, reused_bytes=2**25)
     whole = at_once("expand")[1]
     np.testing.assert_allclose(to_dense(curvature), to_dense(whole), **tolerance(jnp.float64))
 
@@ -784,7 +785,7 @@ def test_working_in_some_columns_of_an_example_changes_nothing(
 
     whole = fit()  # five or four columns: of the last window some are zeros
     monkeypatch.setattr("laplax_kfac.curvature.passes.columns_at_once", lambda *_: at_once)
-    monkeypatch.setattr("laplax_kfac.machine.RECORD_BYTES", 2**20)  # not compiled before
+    tune_machine(monkeypatch, record_bytes=2**20)  # not compiled before
     for got, expected in zip(*(to_dense(c) for c in (fit(), whole)), strict=True):
         assert np.abs(got).max() > 0
         np.testing.assert_allclose(got, expected, **tolerance(jnp.float64))
@@ -807,7 +808,7 @@ def test_records_of_one_example_are_bounded_too(columns, monkeypatch):
 
     assert largest() >= (classes - 1) * tokens * width
     inputs, column = tokens * 4 + width + 1, tokens * width + classes
-    monkeypatch.setattr("laplax_kfac.machine.RECORD_BYTES", 4 * (inputs + columns * column))
+    tune_machine(monkeypatch, record_bytes=4 * (inputs + columns * column))
     assert largest() <= columns * tokens * width
 
 

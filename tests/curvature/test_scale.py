@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import laplax_kfac
-from laplax_kfac.machine import RECORD_BYTES
+from laplax_kfac.machine import MACHINE
 
 
 def shaped(*shape, dtype=jnp.float32):
@@ -152,7 +152,7 @@ def test_gradients_of_probed_parameters_are_formed_for_a_part_of_the_batch():
     def model_fn(input, params):
         return (input * jnp.exp(params["gain"])).reshape(outputs, -1).sum(axis=1)
 
-    examples = 3 * RECORD_BYTES // (4 * size * outputs)
+    examples = 3 * MACHINE.record_bytes // (4 * size * outputs)
     batch = (batched(examples, shaped(size)), batched(examples, shaped(outputs)))
     sums = statistics(model_fn, loss_fn="mse", fallback="diagonal")
     program = jax.make_jaxpr(sums)(params, batch)
@@ -163,7 +163,7 @@ def test_gradients_of_probed_parameters_are_formed_for_a_part_of_the_batch():
         if {size, outputs} <= set(v.aval.shape)
     ]
     assert gradients
-    assert max(gradients) <= RECORD_BYTES // 4
+    assert max(gradients) <= MACHINE.record_bytes // 4
 
 
 # -- depth -------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from support.matrices import basis_of, normal, positive
 from support.tolerances import tolerance
 
 import laplax_kfac
+from laplax_kfac import machine
 from laplax_kfac.blocks.blocks import Block
-from laplax_kfac.factors import eigenvalue_correction, gradients, optimal_factors
+from laplax_kfac.factors import eigenvalue_correction, optimal_factors
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -29,9 +30,8 @@ Y = normal(N, OUT, seed=3)
 )
 def test_gradients_enter_alike_in_every_order(positions, by_pairs, formed, monkeypatch):
     if formed is not None:
-        monkeypatch.setattr(eigenvalue_correction, "FORMED", formed)
-        monkeypatch.setattr(optimal_factors, "FORMED", formed)
-        monkeypatch.setattr(gradients, "_CACHED", formed)
+        small = machine.Machine(formed=formed, cached=formed)
+        monkeypatch.setattr(machine, "MACHINE", small)
     monkeypatch.setattr(eigenvalue_correction, "_in_pairs", lambda *_: by_pairs)
     monkeypatch.setattr(optimal_factors, "_contracts_in_pairs", lambda *_: by_pairs)
     x = normal(N, positions, IN)

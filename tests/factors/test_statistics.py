@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.machines import tune_machine
 from support.matrices import normal, positive
 from support.tolerances import tolerance
 
@@ -123,7 +124,7 @@ def test_weights_choose_the_examples_that_count():
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
 def test_input_factor_of_a_convolution_in_a_branch(approx, separate, monkeypatch):
     """Patches are not formed for `expand`; weights, biases and branches are as elsewhere."""
-    monkeypatch.setattr("laplax_kfac.patterns.convolution._LEAST_WORK", 0)
+    tune_machine(monkeypatch, least_moment_work=0)
     images, weights = normal(N, 5, 4, 2), jnp.asarray([1.0, 3.0, 2.0, 0.0, 1.0])
     params = {"b": normal(3, seed=1), "w": normal(3, 2, 2, 3, seed=2)}
 

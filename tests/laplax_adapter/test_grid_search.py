@@ -15,10 +15,11 @@ from laplax.eval.pushforward import (
     lin_pred_mean,
     lin_pred_std,
 )
+from support.machines import tune_machine
 from support.matrices import normal
 from support.pushforwards import PRIOR, count_linearisations, fitted, generic_setup
 
-from laplax_kfac.laplax_adapter import dataset, grid_search
+from laplax_kfac.laplax_adapter import grid_search
 from laplax_kfac.laplax_adapter.rebinding import Rebound
 from laplax_kfac.posterior.posterior import Posterior
 
@@ -74,7 +75,7 @@ def test_a_grid_of_priors_linearises_once(monkeypatch, linearised):
     ("limit", "on_the_grid"), [(200, "the batch"), (1, "every example")], ids=["inputs", "none"]
 )
 def test_memory_is_bounded_and_the_numbers_stay(limit, on_the_grid, monkeypatch, linearised):
-    monkeypatch.setattr(dataset, "TABLE_BYTES", limit)
+    tune_machine(monkeypatch, table_bytes=limit)
     counts = []
     seen, _ = calibrate(monkeypatch, lambda: counts.append(len(linearised)))
     assert counts[0] < counts[1], on_the_grid

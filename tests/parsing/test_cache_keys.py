@@ -85,9 +85,9 @@ def test_what_is_kept_is_bounded_and_dies_with_the_model():
     def model_fn(input, params):
         return input @ params["w"] + params["b"]
 
-    for samples in range(1, machine.PASSES_KEPT + 3):
+    for samples in range(1, machine.MACHINE.passes_kept + 3):
         passes(model_fn, fisher_type="mc", mc_samples=samples)
-    assert len(fingerprint._KEPT[model_fn]) == machine.PASSES_KEPT
+    assert len(fingerprint._KEPT[model_fn]) == machine.MACHINE.passes_kept
     reference = weakref.ref(model_fn)
     del model_fn
     gc.collect()

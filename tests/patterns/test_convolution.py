@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from support.machines import tune_machine
 from support.models import normal
 from support.patterns import ATOL, both_sides, pattern_of
 
@@ -139,7 +140,7 @@ WITH_MOMENTS = [
 
 @pytest.fixture
 def moments_of_any_size(monkeypatch):
-    monkeypatch.setattr("laplax_kfac.patterns.convolution._LEAST_WORK", 0)
+    tune_machine(monkeypatch, least_moment_work=0)
 
 
 @on_a_cpu

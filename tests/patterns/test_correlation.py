@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 from support.images import CASES, cut_out, images
+from support.machines import tune_machine
 
 import laplax_kfac
 from laplax_kfac.curvature import accumulator as curvature
@@ -44,7 +45,7 @@ def test_moments_are_those_of_all_patches(name, monkeypatch):
     def both(x, weights):
         moment = lambda *args: whole(correlation.second_moment(axes, *args))  # noqa: E731
         at_once, tangent = jax.jvp(functools.partial(moment, x), (weights,), (weights,))
-        monkeypatch.setattr(correlation, "_CACHED_BYTES", 2000)
+        tune_machine(monkeypatch, cached_bytes=2000)
         return at_once, tangent, moment(x, weights)
 
     for found in both(jnp.asarray(x), jnp.asarray(weights)):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.images import CASES, cut_out, images
+from support.machines import tune_machine
 
 from laplax_kfac.patterns import patches
 from laplax_kfac.patterns.patches import Axis
@@ -32,7 +33,7 @@ def test_second_moments_are_those_of_all_patches(name, way, monkeypatch):
     axes = CASES[name]
     whole = way == "whole rows"
     monkeypatch.setattr(patches, "_whole_rows_are_cheaper", lambda *_: whole)
-    monkeypatch.setattr(patches, "_CACHED_BYTES", 2**20 if way != "in chunks" else 1)
+    tune_machine(monkeypatch, cached_bytes=2**20 if way != "in chunks" else 1)
     x, weights = images(axes, 13)
     cut = cut_out(axes, x)
 

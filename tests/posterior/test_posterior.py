@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from support.machines import tune_machine
 from support.matrices import LAYERS, PARAMS, SPACE, dense_matrix, matrix, normal, tree
 from support.tolerances import tolerance
 
@@ -153,7 +154,7 @@ def test_samples_do_not_depend_on_how_many_are_drawn_together(impl, together, mo
     precision, key = Prior(1.0).posterior(), jax.random.key(0, impl=impl)
     mean = tree(normal(SPACE.size))
     whole = jax.jit(lambda: precision.sample(key, 5, mean))()
-    monkeypatch.setattr("laplax_kfac.posterior.posterior.NUMBERS_TOGETHER", together * SPACE.size)
+    tune_machine(monkeypatch, samples_together=together * SPACE.size)
     parts = jax.jit(lambda: precision.sample(key, 5, mean))()
     np.testing.assert_allclose(flat(parts), flat(whole), **tolerance(jnp.float64))
     last = jax.jit(lambda start: precision.sample(key, 2, mean, start=start))(3)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from support import models
+from support.machines import tune_machine
 from support.matrices import basis_of
 from support.tolerances import tolerance
 
 import laplax_kfac
-from laplax_kfac import machine
 from laplax_kfac.blocks.blocks import Block
 from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.parsing.program import parse
@@ -159,7 +159,7 @@ def test_covariances_of_single_inputs_need_no_pairs(name):
 @pytest.mark.parametrize("room", [2**30, 6000, 1])
 def test_memory_is_bounded_by_working_on_inputs_in_parts(room, monkeypatch):
     curvature, model_fn, params, _ = mlp()
-    monkeypatch.setattr(machine, "RECORD_BYTES", room)
+    tune_machine(monkeypatch, record_bytes=room)
     x = models.normal((7, 4))
     program = parse(model_fn, params, x[0])
     sizes = [
@@ -273,7 +273,7 @@ def test_sampled_functions_do_not_depend_on_the_parts_they_are_drawn_in(monkeypa
         predictive_samples, curvature, model_fn, params, inputs, jax.random.key(0), prior_prec=1.0
     )
     whole = draw(5)
-    monkeypatch.setattr(machine, "RECORD_BYTES", 3 * 2 * 8 * curvature.space.size)  # 2 at once
+    tune_machine(monkeypatch, record_bytes=3 * 2 * 8 * curvature.space.size)  # 2 at once
     np.testing.assert_allclose(draw(5, batch_size=2), whole, **CLOSE)
     np.testing.assert_allclose(draw(2), whole[:2], **CLOSE)
 
