@@ -62,7 +62,7 @@ def _num_in_operands(program: Program, member: Member) -> int:
 
 
 def examples_at_once(program: Program, record_bytes: int) -> int:
-    """How many examples are worked on at once: as many as `Machine.record_bytes` hold; on a CPU fewer.
+    """How many examples are worked on at once: as many as fit; on a CPU fewer.
 
     New pages of memory cost a CPU as much time as what it computes in them, and a loop over small
     parts uses the same ones again. But the sums are read and written with every part: its records
