@@ -29,6 +29,11 @@ from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.segments import Contiguous, Scattered, Segment
 from laplax_kfac.posterior.posterior import Posterior
 
+Json = Any
+"""What JSON can hold: dictionaries, lists, numbers, strings."""
+Arrays = Any
+"""An open archive of arrays."""
+
 FORMAT = 2
 _HEADER = "header"
 
@@ -109,7 +114,7 @@ def load(path: str | os.PathLike[str], params: PyTree | None = None) -> Any:
     return Curvature(blocks, layers, space)
 
 
-def _block(k: int, sides: Sequence[str], file: Any) -> Block:
+def _block(k: int, sides: Sequence[str], file: Arrays) -> Block:
     bases = []
     for axis, text in enumerate(sides):
         name = f"block{k}/basis{axis}"  # alone in format 1, with a number of the array in this one
@@ -121,7 +126,7 @@ def _block(k: int, sides: Sequence[str], file: Any) -> Block:
     return Block(tuple(bases), jnp.asarray(file[f"block{k}/eigenvalues"]))
 
 
-def _from_format_1(header: dict[str, Any], file: Any) -> dict[str, Any]:
+def _from_format_1(header: Json, file: Arrays) -> Json:
     """A header of the format in which sides were dense where they had a basis, else diagonal."""
     sides = [
         ["dense" if f"block{k}/basis{axis}" in file else "diagonal" for axis in range(axes)]
@@ -137,7 +142,7 @@ def _from_format_1(header: dict[str, Any], file: Any) -> dict[str, Any]:
 # -- structure ---------------------------------------------------------------------------------
 
 
-def _layer_to_json(layer: Layer, k: int, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+def _layer_to_json(layer: Layer, k: int, arrays: dict[str, np.ndarray]) -> Json:
     values = {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "segments"}
     segments = []
     for s, segment in enumerate(layer.segments):
@@ -150,7 +155,7 @@ def _layer_to_json(layer: Layer, k: int, arrays: dict[str, np.ndarray]) -> dict[
     return {**values, "segments": segments}
 
 
-def _layer_from_json(entry: dict[str, Any], k: int, file: Any) -> Layer:
+def _layer_from_json(entry: Json, k: int, file: Arrays) -> Layer:
     segments = []
     for s, saved in enumerate(entry.pop("segments")):
         place: Contiguous | Scattered
@@ -159,13 +164,13 @@ def _layer_from_json(entry: dict[str, Any], k: int, file: Any) -> Layer:
         else:
             place = Scattered(file[f"layer{k}/ids{s}"])
         segments.append(Segment(tuple(saved["shape"]), place))
-    values: dict[str, Any] = {**entry, "segments": segments}
+    values: Json = {**entry, "segments": segments}
     for name in ("params", "sides", "segments"):
         values[name] = tuple(values[name])
     return Layer(**values)
 
 
-def _space_to_json(space: ParameterSpace) -> dict[str, Any]:
+def _space_to_json(space: ParameterSpace) -> Json:
     numbers = jax.tree.unflatten(space.treedef, list(range(len(space.shapes))))
     return {
         "tree": _tree_to_json(numbers),
@@ -176,7 +181,7 @@ def _space_to_json(space: ParameterSpace) -> dict[str, Any]:
     }
 
 
-def _space_from_json(saved: dict[str, Any], params: PyTree | None) -> ParameterSpace:
+def _space_from_json(saved: Json, params: PyTree | None) -> ParameterSpace:
     shapes = tuple(tuple(s) for s in saved["shapes"])
     if params is not None:
         space = ParameterSpace.of(params)
@@ -198,10 +203,10 @@ def _space_from_json(saved: dict[str, Any], params: PyTree | None) -> ParameterS
     return ParameterSpace(treedef, shapes, dtypes, tuple(saved["paths"]), tuple(saved["names"]))
 
 
-_CONTAINERS: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple}
+_CONTAINERS: dict[str, Callable[..., PyTree]] = {"list": list, "tuple": tuple}
 
 
-def _tree_to_json(tree: Any) -> Any:
+def _tree_to_json(tree: PyTree) -> Json:
     """The tree as JSON, or None where it has containers or keys that JSON cannot tell apart."""
     if isinstance(tree, int):
         return tree
@@ -216,7 +221,7 @@ def _tree_to_json(tree: Any) -> Any:
     return None
 
 
-def _tree_from_json(saved: Any) -> Any:
+def _tree_from_json(saved: Json) -> PyTree:
     if isinstance(saved, int):
         return saved
     ((kind, content),) = saved.items()

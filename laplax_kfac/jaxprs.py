@@ -18,6 +18,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
+Value = Any
+"""What a variable stands for when a jaxpr is evaluated: an array, or what JAX traces it with."""
+
 REMAT = ("remat2", "checkpoint", "remat")
 Consts = list[ArrayLike]
 """Constants of a jaxpr, in the order of its ``constvars``."""
@@ -179,13 +182,14 @@ def evaluate(jaxpr: Jaxpr, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
         for atom, value in zip(eqn.invars, values, strict=True)
         if not isinstance(atom, Literal)
     }
-    kept = [v for v in eqn.outvars if not _is_dropped(v)]
+    kept = [v for v in eqn.outvars if not is_dropped(v)]
     single = jaxpr.replace(constvars=[], invars=list(operands), outvars=kept, eqns=[eqn])
     results = iter(eval_jaxpr(single, [], *operands.values()))
-    return [None if _is_dropped(v) else next(results) for v in eqn.outvars]
+    return [None if is_dropped(v) else next(results) for v in eqn.outvars]
 
 
-def _is_dropped(var: Atom) -> bool:
+def is_dropped(var: Atom) -> bool:
+    """Whether an equation's output is one that nobody reads."""
     return type(var).__name__ == "DropVar"
 
 

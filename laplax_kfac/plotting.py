@@ -22,8 +22,11 @@ from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.posterior.prior import Scalar, require_positive
 from laplax_kfac.predictive.gaussians import Marginals, Predictive
 
+Axes = Any
+"""What matplotlib draws on, and what it has drawn; matplotlib is not needed to import this."""
 
-def _axes(axes: Any, count: int = 1) -> Any:
+
+def _axes(axes: Axes, count: int = 1) -> Axes:
     """The axes to draw into: given ones, or a row of new ones."""
     if axes is not None:
         if count > 1 and np.size(axes) != count:
@@ -88,7 +91,7 @@ def factor_matrices(
     return inputs / scale, outputs / scale
 
 
-def _image(matrix: Float[Array, "p p"], top: float, axes: Any) -> Any:
+def _image(matrix: Float[Array, "p p"], top: float, axes: Axes) -> Axes:
     """Draw a matrix; its colour scale is logarithmic in the size of the entries."""
     from matplotlib.colors import SymLogNorm
 
@@ -99,7 +102,7 @@ def _image(matrix: Float[Array, "p p"], top: float, axes: Any) -> Any:
     return image
 
 
-def _colorbar(image: Any, axes: Any) -> None:
+def _colorbar(image: Axes, axes: Axes) -> None:
     """A colour bar with few ticks: around zero they would overlap."""
     first = axes[0] if isinstance(axes, list) else axes
     power = 10.0 ** np.floor(np.log10(image.norm.vmax))
@@ -111,7 +114,7 @@ def _top(*matrices: ArrayLike) -> float:
     return max(float(np.abs(m).max(initial=0.0)) for m in map(np.asarray, matrices)) or 1.0
 
 
-def plot_block(curvature: BlockDiagonal, layer: str, *, axes: Any = None) -> Any:
+def plot_block(curvature: BlockDiagonal, layer: str, *, axes: Axes = None) -> Axes:
     """Image of one layer's block; the colour scale is logarithmic in the entries' size.
 
     Args:
@@ -129,7 +132,7 @@ def plot_block(curvature: BlockDiagonal, layer: str, *, axes: Any = None) -> Any
     return axes
 
 
-def plot_factors(curvature: BlockDiagonal, layer: str, *, axes: Any = None) -> Any:
+def plot_factors(curvature: BlockDiagonal, layer: str, *, axes: Axes = None) -> Axes:
     """Images of the two factors of a Kronecker block, each scaled to the mean eigenvalue 1.
 
     Args:
@@ -149,8 +152,8 @@ def plot_factors(curvature: BlockDiagonal, layer: str, *, axes: Any = None) -> A
 
 
 def plot_against_exact(
-    curvature: BlockDiagonal, exact: Any, layer: str, *, axes: Any = None
-) -> Any:
+    curvature: BlockDiagonal, exact: PyTree, layer: str, *, axes: Axes = None
+) -> Axes:
     """One layer's block beside the same block of the exact matrix, and their difference.
 
     The title of the difference says its size, relative to the exact block in Frobenius norm. All
@@ -189,7 +192,7 @@ def _ids(curvature: BlockDiagonal, layer: Layer) -> np.ndarray:
     return np.concatenate(rows, axis=-2 if rows[0].ndim > 1 else 0).ravel()
 
 
-def plot_spectrum(curvature: BlockDiagonal, *, axes: Any = None) -> Any:
+def plot_spectrum(curvature: BlockDiagonal, *, axes: Axes = None) -> Axes:
     """Eigenvalues of every block in descending order, one line a layer.
 
     Args:
@@ -211,7 +214,7 @@ def plot_spectrum(curvature: BlockDiagonal, *, axes: Any = None) -> Any:
     return axes
 
 
-def plot_evidence(tuned: Tuned, *, axes: Any = None) -> Any:
+def plot_evidence(tuned: Tuned, *, axes: Axes = None) -> Axes:
     """Evidence over the steps of `tune`.
 
     Args:
@@ -232,8 +235,8 @@ def plot_evidence_over_prior(
     log_likelihood: DataFit,
     prior_precs: Sequence[float] | ArrayLike,
     noise_variance: Scalar | None = None,
-    axes: Any = None,
-) -> Any:
+    axes: Axes = None,
+) -> Axes:
     """Evidence, and its two terms, over a grid of prior precisions; its maximum is marked.
 
     Args:
@@ -279,8 +282,8 @@ def plot_reliability(
     *,
     num_bins: int = 10,
     name: str | None = None,
-    axes: Any = None,
-) -> Any:
+    axes: Axes = None,
+) -> Axes:
     """Reliability diagram: how often the most probable class is right, by its probability.
 
     The area of a point shows the share of the examples in its bin; the legend has the expected
@@ -330,8 +333,8 @@ def plot_band(
     output: int = 0,
     noise_variance: Scalar | None = None,
     deviations: Sequence[float] = (1.0, 2.0),
-    axes: Any = None,
-) -> Any:
+    axes: Axes = None,
+) -> Axes:
     """Predictive mean of a regression over one input, with bands of standard deviations.
 
     Args:

@@ -11,15 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.arguments import no_type_check
 
 Batch = dict[str, PyTree]
+Transform = Callable[[Any], object]
+"""Brings whatever a loader yields to one of the forms of a batch."""
 WeightedBatch = tuple[Batch, Float[Array, " size"]]
 
 
-def as_batch(batch: Any) -> Batch:
+def as_batch(batch: object) -> Batch:
     """One batch in laplax's form.
 
     Args:
@@ -72,7 +75,7 @@ def _with_weight(x: PyTree, y: PyTree, weight: Any = None) -> Batch:
     return {"input": x, "target": y, "weight": weight}
 
 
-def weighted_batch(batch: Batch, weights: Any = None) -> WeightedBatch:
+def weighted_batch(batch: Batch, weights: ArrayLike | None = None) -> WeightedBatch:
     """Split a batch into its examples and what each counts.
 
     Args:
@@ -99,13 +102,13 @@ def _examples(batch: Batch) -> Batch:
     return {name: part for name, part in batch.items() if name != "weight"}
 
 
-def _counts(batch: Batch) -> Any:
+def _counts(batch: Batch) -> Array | np.ndarray:
     """What each example counts; a numpy array unless the batch has weights in JAX."""
     size, dtype = batch_size(batch), jnp.result_type(float)
     return batch["weight"].astype(dtype) if "weight" in batch else np.ones(size, dtype)
 
 
-def batches(data: Any, transform: Callable[[Any], Any] | None = None) -> Iterator[Batch]:
+def batches(data: object, transform: Transform | None = None) -> Iterator[Batch]:
     """The batches of ``data``: itself if it is a tuple or a mapping, else what it iterates over.
 
     Args:
@@ -141,7 +144,7 @@ def batches(data: Any, transform: Callable[[Any], Any] | None = None) -> Iterato
 
 
 @no_type_check
-def require_several_passes(data: Any, purpose: str) -> None:
+def require_several_passes(data: object, purpose: str) -> None:
     """Refuse, before it is touched, data that can be iterated over only once.
 
     Args:
@@ -192,7 +195,7 @@ def to_arrays(batch: Batch) -> Batch:
     return jax.tree.map(_as_array, batch)
 
 
-def _as_array(x: Any) -> Any:
+def _as_array(x: object) -> Array | np.ndarray:
     if isinstance(x, jax.Array):
         return x
     reason = "it is not made of numbers"
@@ -236,7 +239,7 @@ def pad(batch: Batch, size: int) -> WeightedBatch:
     """
     missing = size - batch_size(batch)
 
-    def longer(x: Any, end: Any) -> Any:
+    def longer(x: Array | np.ndarray, end: Array | np.ndarray) -> Array | np.ndarray:
         join = np.concatenate if isinstance(x, np.ndarray) else jnp.concatenate
         return join([x, *[end] * missing]) if missing else x
 

@@ -34,8 +34,7 @@ from laplax_kfac.parsing.program import Program
 
 def capture(
     program: Program,
-    leaves: Sequence[Array],
-    consts: Sequence[ArrayLike],
+    values: tuple[Sequence[Array], Sequence[ArrayLike]],
     example: PyTree,
     vectors: Callable[[PyTree], PyTree] | None,
     *,
@@ -46,8 +45,7 @@ def capture(
 
     Args:
         program: The parsed model.
-        leaves: Leaves of the parameters.
-        consts: Values of ``program.consts``.
+        values: Leaves of the parameters, and values of ``program.consts``.
         example: One input without a batch axis.
         vectors: Output -> R vectors like the output, stacked in front; None pulls nothing back:
             the records then have R = 0.
@@ -59,6 +57,7 @@ def capture(
         The model's output, and for every layer what its uses, or its parameters, saw; None for a
         layer that does not influence the output.
     """
+    leaves, consts = values
     plan = plan_of(program)
     treedef = jax.tree.structure(program.output)
 
@@ -148,7 +147,6 @@ def capture_batch(
         key: Random key.
         window: The first column, and how many, if only some are pulled back; zeros beyond the last.
     """
-    leaves, consts = values
 
     def one(
         example: tuple[PyTree, PyTree, Key[Array, ""]], *, sequential: bool = False
@@ -161,9 +159,7 @@ def capture_batch(
 
         by_units = program.custom_vjp and columns.are_root(program.output, y)
         pulled = vectors if columns.pull_back else None
-        return capture(
-            program, leaves, consts, x, pulled, by_units=by_units, sequential=sequential
-        )[1]
+        return capture(program, values, x, pulled, by_units=by_units, sequential=sequential)[1]
 
     keys = jax.random.split(key, batch_size(batch))
     return map_examples(one, (batch["input"], batch["target"], keys))

@@ -15,8 +15,9 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Float
 
 from laplax_kfac import jaxprs, machine
+from laplax_kfac.jaxprs import Value
 
-Evaluate = Callable[[Sequence[Any]], list[Any]]
+Evaluate = Callable[[Sequence[Value]], list[Value]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def convolution(eqn: JaxprEqn, *, layer: bool) -> Evaluate | None:
     convolve = functools.partial(_row_convolution if along_rows else _convolve, _Options.of(params))
     (batch, features, *space), (out, into, *kernel), y_spec = params["dimension_numbers"]
 
-    def evaluate(values: Sequence[Any]) -> list[Any]:
+    def evaluate(values: Sequence[Value]) -> list[Value]:
         x, w = values
         y = convolve(x.transpose(batch, *space, features), w.transpose(*kernel, into, out))
         return [y.transpose(np.argsort([y_spec[0], *y_spec[2:], y_spec[1]]))]

@@ -6,7 +6,6 @@ of a cond that are not taken have inputs of zero.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +17,20 @@ from jaxtyping import Array
 from laplax_kfac import jaxprs
 from laplax_kfac.capture.plan import Perturbations, Plan
 from laplax_kfac.capture.rewrites import rewrite
+from laplax_kfac.jaxprs import Value
 
 Inputs = dict[int, tuple[ArrayLike, Array, tuple[ArrayLike, ...]]]
 """Use -> its inputs, 1 where its equation ran, and what sums of inputs are formed from, if so."""
 
 
 def run(
-    jaxpr: Jaxpr, arguments: Sequence[Any], plan: Plan, perturbations: Perturbations
-) -> tuple[list[Any], Inputs]:
+    jaxpr: Jaxpr, arguments: Sequence[Value], plan: Plan, perturbations: Perturbations
+) -> tuple[list[Value], Inputs]:
     """Evaluate a jaxpr, with perturbations of the uses' outputs, and keep the uses' inputs."""
-    env: dict[Any, Any] = dict(zip(jaxpr.invars, arguments, strict=True))
+    env: dict[Value, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
     inputs: Inputs = {}
 
-    def read(atom: Any) -> Any:
+    def read(atom: Value) -> Value:
         return atom.val if isinstance(atom, Literal) else env[atom]
 
     for number, eqn in enumerate(jaxpr.eqns):
@@ -55,13 +55,13 @@ def run(
     return [read(a) for a in jaxpr.outvars], inputs
 
 
-def _always(_: JaxprEqn, __: int, ___: tuple[Any, ...]) -> Array:
+def _always(_: JaxprEqn, __: int, ___: tuple[Value, ...]) -> Array:
     return jnp.ones((1, 1))
 
 
 def _run_nested(
-    eqn: JaxprEqn, values: list[Any], plans: dict[int, Plan], perturbations: Perturbations
-) -> tuple[list[Any], Inputs]:
+    eqn: JaxprEqn, values: list[Value], plans: dict[int, Plan], perturbations: Perturbations
+) -> tuple[list[Value], Inputs]:
     """Evaluate an equation with uses in its sub-jaxprs."""
     name = eqn.primitive.name
     if name == "scan":
@@ -73,7 +73,7 @@ def _run_nested(
     body, consts = called
     mine = {p: perturbations[p] for p in plans[0].all_perturbations()}
 
-    def call(values: list[Any], perturbations: Perturbations) -> tuple[list[Any], Inputs]:
+    def call(values: list[Value], perturbations: Perturbations) -> tuple[list[Value], Inputs]:
         return run(jaxprs.with_consts(body), [*consts, *values], plans[0], perturbations)
 
     if name in jaxprs.REMAT:
@@ -83,15 +83,17 @@ def _run_nested(
 
 
 def _run_scan(
-    eqn: JaxprEqn, values: list[Any], plan: Plan, perturbations: Perturbations
-) -> tuple[list[Any], Inputs]:
+    eqn: JaxprEqn, values: list[Value], plan: Plan, perturbations: Perturbations
+) -> tuple[list[Value], Inputs]:
     """Perturbations go in as scanned inputs, the uses' inputs come out stacked."""
     scan = jaxprs.scan_parts(eqn)
     body = jaxprs.with_consts(scan.body)
     first_x = scan.num_consts + scan.num_carry
     fixed = [*scan.consts, *values[: scan.num_consts]]
 
-    def step(carry: list[Any], xs: tuple[list[Any], Perturbations]) -> tuple[list[Any], Any]:
+    def step(
+        carry: list[Value], xs: tuple[list[Value], Perturbations]
+    ) -> tuple[list[Value], Value]:
         outs, inputs = run(body, [*fixed, *carry, *xs[0]], plan, xs[1])
         return outs[: scan.num_carry], (outs[scan.num_carry :], inputs)
 
@@ -108,13 +110,13 @@ def _run_scan(
 
 
 def _run_cond(
-    eqn: JaxprEqn, values: list[Any], plans: dict[int, Plan], perturbations: Perturbations
-) -> tuple[list[Any], Inputs]:
+    eqn: JaxprEqn, values: list[Value], plans: dict[int, Plan], perturbations: Perturbations
+) -> tuple[list[Value], Inputs]:
     """Uses in branches that are not taken have zero inputs and are not active."""
     index, *operands = values
     branches = jaxprs.cond_branches(eqn)
 
-    def branch(k: int) -> Callable[..., tuple[list[Any], Inputs]]:
+    def branch(k: int) -> Callable[..., tuple[list[Value], Inputs]]:
         body, consts = branches[k]
         plan = plans.get(k, Plan({}, {}, {}))
         return lambda ops, perturbations: run(
@@ -126,8 +128,8 @@ def _run_cond(
     found = [jax.eval_shape(call, operands, mine)[1] for call in calls]
     everything = {use: shape for shapes in found for use, shape in shapes.items()}
 
-    def padded(call: Callable[..., tuple[list[Any], Inputs]]) -> Callable[..., Any]:
-        def evaluate(ops: list[Any], perturbations: Perturbations) -> tuple[list[Any], Inputs]:
+    def padded(call: Callable[..., tuple[list[Value], Inputs]]) -> Callable[..., Value]:
+        def evaluate(ops: list[Value], perturbations: Perturbations) -> tuple[list[Value], Inputs]:
             outs, inputs = call(ops, perturbations)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), everything)
             return outs, {**zeros, **inputs}

@@ -1,18 +1,18 @@
 """Inputs of layers and gradients at their outputs, for users."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac import pytrees
+from laplax_kfac.arguments import no_type_check
 from laplax_kfac.capture.batches import as_batch, first_example, to_arrays
 from laplax_kfac.capture.capture import capture_batch
 from laplax_kfac.capture.layer_io import LayerIO
 from laplax_kfac.fisher import Columns, fisher_type_of
-from laplax_kfac.likelihood.named import resolve_likelihood
+from laplax_kfac.likelihood.named import Loss, resolve_likelihood
 from laplax_kfac.parsing.grouping import Resolved
 from laplax_kfac.parsing.program import ModelFn, parse
 
@@ -34,12 +34,13 @@ class LayerRecord:
     gradients: Float[Array, "N S *stack out"]
 
 
+@no_type_check
 def intermediates_and_gradients(
     model_fn: ModelFn,
     params: PyTree,
-    data: Any,
+    data: object,
     *,
-    loss_fn: Any,
+    loss_fn: Loss,
     vmap_over_data: bool = True,
 ) -> dict[str, LayerRecord]:
     """Inputs of every Kronecker layer and loss gradients at its output.

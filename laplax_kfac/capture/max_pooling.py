@@ -14,8 +14,9 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Float, Int
 
 from laplax_kfac import jaxprs, machine
+from laplax_kfac.jaxprs import Value
 
-Evaluate = Callable[[Sequence[Any]], list[Any]]
+Evaluate = Callable[[Sequence[Value]], list[Value]]
 
 
 @dataclass(frozen=True)

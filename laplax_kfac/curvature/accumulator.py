@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from laplax_kfac.curvature.options import OptionKeywords, Options, Settings
 from laplax_kfac.curvature.passes import Arrays, Compiled, OfRecords, compiled_for, zeros_of
 from laplax_kfac.factors import Statistics, optimal_factors
 from laplax_kfac.factors.eigenvalue_correction import corrected_eigenvalues
+from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.parsing.cache_keys import of_mesh
 from laplax_kfac.parsing.program import ModelFn, parse
 
@@ -57,7 +58,7 @@ class Accumulator:
 
     @no_type_check
     def update(
-        self, state: Statistics, batch: Any, weights: Float[Array, " N"] | None = None
+        self, state: Statistics, batch: object, weights: Float[Array, " N"] | None = None
     ) -> Statistics:
         """Add one batch; compiled once for each shape of a batch.
 
@@ -92,7 +93,7 @@ class Accumulator:
         """Statistics of the data of both."""
         return factors.merge(first, second)
 
-    def parts(self, data: Iterable[Any], batch_size: int) -> Iterator[WeightedBatch]:
+    def parts(self, data: Iterable[object], batch_size: int) -> Iterator[WeightedBatch]:
         """Split batches into parts of one size for `collect`, with weights 0 for padding.
 
         Args:
@@ -163,7 +164,9 @@ class Accumulator:
         )
         return replace(curvature, blocks=blocks)
 
-    def total(self, of_records: OfRecords, data: Iterable[WeightedBatch], *operands: Any) -> Any:
+    def total(
+        self, of_records: OfRecords, data: Iterable[WeightedBatch], *operands: PyTree
+    ) -> PyTree:
         """Sum a function of the layers' records over the data.
 
         Args:
@@ -172,7 +175,7 @@ class Accumulator:
             data: Batches with their weights.
             *operands: What else it takes.
         """
-        total: Any = None
+        total: PyTree = None
         for number, (batch, weights) in enumerate(weighted_batch(*part) for part in data):
             compiled, arrays = self._pass(batch, weights, number)
             if total is None:
@@ -249,7 +252,7 @@ def accumulator(
     model_fn: ModelFn,
     params: PyTree,
     *,
-    loss_fn: Any,
+    loss_fn: Loss,
     options: Options | None = None,
     **keywords: Unpack[OptionKeywords],
 ) -> Accumulator:

@@ -1,7 +1,7 @@
 """Data in, curvature out: `kfac`, `ekfac` and `kfoc`, loops over the `accumulator`."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Unpack
 
@@ -9,12 +9,19 @@ from jaxtyping import PyTree
 from tqdm import tqdm
 
 from laplax_kfac.arguments import no_type_check, positive_integer
-from laplax_kfac.capture.batches import WeightedBatch, batches, require_several_passes, same_number
+from laplax_kfac.capture.batches import (
+    Transform,
+    WeightedBatch,
+    batches,
+    require_several_passes,
+    same_number,
+)
 from laplax_kfac.curvature.accumulator import KFOC_ITERATIONS, accumulator
 from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.curvature.options import OptionKeywords, Options
 from laplax_kfac.fisher import fisher_type_of
+from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.parsing.program import ModelFn
 
 
@@ -37,7 +44,7 @@ class PassKeywords(OptionKeywords, total=False):
     optimal_factors: bool
     iterations: int
     batch_size: int
-    transform: Callable[[Any], Any] | None
+    transform: Transform | None
     progress: bool
 
 
@@ -50,7 +57,7 @@ class _Passes:
     optimal_factors: bool = False
     iterations: int = KFOC_ITERATIONS
     batch_size: int = DEFAULT_BATCH_SIZE
-    transform: Callable[[Any], Any] | None = None
+    transform: Transform | None = None
     progress: bool = False
 
     def check(self, options: Options) -> None:
@@ -76,9 +83,9 @@ class _Passes:
 def kfac(
     model_fn: ModelFn,
     params: PyTree,
-    data: Any,
+    data: object,
     *,
-    loss_fn: Any,
+    loss_fn: Loss,
     options: Options | None = None,
     **keywords: Unpack[PassKeywords],
 ) -> Curvature:
@@ -136,7 +143,7 @@ def kfac(
 
 
 @no_type_check
-def ekfac(model_fn: ModelFn, params: PyTree, data: Any, **options: Any) -> Curvature:
+def ekfac(model_fn: ModelFn, params: PyTree, data: object, **options: Any) -> Curvature:
     """Eigenvalue-corrected KFAC (George et al. 2018): `kfac` with ``eigenvalue_correction=True``.
 
     Its diagonal in the Kronecker eigenbases, and so its trace, is that of the exact curvature.
@@ -151,7 +158,7 @@ def ekfac(model_fn: ModelFn, params: PyTree, data: Any, **options: Any) -> Curva
 
 
 @no_type_check
-def kfoc(model_fn: ModelFn, params: PyTree, data: Any, **options: Any) -> Curvature:
+def kfoc(model_fn: ModelFn, params: PyTree, data: object, **options: Any) -> Curvature:
     """The Kronecker product nearest to every exact block: `kfac` with ``optimal_factors=True``.
 
     Nearest in Frobenius norm (Schnaus et al. 2021; Koroko et al. 2022, arXiv 2201.10285), by a

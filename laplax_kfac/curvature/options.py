@@ -11,7 +11,7 @@ from jaxtyping import Array, Key
 from laplax_kfac.arguments import no_type_check, positive_integer, require_choice
 from laplax_kfac.factors import KFAC_APPROXIMATIONS, KfacApprox
 from laplax_kfac.fisher import Columns, fisher_type_of
-from laplax_kfac.likelihood.named import resolve_likelihood
+from laplax_kfac.likelihood.named import Loss, resolve_likelihood
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.selection import DENSE_LIMIT, PathFilter, Selection, matches, select
 
@@ -139,7 +139,7 @@ class Options:
             factor_kinds=self.factor_kinds,
         )
 
-    def settings(self, loss_fn: Any) -> "Settings":
+    def settings(self, loss_fn: Loss) -> "Settings":
         """What a pass over data needs of the options.
 
         Raises:

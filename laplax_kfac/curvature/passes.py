@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from laplax_kfac.likelihood.named import NAMED
 from laplax_kfac.parsing.cache_keys import kept, of_function, of_mesh, of_program
 from laplax_kfac.parsing.program import ModelFn, Program
 
-OfRecords = Callable[..., Any]
+OfRecords = Callable[..., PyTree]
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Compiled:
     add_in_place: Callable[..., list[Array]]
     whole_statistics: Callable[..., Statistics]
     add: Callable[..., list[Array]]
-    total: Callable[..., Any]
-    add_total: Callable[..., Any]
+    total: Callable[..., PyTree]
+    add_total: Callable[..., PyTree]
     known_shapes: Cache[Statistics] = field(
         default_factory=lambda: Cache(machine.MACHINE.shapes_kept)
     )
@@ -75,10 +75,12 @@ class Compiled:
         whole_statistics = jax.jit(lambda arrays: factors.mirrored(statistics(arrays)))
         total = jax.jit(functools.partial(_total, program, settings), static_argnums=0)
 
-        def add(of: Callable[..., Any], leaves: list[Array], arrays: "Arrays") -> list[Array]:
+        def add(of: Callable[..., PyTree], leaves: list[Array], arrays: "Arrays") -> list[Array]:
             return list(map(jnp.add, leaves, jax.tree.leaves(of(arrays))))
 
-        def add_total(of_records: OfRecords, old: Any, arrays: "Arrays", *operands: Any) -> Any:
+        def add_total(
+            of_records: OfRecords, old: PyTree, arrays: "Arrays", *operands: PyTree
+        ) -> PyTree:
             return jax.tree.map(jnp.add, old, total(of_records, arrays, *operands))
 
         return cls(
@@ -132,15 +134,15 @@ class Arrays(NamedTuple):
     number: UInt[Array, ""]
 
 
-def zeros_of(shapes: Any) -> Any:
+def zeros_of(shapes: PyTree) -> PyTree:
     """Arrays of zeros; made without JAX, which compiles a program for every shape."""
     return jax.tree.map(lambda s: jnp.array(np.zeros(s.shape, s.dtype)), shapes)
 
 
 def _total(
-    program: Program, settings: Settings, of_records: OfRecords, arrays: Arrays, *operands: Any
-) -> Any:
-    def sums(records: list[Record], weights: Float[Array, " n"], _: Float[Array, " n"]) -> Any:
+    program: Program, settings: Settings, of_records: OfRecords, arrays: Arrays, *operands: PyTree
+) -> PyTree:
+    def sums(records: list[Record], weights: Float[Array, " n"], _: Float[Array, " n"]) -> PyTree:
         return of_records(program.resolved, records, weights, *operands)
 
     return _summed(program, settings, arrays, sums, functools.partial(record_bytes, program))
@@ -149,7 +151,7 @@ def _total(
 def _statistics(program: Program, settings: Settings, arrays: Arrays) -> Statistics:
     def sums(
         records: list[Record], weights: Float[Array, " n"], input_weights: Float[Array, " n"]
-    ) -> Any:
+    ) -> PyTree:
         approximation = settings.kfac_approx_for
         return factors.batch_sums(program.resolved, records, weights, approximation, input_weights)
 
@@ -163,9 +165,9 @@ def _summed(
     program: Program,
     settings: Settings,
     arrays: Arrays,
-    of_records: Callable[[list[Record], Float[Array, " n"], Float[Array, " n"]], Any],
+    of_records: Callable[[list[Record], Float[Array, " n"], Float[Array, " n"]], PyTree],
     record_bytes: Callable[[int], int],
-) -> Any:
+) -> PyTree:
     """Sum over a batch, in parts of no more than `examples_at_once`.
 
     A part has at least one example; if the records of one are too large, some columns of it.
@@ -183,10 +185,10 @@ def _summed(
     size, columns = size_of(batch), num_columns_of(program, settings.columns, batch)
     at_once = columns_at_once(program, settings.columns.fisher, columns)
 
-    def sums(part: tuple[Batch, Float[Array, " n"], Key[Array, ""]]) -> Any:
+    def sums(part: tuple[Batch, Float[Array, " n"], Key[Array, ""]]) -> PyTree:
         batch, weights, key = part
 
-        def of_window(first: Int[Array, ""] | None) -> Any:
+        def of_window(first: Int[Array, ""] | None) -> PyTree:
             records = capture_batch(
                 program, (leaves, consts), batch, settings.columns,
                 key=key, window=None if first is None else (first, at_once),

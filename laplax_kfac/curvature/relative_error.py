@@ -4,7 +4,6 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from laplax_kfac.curvature.accumulator import Accumulator
 from laplax_kfac.curvature.matching import parse_like
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.curvature.options import Options
+from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.parsing.grouping import Resolved
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
@@ -65,9 +65,9 @@ def relative_error(
     curvature: BlockDiagonal,
     model_fn: ModelFn,
     params: PyTree,
-    data: Any,
+    data: object,
     *,
-    loss_fn: Any,
+    loss_fn: Loss,
     num_probes: int = 32,
     key: Key[Array, ""] | None = None,
     vmap_over_data: bool = True,

@@ -4,7 +4,6 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,10 @@ from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac import pytrees
 from laplax_kfac.arguments import no_type_check
-from laplax_kfac.capture.batches import Batch, batches, even_batches
+from laplax_kfac.capture.batches import Batch, Transform, batches, even_batches
 from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
-from laplax_kfac.likelihood.named import resolve_likelihood
+from laplax_kfac.likelihood.named import Loss, resolve_likelihood
 from laplax_kfac.parsing.program import ModelFn, per_example
 from laplax_kfac.posterior.prior import Scalar, require_positive
 
@@ -53,12 +52,12 @@ class DataFit:
 def data_fit(
     model_fn: ModelFn,
     params: PyTree,
-    data: Any,
+    data: object,
     *,
-    loss_fn: Any,
+    loss_fn: Loss,
     vmap_over_data: bool = True,
     batch_size: int = DEFAULT_BATCH_SIZE,
-    transform: Callable[[Any], Any] | None = None,
+    transform: Transform | None = None,
 ) -> DataFit:
     """Sum the loss over the data, in one streaming pass.
 
@@ -82,8 +81,9 @@ def summed_fit(parts: Iterable[DataFit]) -> DataFit:
     return functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
 
 
+@no_type_check
 def fit_of_batch(
-    model_fn: ModelFn, loss_fn: Any, *, vmap_over_data: bool
+    model_fn: ModelFn, loss_fn: Loss, *, vmap_over_data: bool
 ) -> Callable[[PyTree, Batch, Float[Array, " N"]], DataFit]:
     """The fit to one batch, as a function of the parameters, the batch, and weights of examples."""
     likelihood = resolve_likelihood(loss_fn)
@@ -104,7 +104,7 @@ def fit_of_batch(
 
 
 @no_type_check
-def require_fit(log_likelihood: Any, noise_variance: Scalar | None) -> None:
+def require_fit(log_likelihood: object, noise_variance: Scalar | None) -> None:
     """Refuse what is no `DataFit`, and a noise variance that does not belong to it.
 
     Raises:

@@ -2,13 +2,19 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from laplax_kfac.capture.batches import Batch, WeightedBatch, batches, even_batches, to_arrays
+from laplax_kfac.capture.batches import (
+    Batch,
+    Transform,
+    WeightedBatch,
+    batches,
+    even_batches,
+    to_arrays,
+)
 from laplax_kfac.capture.batches import batch_size as size_of
 from laplax_kfac.curvature.accumulator import Accumulator
 from laplax_kfac.curvature.curvature import Curvature
@@ -64,8 +70,8 @@ class Passes:
         eigenvalue_correction: Whether the curvature is EKFAC.
     """
 
-    data: Any
-    transform: Callable[[Any], Any] | None
+    data: object
+    transform: Transform | None
     batch_size: int
     accumulate: Accumulator
     of_batch: Callable[[PyTree, Batch, Float[Array, " N"]], DataFit]

@@ -1,7 +1,7 @@
 """One step of training: of the parameters on a batch, of the hyperparameters on the evidence."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def trainable(params: PyTree) -> PyTree:
 def completed(moving: PyTree, params: PyTree) -> PyTree:
     """The parameters with their leaves of integers again."""
 
-    def pick(new: Any, old: Any) -> Any:
+    def pick(new: Array | None, old: Array) -> Array:
         return old if new is None else new
 
     return jax.tree.map(pick, moving, params, is_leaf=lambda x: x is None)
@@ -50,8 +50,10 @@ class Target(NamedTuple):
 
 
 def training_step(
-    optimizer: optax.GradientTransformation, of_batch: Callable[..., DataFit], function: Any
-) -> Callable[..., Any]:
+    optimizer: optax.GradientTransformation,
+    of_batch: Callable[..., DataFit],
+    function: PriorFunction,
+) -> Callable[..., tuple[PyTree, PyTree, Array]]:
     """One step of the optimizer on a batch."""
 
     def objective(
@@ -67,8 +69,8 @@ def training_step(
 
     @jax.jit
     def step(
-        params: PyTree, inner: Any, part: WeightedBatch, target: Target
-    ) -> tuple[PyTree, Any, Array]:
+        params: PyTree, inner: PyTree, part: WeightedBatch, target: Target
+    ) -> tuple[PyTree, PyTree, Array]:
         moving = trainable(params)
         loss, gradient = jax.value_and_grad(objective)(moving, params, part, target)
         updates, inner = with_extras.update(  # line searches evaluate the objective again
@@ -89,15 +91,15 @@ def evidence_step(
     function: PriorFunction,
     steps: int,
     limits: Float[Array, "2"],
-) -> Callable[[Problem, PyTree, Any], tuple[PyTree, Any, Evidence]]:
+) -> Callable[[Problem, PyTree, PyTree], tuple[PyTree, PyTree, Evidence]]:
     """Some steps up the evidence, and the evidence after them."""
 
     @jax.jit
-    def climb(problem: Problem, logs: PyTree, inner: Any) -> tuple[PyTree, Any, Evidence]:
+    def climb(problem: Problem, logs: PyTree, inner: PyTree) -> tuple[PyTree, PyTree, Evidence]:
         def evidence(logs: PyTree) -> Evidence:
             return problem.evidence(function, jax.tree.map(jnp.exp, logs))
 
-        def one(state: tuple[PyTree, Any], _: None) -> tuple[tuple[PyTree, Any], None]:
+        def one(state: tuple[PyTree, PyTree], _: None) -> tuple[tuple[PyTree, PyTree], None]:
             logs, inner = state
             gradient = jax.grad(lambda logs: -evidence(logs).value)(logs)
             updates, inner = optimizer.update(gradient, inner, logs)

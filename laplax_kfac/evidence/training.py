@@ -5,7 +5,6 @@ arXiv 2104.04975, Algorithm 1. No validation data: of all epochs, the one with t
 the training data wins.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from laplax_kfac import pytrees
 from laplax_kfac.arguments import no_type_check
 from laplax_kfac.capture.batches import (
+    Transform,
     require_several_passes,
 )
 from laplax_kfac.curvature.accumulator import accumulator
@@ -35,6 +35,7 @@ from laplax_kfac.evidence.problem import (
     start_of,
 )
 from laplax_kfac.evidence.steps import Target, evidence_step, trainable, training_step
+from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.parsing.program import ModelFn
 from laplax_kfac.posterior.posterior import as_prior
 from laplax_kfac.posterior.prior import PriorPrecision, Scalar, log_prior_determinant
@@ -73,9 +74,9 @@ class Trained:
 def marglik_training(
     model_fn: ModelFn,
     params: PyTree,
-    data: Any,
+    data: object,
     *,
-    loss_fn: Any,
+    loss_fn: Loss,
     optimizer: optax.GradientTransformation | None = None,
     epochs: int = 100,
     prior_prec: PriorPrecision | PriorFunction = 1.0,
@@ -90,7 +91,7 @@ def marglik_training(
     patience: int | None = None,
     vmap_over_data: bool = True,
     batch_size: int = DEFAULT_BATCH_SIZE,
-    transform: Callable[[Any], Any] | None = None,
+    transform: Transform | None = None,
     key: Key[Array, ""] | None = None,
     eigenvalue_correction: bool = False,
     progress: bool = False,

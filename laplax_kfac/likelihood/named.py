@@ -6,13 +6,18 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from laplax_kfac.arguments import no_type_check
 from laplax_kfac.likelihood.classes import bernoulli, categorical
 from laplax_kfac.likelihood.differentiation import differentiated
 from laplax_kfac.likelihood.gaussian import squared_error
 from laplax_kfac.likelihood.record import Likelihood
 
+Loss = str | Likelihood | Callable[[PyTree, PyTree], Any]
+"""What users pass as ``loss_fn``; laplax's ``LossFn`` is a string."""
 
-def resolve_likelihood(loss_fn: Any) -> Likelihood:
+
+@no_type_check
+def resolve_likelihood(loss_fn: Loss) -> Likelihood:
     """The likelihood of a laplax ``LossFn``, its string, a callable ``loss(f, y)``, or itself.
 
     Raises:

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from laplax_kfac.arguments import no_type_check
 from laplax_kfac.likelihood.named import resolve_likelihood
 from laplax_kfac.likelihood.pieces import floating, times
 from laplax_kfac.likelihood.record import Likelihood
 
 
+@no_type_check
 def weighted(loss_fn: Any) -> Likelihood:
     """A likelihood whose targets are pairs ``(target, weights)``: masks, and weights of terms.
 

@@ -13,7 +13,6 @@ kernel, for all distances, serves all tiles of the same distance. The others are
 entry. Along several axes the terms multiply. Images and patches are as in `patches`.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from laplax_kfac import machine
+from laplax_kfac.caches import Cache
 from laplax_kfac.gram import SharedTiles
 from laplax_kfac.patterns.patches import Axis, row_products
 
@@ -105,7 +105,7 @@ def is_cheaper(axes: Sequence[Axis], shape: Sequence[int]) -> bool:
     small = any(axis.size < 2 * axis.patch - 1 for axis in axes)
     if small and jnp.result_type(float) == jnp.float64:
         return False
-    pieces = _plan(tuple(axes)).pieces
+    pieces = plan_of(tuple(axes)).pieces
     work = sum(piece.work() for piece in pieces)
     by_rows = sum(len(p.rows) for p in row_products(axes[0]))
     by_rows *= math.prod(axis.positions * axis.patch**2 for axis in axes[1:])
@@ -118,7 +118,7 @@ def second_moment(
     weights: Float[Array, " n"],
 ) -> SharedTiles:
     """Weighted sum of x x^T over all patches x of all images."""
-    plan = _plan(axes)
+    plan = plan_of(axes)
     weighted = images * weights.reshape(-1, *[1] * (images.ndim - 1))
 
     def products(images: Array, weighted: Array) -> tuple[Array, ...]:
@@ -185,7 +185,14 @@ def _correlation(
 # -- what adds up to a tile --------------------------------------------------------------------
 
 
-@functools.cache
+_PLANS: Cache[_Plan] = Cache(64)
+
+
+def plan_of(axes: tuple[Axis, ...]) -> _Plan:
+    """The plan for images and patches of these sizes."""
+    return _PLANS.get(axes, lambda: _plan(axes))
+
+
 def _plan(axes: tuple[Axis, ...]) -> _Plan:
     """Terms of every tile on and below the diagonal; those of the same entries are one piece.
 

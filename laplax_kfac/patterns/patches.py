@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from laplax_kfac import machine
+from laplax_kfac.caches import Cache
 from laplax_kfac.gram import UpperTiles, whole
 
 _HIGHEST = lax.Precision.HIGHEST
@@ -156,9 +157,15 @@ class _RowProduct:
     pairs: tuple[tuple[int, int], ...]
 
 
-@functools.cache
+_ROW_PRODUCTS: Cache[list[_RowProduct]] = Cache(64)
+
+
 def row_products(axis: Axis) -> list[_RowProduct]:
     """All products of rows that patches need, those of the same pairs together."""
+    return _ROW_PRODUCTS.get(axis, lambda: _row_products(axis))
+
+
+def _row_products(axis: Axis) -> list[_RowProduct]:
     entries = axis.entries()
     pairs_of: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for i, j in _pairs(axis.patch):

@@ -99,7 +99,7 @@ def precision_matrix(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> Block
     return prior_prec
 
 
-def _is_array(x: Any) -> bool:
+def _is_array(x: object) -> bool:
     return isinstance(x, int | float | np.generic | np.ndarray | jax.Array)
 
 

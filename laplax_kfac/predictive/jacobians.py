@@ -105,7 +105,7 @@ def linearise(
         x: One input, without a batch axis.
         sequential: Whether to do without vmap.
     """
-    output, records = capture(program, leaves, consts, x, unit_vectors, sequential=sequential)
+    output, records = capture(program, (leaves, consts), x, unit_vectors, sequential=sequential)
     jacobians = {
         number: layer_jacobian(program.resolved[number], record, blocks[number])
         for number, record in enumerate(records)
@@ -321,8 +321,8 @@ def compiled_linearise(
 def most_inputs(program: Program, most: object, *, traced: bool, pairs: bool = False) -> int:
     """Most inputs that are worked on at once: at least one, and at most ``most``.
 
-    Their Jacobians and products fit into `Machine.record_bytes`. On a CPU they fit into memory that is
-    used again for the next inputs, for new pages take as long as the work; but not in a compiled
+    Their Jacobians and products fit into `Machine.record_bytes`. On a CPU they fit into memory that
+    is used again for the next inputs, for new pages take as long as the work; but not in a compiled
     loop, where XLA's convolutions are slower by more than that.
 
     Args:

@@ -55,7 +55,7 @@ def captured_gradients(program, params, inputs, cotangents):
 
     def of_one_example(x, vectors):
         leaves = jax.tree.leaves(params)
-        _, records = capture(program, leaves, program.consts, x, lambda _: vectors)
+        _, records = capture(program, (leaves, program.consts), x, lambda _: vectors)
         columns = len(jax.tree.leaves(vectors)[0])
         pairs = zip(program.resolved, records, strict=True)
         return jax.vmap(blocks.write)([summed_over_positions(*pair, columns) for pair in pairs])
@@ -146,7 +146,7 @@ def test_branches_that_are_not_taken_see_nothing():
     @jax.jit
     @jax.vmap
     def records(x, vectors):
-        return capture(program, jax.tree.leaves(params), [], x, lambda _: vectors)[1]
+        return capture(program, (jax.tree.leaves(params), []), x, lambda _: vectors)[1]
 
     left, right, shared = records(inputs, random_cotangents(program))
     names = [layer.name for layer in program.layers]
@@ -527,7 +527,7 @@ def test_bad_losses_are_clear_errors():
     with pytest.raises(ValueError, match="`loss_fn` is 'hinge'; expected one of"):
         laplax_kfac.intermediates_and_gradients(tanh_mlp, params, data, loss_fn="hinge")
     with pytest.raises(TypeError, match="`loss_fn` must be a laplax LossFn, its string, or a"):
-        laplax_kfac.intermediates_and_gradients(tanh_mlp, params, data, loss_fn=3)
+        laplax_kfac.intermediates_and_gradients(tanh_mlp, params, data, loss_fn=3)  # type: ignore[arg-type]
 
 
 def test_numpy_parameters_in_single_precision():

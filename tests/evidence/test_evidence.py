@@ -238,7 +238,7 @@ def test_masked_outputs_do_not_enter_the_evidence():
     params = most_probable(TALL, 0.3, 0.2)
     mask = np.tile([1.0, 0.0], (len(x), 1))
     kept = jax.tree.map(lambda p: p[..., :1], params)
-    cases = [
+    cases: Any = [
         (kept, (x, y[:, :1]), "mse"),
         (params, (x, (y, mask)), laplax_kfac.likelihood.weighted("mse")),
     ]

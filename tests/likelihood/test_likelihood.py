@@ -702,7 +702,7 @@ def test_no_more_sketches_than_columns_are_pulled_back(case):
 
 LARGE = 100_000
 ONE_TARGET, TWO_TARGETS = np.zeros(2, int), (np.zeros(2, int), np.ones(2))
-LARGE_CASES = {
+LARGE_CASES: dict[str, Any] = {
     "mse": ("mse", LARGE, None),
     "gaussian": (lik.gaussian(0.5), LARGE, None),
     "heteroscedastic": (lik.heteroscedastic_gaussian(), LARGE, None),

@@ -13,7 +13,7 @@ import pytest
 import laplax_kfac
 from laplax_kfac import machine
 from laplax_kfac.parsing import cache_keys as fingerprint
-from laplax_kfac.parsing.biases import bias_pattern
+from laplax_kfac.parsing.structure import of_value
 
 PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
 DATA = {"input": jnp.arange(12.0).reshape(4, 3), "target": jnp.ones((4, 2))}
@@ -104,22 +104,103 @@ def test_models_without_a_hash_are_fitted_every_time():
     np.testing.assert_array_equal(diagonal(model), diagonal(model))
 
 
+def rows_of(ids):
+    """A function that is made anew, as those of a pattern are."""
+    return lambda x: x[ids]
+
+
 def test_values_are_alike_if_they_are_made_alike():
-    same = [bias_pattern(np.arange(4).reshape(2, 2), 1) for _ in range(2)]
-    other = bias_pattern(np.arange(4).reshape(2, 2)[::-1], 1)
-    alike = [fingerprint.of_value(p) for p in (*same, other)]
+    same = [rows_of(np.arange(4).reshape(2, 2)) for _ in range(2)]
+    other = rows_of(np.arange(4).reshape(2, 2)[::-1])
+    alike = [of_value(p) for p in (*same, other)]
     assert alike[0] == alike[1] != alike[2]
-    assert fingerprint.of_value(set()) != fingerprint.of_value(set())
+    assert of_value(set()) != of_value(set())
 
 
 def test_constants_inside_a_jaxpr_count():
     def inside(value):
         constant = jnp.full(2, value)
         closed = jax.make_jaxpr(lambda x: x + constant)(jnp.zeros(2))
-        return fingerprint._of_parameter(closed)
+        jaxpr = jax.make_jaxpr(jnp.sin)(jnp.zeros(2)).jaxpr
+        eqn = jaxpr.eqns[0].replace(params={"branches": (closed,)})
+        return fingerprint.of_jaxpr(jaxpr.replace(eqns=[eqn]), [])
 
     assert inside(1.0) == inside(1.0)
     assert inside(1.0) != inside(2.0)
+
+
+def key_of(function, *args):
+    return fingerprint.of_function(function, *args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A parameter of a primitive that its representation leaves something out of."""
+
+    scale: float = dataclasses.field(repr=False)
+
+
+def test_parameters_are_compared_by_themselves_not_by_their_text():
+    jaxpr = jax.make_jaxpr(jnp.sin)(jnp.zeros(2)).jaxpr
+
+    def key(config):
+        eqn = jaxpr.eqns[0].replace(params={"config": config})
+        return fingerprint.of_jaxpr(jaxpr.replace(eqns=[eqn]), [])
+
+    assert repr(Config(1.0)) == repr(Config(3.0))
+    assert key(Config(1.0)) == key(Config(1.0)) != key(Config(3.0))
+    assert key([set()]) != key([set()])  # no hash: never met again
+
+
+def test_weak_types_and_literals_count():
+    x = jnp.ones(2)
+    assert key_of(lambda x: x * 2.0, x) == key_of(lambda x: x * 2.0, x)
+    assert key_of(lambda x: x * 2.0, x) != key_of(lambda x: x * 2.5, x)
+    assert key_of(jnp.sin, 1.0) != key_of(jnp.sin, jnp.float32(1.0))
+
+
+def with_rule(factor, kind):
+    """The sine, with a derivative rule of its own that is wrong by a factor."""
+    if kind == "jvp":
+        function = jax.custom_jvp(lambda x: jnp.sin(x))
+        function.defjvp(lambda p, t: (function(p[0]), factor * jnp.cos(p[0]) * t[0]))
+        return function
+    other = jax.custom_vjp(lambda x: jnp.sin(x))
+    other.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (factor * jnp.cos(x) * g,))
+    return other
+
+
+@pytest.mark.parametrize("kind", ["jvp", "vjp"])
+@pytest.mark.parametrize("around", [lambda f: f, jax.checkpoint, jax.jit])
+def test_derivative_rules_count(kind, around):
+    def key(factor):
+        return key_of(around(with_rule(factor, kind)), jnp.ones(2))
+
+    assert key(1.0) == key(1.0) != key(2.0)
+
+
+def test_activations_of_jax_are_met_again():
+    def model(x, w):
+        return jax.nn.gelu(jax.nn.relu(jax.nn.silu(x @ w)) @ w)
+
+    keys = [key_of(lambda *a: model(*a), jnp.ones(2), jnp.ones((2, 2))) for _ in range(2)]
+    assert keys[0] == keys[1]
+
+
+def test_the_mesh_around_a_call_counts():
+    x = jnp.ones(2)
+    mesh = jax.make_mesh((1,), ("t",), axis_types=(jax.sharding.AxisType.Auto,))
+    outside = key_of(jnp.sin, x)
+    with jax.set_mesh(mesh):
+        assert key_of(jnp.sin, x) == key_of(jnp.sin, x) != outside
+
+
+def test_caches_can_be_cleared():
+    model = Changing()
+    first = passes(model)
+    assert passes(model) is first
+    laplax_kfac.clear_caches()
+    assert passes(model) is not first
 
 
 # -- losses --------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def test_a_layer_with_uses_may_have_a_block_without_kronecker_form(kind):
     program = parse(model_fn, params, inputs[0])
     layer, p = program.layers[0], program.layers[0].size
     leaves = jax.tree.leaves(params)
-    record = capture(program, leaves, program.consts, inputs[0], unit_vectors)[1][0]
+    record = capture(program, (leaves, program.consts), inputs[0], unit_vectors)[1][0]
     basis = jnp.linalg.qr(models.normal((p, p)))[0]
     bases = (basis_of(basis),) if kind == "dense" else (UNROTATED, UNROTATED)
     resolved = replace(program.resolved[0], layer=replace(layer, block=kind))
