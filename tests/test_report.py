@@ -7,7 +7,7 @@ import pytest
 from support import models
 
 import laplax_kfac
-from laplax_kfac.factors.statistics import KroneckerSums
+from laplax_kfac.factors import KroneckerSums
 from laplax_kfac.report import LayerReport, memory
 
 NAMES = [m.name for m in models.MODELS]
