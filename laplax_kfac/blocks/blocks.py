@@ -115,12 +115,12 @@ class BlockDiagonal:
     layers: tuple[Layer, ...] = field(metadata={"static": True})
     space: ParameterSpace = field(metadata={"static": True})
 
-    def read(self, v: PyTree) -> list[Float[Array, "..."]]:
+    def read(self, v: PyTree) -> list[Num[Array, "..."]]:
         """View a pytree like the parameters in every block: arrays of the blocks' shapes."""
         leaves = self.space.flatten(v)
         return [_read(self.space, layer, leaves) for layer in self.layers]
 
-    def write(self, parts: Sequence[Float[Array, "..."]]) -> PyTree:
+    def write(self, parts: Sequence[Num[Array, "..."]]) -> PyTree:
         """Assemble a pytree like the parameters from arrays of the blocks' shapes."""
         pieces = []
         for layer, part in zip(self.layers, parts, strict=True):
@@ -205,7 +205,7 @@ def _read(space: ParameterSpace, layer: Layer, leaves: Sequence[Array]) -> Num[A
     return matrix.reshape(layer.shape)
 
 
-def _pieces(layer: Layer, part: Float[Array, "..."]) -> list[tuple[Segment, Array]]:
+def _pieces(layer: Layer, part: Num[Array, "..."]) -> list[tuple[Segment, Array]]:
     if not layer.is_matrix:
         return [(layer.segments[0], part)]
     matrix = part.reshape(layer.stack, layer.rows, layer.out_features)
