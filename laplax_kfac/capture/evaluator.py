@@ -43,20 +43,16 @@ def run(
             outputs = better(values) if better else jaxprs.evaluate(jaxpr, eqn, values)
         for key, use in plan.uses.get(number, []):
             others = tuple(v for k, v in enumerate(values) if k != use.operand)
-            active = use.pattern.active or _always
+            active = use.pattern.active
             inputs[key] = (
                 use.pattern.inputs(eqn, use.operand, others),
-                active(eqn, use.operand, others),
+                active(eqn, use.operand, others) if active else jnp.ones((1, 1)),
                 others if use.moments else (),
             )
         if number in plan.perturbations:
             outputs[0] = outputs[0] + perturbations[plan.perturbations[number]]
         env.update(zip(eqn.outvars, outputs, strict=True))
     return [read(a) for a in jaxpr.outvars], inputs
-
-
-def _always(_: JaxprEqn, __: int, ___: tuple[Value, ...]) -> Array:
-    return jnp.ones((1, 1))
 
 
 def _run_nested(

@@ -33,6 +33,15 @@ class LayerRecord:
     inputs: Float[Array, "N S *stack in"]
     gradients: Float[Array, "N S *stack out"]
 
+    @classmethod
+    def of(cls, resolved: Resolved, record: tuple[LayerIO, ...]) -> "LayerRecord":
+        """What all uses of a layer saw, one after the other."""
+        layer = resolved.layer
+        a = jnp.concatenate([use.inputs.features()[:, 0] for use in record], axis=1)
+        g = jnp.concatenate([use.gradients.features()[:, 0] for use in record], axis=1)
+        a = a[..., : layer.in_features]
+        return cls(a, g) if layer.stack > 1 else cls(a[:, :, 0], g[:, :, 0])
+
 
 @no_type_check
 def intermediates_and_gradients(
@@ -78,15 +87,7 @@ def intermediates_and_gradients(
         key=jax.random.key(0),
     )
     return {
-        resolved.layer.name: _layer_record(resolved, record)
+        resolved.layer.name: LayerRecord.of(resolved, record)
         for resolved, record in zip(program.resolved, records, strict=True)
         if isinstance(record, tuple)
     }
-
-
-def _layer_record(resolved: Resolved, record: tuple[LayerIO, ...]) -> LayerRecord:
-    layer = resolved.layer
-    a = jnp.concatenate([use.inputs.features()[:, 0] for use in record], axis=1)
-    g = jnp.concatenate([use.gradients.features()[:, 0] for use in record], axis=1)
-    a = a[..., : layer.in_features]
-    return LayerRecord(a, g) if layer.stack > 1 else LayerRecord(a[:, :, 0], g[:, :, 0])
