@@ -15,7 +15,7 @@ BENCH_KFAC_JAX := .venv-bench-kfac-jax/.made
 ONLY ?= factors ekfac eigen evidence predictive samples cold growth breakdown
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint types docs wheel bench clean
+.PHONY: help quickstart test shapes lint types docs wheel bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,11 @@ quickstart: $(EXAMPLES) ## run examples/quickstart.py
 # Tests of a file share what they fit. Files of few tests (the examples) take long, so not last.
 test: $(DEV) ## run every test, the slow ones too
 	@echo ">> running the tests"
+	@LAPLAX_KFAC_UNCHECKED=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The same with the types and shapes in annotations checked at every call, which takes half as long again.
+shapes: $(DEV) ## run every test with annotations checked by jaxtyping and beartype
+	@echo ">> running the tests with annotations checked"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(DEV) ## check style and formatting
