@@ -5,7 +5,7 @@ operands) is here, so that the parser and the capture read the same on all of th
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from jaxtyping import PyTree
 
 Value = Any
 """What a variable stands for when a jaxpr is evaluated: an array, or what JAX traces it with."""
+Evaluate = Callable[[Sequence[Value]], list[Value]]
+"""Takes the values of an equation's operands to those of its outputs."""
 
 REMAT = ("remat2", "checkpoint", "remat")
 Consts = list[ArrayLike]

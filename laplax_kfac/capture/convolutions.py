@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,9 +15,7 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Float
 
 from laplax_kfac import jaxprs, machine
-from laplax_kfac.jaxprs import Value
-
-Evaluate = Callable[[Sequence[Value]], list[Value]]
+from laplax_kfac.jaxprs import Evaluate, Value
 
 
 @dataclass(frozen=True)

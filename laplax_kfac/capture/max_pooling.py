@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +13,7 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array, Float, Int
 
 from laplax_kfac import jaxprs, machine
-from laplax_kfac.jaxprs import Value
-
-Evaluate = Callable[[Sequence[Value]], list[Value]]
+from laplax_kfac.jaxprs import Evaluate
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,12 @@ the maxima, and the pullback multiplies with the marks. Convolutions of few chan
 spends on copies on a CPU, become matrix products along whole rows of an image.
 """
 
-from collections.abc import Callable, Sequence
-
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from laplax_kfac import jaxprs
 from laplax_kfac.capture.convolutions import convolution
 from laplax_kfac.capture.max_pooling import max_pooling
-from laplax_kfac.jaxprs import Value
-
-Evaluate = Callable[[Sequence[Value]], list[Value]]
+from laplax_kfac.jaxprs import Evaluate
 
 
 def rewrite(eqn: JaxprEqn, *, layer: bool = False) -> Evaluate | None:
