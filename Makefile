@@ -14,8 +14,12 @@ BENCH_KFAC_JAX := .venv-bench-kfac-jax/.made
 # Questions of the benchmark, in the order of the documentation's page: `make bench ONLY=factors`.
 ONLY ?= factors ekfac eigen evidence predictive samples cold growth breakdown
 
+# Random networks, and the number of the first: `make fuzz N=2000 SEED=7`.
+N ?= 200
+SEED ?= 0
+
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint types docs wheel bench clean
+.PHONY: help quickstart test fuzz lint types docs wheel bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +32,11 @@ quickstart: $(EXAMPLES) ## run examples/quickstart.py
 test: $(DEV) ## run every test, the slow ones too
 	@echo ">> running the tests"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+fuzz: $(DEV) ## check N random networks, from number SEED on: make fuzz N=2000 SEED=0
+	@echo ">> $(N) random networks, from number $(SEED) on"
+	@LAPLAX_KFAC_FUZZ=$(N) LAPLAX_KFAC_FUZZ_SEED=$(SEED) \
+		$(BIN)/python -m pytest -n 2 -q tests/fuzz -k test_networks
 
 lint: $(DEV) ## check style and formatting
 	@echo ">> ruff"
