@@ -47,9 +47,7 @@ def layer(ranks: int) -> Callable[[Callable[[Part, Shape], Layer]], Callable[[Pa
 def _affine(part: Part, shape: Shape, weight: Shape, *lines: str, **more: Shape) -> Layer:
     """Lines that make ``x`` of this shape, and a bias if there shall be one."""
     bias = {"b": shape[-1:]} if part.bias else {}
-    return Layer(
-        {"w": weight, **more, **bias}, (*lines, *['x = x + p["b"]'] * part.bias), shape
-    )
+    return Layer({"w": weight, **more, **bias}, (*lines, *['x = x + p["b"]'] * part.bias), shape)
 
 
 @layer(0)
@@ -151,7 +149,12 @@ def heads(part: Part, shape: Shape) -> Layer:
 
 @layer(0)
 def gain(part: Part, shape: Shape) -> Layer:
-    lines = ['x = x * p["s"]', 'x = x * jnp.exp(p["s"])', 'x = p["s"] * x', 'x = x / (1 + p["s"]**2)']
+    lines = [
+        'x = x * p["s"]',
+        'x = x * jnp.exp(p["s"])',
+        'x = p["s"] * x',
+        'x = x / (1 + p["s"]**2)',
+    ]
     return Layer({"s": shape[-1:] if part.bias else ()}, (lines[part.variant % 4],), shape)
 
 
@@ -195,23 +198,21 @@ def class_token(part: Part, shape: Shape) -> Layer:
     t, n = shape
     tokens = 'p["token"]', "x"
     first, second = tokens if part.variant % 2 == 0 else tokens[::-1]
-    return Layer(
-        {"token": (1, n)}, (f"x = jnp.concatenate([{first}, {second}])",), (t + 1, n)
-    )
+    return Layer({"token": (1, n)}, (f"x = jnp.concatenate([{first}, {second}])",), (t + 1, n))
 
 
 @layer(0)
 def lookup(part: Part, shape: Shape) -> Layer:
     """Rows of a table that data pick, beside a path with a derivative."""
-    n = shape[-1]
-    line = 'x = x + p["table"][jnp.argmax(x, axis=-1)]'
+    n, pick = shape[-1], "arg" + ["max", "min"][part.variant % 2]
+    line = f'x = x + p["table"][jnp.{pick}(x, axis=-1)]'
     return Layer({"table": (n, n)}, (line,), shape)
 
 
 def _conv(part: Part, shape: Shape, groups: int, width: int) -> Layer:
     *sizes, channels = shape
     dims = len(sizes)
-    kernel = tuple([2, 3][: dims][::-1])
+    kernel = tuple([2, 3][:dims][::-1])
     stride, dilation, padding = [
         (1, 1, "SAME"), (2, 1, "SAME"), (1, 2, "SAME"), (1, 1, "VALID"), (2, 1, (1, 1)),
         (1, 2, (2, 1)),
@@ -336,6 +337,7 @@ CALLS: dict[str, str] = {
 KEEP_SHAPE = {"residual", "twice", "scan", "fori"}
 STACKED = {"scan", "fori", "ensemble"}
 PAIRS = {"cond": ("u",), "switch": ("u", "v"), "branches": ("u", "v")}
+CASTS = {"float32", "bfloat16"}
 CAST = """\
 def cast(p, dtype):
     return jax.tree.map(lambda w: w.astype(dtype), p)
@@ -453,7 +455,11 @@ def _options(case: Case) -> Iterator[str]:
 
 def _loss(case: Case, shape: Shape) -> str:
     """The loss; a single logit is no distribution over classes."""
-    return case.loss if shape[-1] > 1 else case.loss.replace("binary_cross_entropy", "mse").replace("cross_entropy", "mse")
+    return (
+        case.loss
+        if shape[-1] > 1
+        else case.loss.replace("binary_cross_entropy", "mse").replace("cross_entropy", "mse")
+    )
 
 
 def _targets(case: Case, name: str, shape: Shape) -> list[str]:
@@ -496,7 +502,7 @@ def program(case: Case) -> str:
         "def normal(*shape):",
         "    return jnp.asarray(0.7 * rng.normal(size=shape), dtype)",
         "",
-        *([CAST] if case.precision != case.dtype else []),
+        *[CAST] * any(part.call in CASTS for part in case.parts),
         *functions,
         "params = {",
         *(f"    {p}," for p in params),

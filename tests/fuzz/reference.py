@@ -21,20 +21,24 @@ class Wrong(AssertionError):
     """A claim that does not hold, by its name."""
 
 
+def demand(holds, claim):
+    """Refuse a claim that does not hold."""
+    if not holds:
+        raise Wrong(claim)
+
+
 def require(found, expected, claim, tolerance, scale=0.0):
     """Refuse an error above the tolerance, as a fraction of the largest entry, or of a scale."""
     found, expected = np.asarray(found, float), np.asarray(expected, float)
-    if found.shape != expected.shape:
-        raise Wrong(f"{claim}: shape {found.shape} for {expected.shape}")
+    demand(found.shape == expected.shape, f"{claim}: shape {found.shape} for {expected.shape}")
     size = max(np.max(np.abs(expected), initial=0.0), scale, 1e-30)
     error = np.max(np.abs(found - expected), initial=0.0) / size
-    if not error <= tolerance:
-        raise Wrong(f"{claim}: relative error {error:.2g}")
+    demand(error <= tolerance, f"{claim}: relative error {error:.2g}")
 
 
 def derivatives(loss, f, y):
     """Gradient and Hessian in the output of one example's loss, from their definitions."""
-    f, weights = np.asarray(f, float), 1.0
+    f, weights = np.asarray(f, float), np.ones(1)
     if loss.startswith("weighted"):
         loss, (y, weights) = loss.removeprefix("weighted_"), y
         weights = np.repeat(np.ravel(weights), f.shape[-1])
@@ -89,18 +93,16 @@ def check_accounting(curvature, params):
     """Every parameter is in exactly one layer, and names are unique."""
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
     found = np.sort(np.concatenate([ids.ravel() for _, ids in layer_ids(curvature)]))
-    if not np.array_equal(found, np.arange(sum(sizes))):
-        raise Wrong("accounting: parameters are not in one layer each")
+    everything = np.arange(sum(sizes))
+    demand(np.array_equal(found, everything), "accounting: parameters are not in one layer each")
     names = [layer.name for layer in curvature.layers]
-    if len({*names}) != len(names):
-        raise Wrong(f"accounting: two layers have one name: {names}")
+    demand(len({*names}) == len(names), f"accounting: two layers have one name: {names}")
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     leaf_of = np.repeat(np.arange(len(sizes)), sizes)
     for layer, ids in layer_ids(curvature):
-        if layer.size != ids.size:
-            raise Wrong(f"accounting: {layer.name} has size {layer.size} for {ids.size}")
-        if {*layer.params} != {paths[k] for k in leaf_of[ids.ravel()]}:
-            raise Wrong(f"accounting: {layer.name} names {layer.params}")
+        demand(layer.size == ids.size, f"accounting: {layer.name} has size {layer.size}")
+        leaves = {paths[k] for k in leaf_of[ids.ravel()]}
+        demand({*layer.params} == leaves, f"accounting: {layer.name} names {layer.params}")
 
 
 @jax.jit
@@ -115,8 +117,11 @@ def check_matrix(curvature, dense, diagonal, trace, tolerance):
     """`to_dense` is symmetric, positive semi-definite, and what the methods are of."""
     require(dense, dense.T, "symmetry", 1e-9)
     values = np.linalg.eigvalsh(dense)
-    if values.min() < -1e-9 * max(values.max(), 1e-30):
-        raise Wrong(f"positive semi-definite: smallest eigenvalue {values.min():.2g}")
+    smallest = values.min()
+    demand(
+        smallest >= -1e-9 * max(values.max(), 1e-30),
+        f"positive semi-definite: smallest eigenvalue {smallest:.2g}",
+    )
     inside = np.zeros(dense.shape, bool)
     for layer, ids in layer_ids(curvature):
         flat = ids.ravel()
@@ -131,15 +136,16 @@ def exact_curvature(program, outputs, jacobian):
     options, targets = program["options"], program["targets"]
     weights = program["weights"]
     counts = np.ones(len(outputs)) if weights is None else np.asarray(weights)
-    total, gradients = 0.0, []
+    total: np.ndarray | None = np.zeros(2 * [jacobian.shape[2]])
+    gradients: list[np.ndarray] = []
     for n, (f, j) in enumerate(zip(outputs, jacobian, strict=True)):
         y = jax.tree.map(lambda y, n=n: np.asarray(y[n]), targets)
         gradient, hessian = derivatives(program["loss"], f, y)
         gradients.append(j.T @ gradient)
         if options.get("fisher_type") == "empirical":
-            total = total + counts[n] * np.outer(gradients[-1], gradients[-1])
+            total += counts[n] * np.outer(gradients[-1], gradients[-1])
         else:
-            total = total + counts[n] * j.T @ hessian @ j
+            total += counts[n] * j.T @ hessian @ j
     if options.get("fisher_type") in {"mc", "forward_only"}:
         total = None
     return total, np.stack(gradients)
@@ -194,8 +200,7 @@ def check_records(program, curvature, gradients, tolerance):
         )
     )(params, (program["inputs"], program["targets"]))
     kronecker = {layer.name for layer in layers if layer.block == "kronecker"}
-    if kronecker != {*records}:
-        raise Wrong(f"records of {sorted(records)} for {sorted(kronecker)}")
+    demand(kronecker == {*records}, f"records of {sorted(records)} for {sorted(kronecker)}")
     scale = np.abs(gradients).max()
     for name, record in records.items():
         layer = layers[name]
@@ -255,8 +260,7 @@ def check(program, tolerance, parts=("records", "posterior")):
     curvature = laplax_kfac.kfac(*arguments, **options)
     check_accounting(curvature, program["params"])
     dense, diagonal, trace, logdet = (np.asarray(x, float) for x in summary(curvature))
-    if not np.isfinite(dense).all():
-        raise Wrong("finite")
+    demand(np.isfinite(dense).all(), "finite")
     check_matrix(curvature, dense, diagonal, trace, tolerance)
 
     outputs, jacobian = jacobians(program)

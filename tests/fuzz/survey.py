@@ -56,6 +56,7 @@ def survey(number: int, start: int) -> list[tuple[str, Case]]:
         case = drawn(k)
         if k % CLEAR_EVERY == 0:
             jax.clear_caches()
+            print(f"from {k} on, {time.time() - began:.0f} s", flush=True)
         found = cause(case)
         if found is not None:
             failures.append((found, case))
