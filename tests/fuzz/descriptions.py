@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 KINDS = (
     "dense", "dense_left", "dense_einsum", "dense_scaled", "dense_masked", "dense_fused",
-    "low_rank", "weight_norm", "tied", "glu", "mixer", "heads", "gain", "shift", "layer_norm",
-    "rms_norm", "positions", "class_token", "lookup", "conv1d", "conv2d", "conv_transpose",
-    "depthwise", "attention", "attention_fused", "rnn",
+    "dense_part", "dense_flat", "dense_summed", "stopped", "low_rank", "weight_norm", "tied",
+    "glu", "mixer", "heads", "gain", "shift", "shift_part", "layer_norm", "rms_norm", "positions",
+    "class_token", "lookup", "conv1d", "conv2d", "conv_transpose", "depthwise", "attention",
+    "attention_fused", "rnn",
 )  # fmt: skip
 CALLS = (
     "plain", "jit", "remat", "residual", "twice", "vmap", "map", "cond", "switch", "branches",
@@ -22,8 +23,8 @@ CALLS = (
 )  # fmt: skip
 ACTIVATIONS = ("", "tanh", "relu", "gelu", "sin")
 LOSSES = (
-    "mse", "cross_entropy", "binary_cross_entropy", "poisson", "gaussian", "weighted_mse",
-    "weighted_cross_entropy",
+    "mse", "cross_entropy", "binary_cross_entropy", "poisson", "gaussian", "callable",
+    "weighted_mse", "weighted_cross_entropy",
 )  # fmt: skip
 
 

@@ -96,6 +96,50 @@ def dense_fused(part: Part, shape: Shape) -> Layer:
 
 
 @layer(0)
+def dense_part(part: Part, shape: Shape) -> Layer:
+    """A leaf of which some rows, or columns, are used by nothing."""
+    n, k = shape[-1], part.width
+    line, weight = [
+        (f'x = x @ p["w"][:{n}]', (n + 1, k)),
+        ('x = x @ p["w"][1:]', (n + 1, k)),
+        (f'x = x @ p["w"][:, :{k}]', (n, k + 2)),
+    ][part.variant % 3]
+    return _affine(part, (*shape[:-1], k), weight, line)
+
+
+@layer(0)
+def dense_flat(part: Part, shape: Shape) -> Layer:
+    """Weight and bias in one vector."""
+    n, k = shape[-1], part.width
+    bias = f' + p["all"][{n * k}:]' * part.bias
+    line = f'x = x @ p["all"][:{n * k}].reshape({n}, {k}){bias}'
+    return Layer({"all": (n * k + k * part.bias,)}, (line,), (*shape[:-1], k))
+
+
+@layer(0)
+def dense_summed(part: Part, shape: Shape) -> Layer:
+    """A sum of two weights, or two products of one input, or of one weight with two inputs."""
+    n, k = shape[-1], part.width
+    line = [
+        'x = x @ (p["w"] + p["u"])',
+        'x = x @ p["w"] + jnp.sin(x) @ p["u"]',
+        'x = x @ p["w"] - jnp.sin(x) @ p["w"] + jnp.cos(x) @ p["u"]',
+    ][part.variant % 3]
+    return _affine(part, (*shape[:-1], k), (n, k), line, u=(n, k))
+
+
+@layer(0)
+def stopped(part: Part, shape: Shape) -> Layer:
+    """No derivative in the weight, in the input, or in half of the product."""
+    line = [
+        'x = x @ lax.stop_gradient(p["w"])',
+        'x = lax.stop_gradient(x) @ p["w"]',
+        'x = x @ p["w"] + lax.stop_gradient(jnp.sin(x @ p["w"]))',
+    ][part.variant % 3]
+    return _affine(part, (*shape[:-1], part.width), (shape[-1], part.width), line)
+
+
+@layer(0)
 def low_rank(part: Part, shape: Shape) -> Layer:
     n, k = shape[-1], part.width
     lines = 'x = x @ (p["w"] + p["u"] @ p["v"])', 'x = x @ p["w"] + x @ p["u"] @ p["v"]'
@@ -162,6 +206,16 @@ def gain(part: Part, shape: Shape) -> Layer:
 def shift(part: Part, shape: Shape) -> Layer:
     lines = ['x = x + p["b"]', 'x = x - p["b"]', 'x = p["b"] - x']
     return Layer({"b": shape[-1:] if part.bias else ()}, (lines[part.variant % 3],), shape)
+
+
+@layer(0)
+def shift_part(part: Part, shape: Shape) -> Layer:
+    """A leaf of which the end is used by nothing, and that is added to another one first."""
+    n = shape[-1]
+    more: Shapes = {"a": (n,)} if part.bias else {}
+    other = ' + p["a"]' * part.bias
+    line = f'x = x + (p["b"][:{n}]{other})'
+    return Layer({"b": (n + 2,), **more}, (line,), shape)
 
 
 def _norm(part: Part, shape: Shape, line: str) -> Layer:
@@ -482,6 +536,7 @@ def _targets(case: Case, name: str, shape: Shape) -> list[str]:
 
 LOSSES = {
     "poisson": "laplax_kfac.likelihood.poisson()",
+    "callable": "lambda f, y: jnp.sum(jnp.log(jnp.cosh(f - y)))",
     "gaussian": "laplax_kfac.likelihood.gaussian(0.3)",
     "weighted_mse": 'laplax_kfac.likelihood.weighted("mse")',
     "weighted_cross_entropy": 'laplax_kfac.likelihood.weighted("cross_entropy")',

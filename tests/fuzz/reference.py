@@ -56,6 +56,9 @@ def derivatives(loss, f, y):
         gradient, hessian = p - y, np.diag(np.ravel(p * (1 - p)))
     elif loss == "poisson":  # e^f - y f
         gradient, hessian = np.exp(f) - y, np.diag(np.exp(f).ravel())
+    elif loss == "callable":  # log cosh (f - y)
+        slope = np.tanh(f - y)
+        gradient, hessian = slope, np.diag(np.ravel(1 - slope**2))
     else:  # (f - y)^2 over 2 s, with s = 1/2 for mse
         precision = {"mse": 2.0, "gaussian": 1 / 0.3}[loss]
         gradient, hessian = precision * (f - y), precision * np.eye(f.size)
