@@ -106,6 +106,8 @@ def _valid(case: Case) -> Case:
     """Bring combinations that `kfac` refuses to ones that it takes."""
     if case.vocabulary:  # tokens are a sequence
         case = replace(case, shape=(case.shape[0] + 1,))
+    if (case.loss, case.fisher_type) == ("callable", "mc"):  # nothing to draw targets from
+        case = replace(case, loss="mse")
     if case.fisher_type == "forward_only":
         return replace(case, curvature="kronecker", eigenvalue_correction=False)
     if case.curvature != "kronecker":
