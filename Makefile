@@ -14,8 +14,12 @@ BENCH_KFAC_JAX := .venv-bench-kfac-jax/.made
 # Questions of the benchmark, in the order of the documentation's page: `make bench ONLY=factors`.
 ONLY ?= factors ekfac eigen evidence predictive samples cold growth breakdown
 
+# Random networks, and the number of the first: `make fuzz N=2000 SEED=7`.
+N ?= 200
+SEED ?= 0
+
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test shapes lint types docs wheel bench clean
+.PHONY: help quickstart test shapes fuzz lint types docs wheel bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,14 +29,20 @@ quickstart: $(EXAMPLES) ## run examples/quickstart.py
 	@echo "figure: docs/assets/quickstart.png"
 
 # Tests of a file share what they fit. Files of few tests (the examples) take long, so not last.
-test: $(DEV) ## run every test, the slow ones too
+test: $(DEV) ## run every test, the slow ones too; random networks are those of `make fuzz`
 	@echo ">> running the tests"
-	@LAPLAX_KFAC_UNCHECKED=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@LAPLAX_KFAC_UNCHECKED=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		--ignore tests/fuzz
 
 # The same with the types and shapes in annotations checked at every call, which takes half as long again.
 shapes: $(DEV) ## run every test with annotations checked by jaxtyping and beartype
 	@echo ">> running the tests with annotations checked"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+fuzz: $(DEV) ## check N random networks, from number SEED on: make fuzz N=2000 SEED=0
+	@echo ">> $(N) random networks, from number $(SEED) on"
+	@LAPLAX_KFAC_FUZZ=$(N) LAPLAX_KFAC_FUZZ_SEED=$(SEED) \
+		$(BIN)/python -m pytest -n 2 -q tests/fuzz -k test_networks
 
 lint: $(DEV) ## check style and formatting
 	@echo ">> ruff"

@@ -1,0 +1,1 @@
+"""Random networks, written as programs, against the dense curvature by reverse mode."""
