@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from laplax_kfac import factors, jaxprs, machine
-from laplax_kfac.arguments import no_type_check
+from laplax_kfac.arguments import no_type_check, require_weights
 from laplax_kfac.caches import Cache
 from laplax_kfac.capture.batches import (
     Batch,
@@ -64,16 +64,19 @@ class Accumulator:
 
         Args:
             state: Statistics so far.
-            batch: ``(input, target)`` or ``{"input": ..., "target": ...}``, either with a weight
-                for every example if these differ; see `kfac`.
+            batch: ``(input, target)`` or ``{"input": ..., "target": ...}``, this one with a key
+                ``"weight"`` for the weights of examples if these differ; see `kfac`.
             weights: 1 for every example that counts and 0 for padding; all count by default.
                 They multiply the weights of the batch.
 
         Raises:
             TypeError: If the batch is of no known form.
-            ValueError: If its arrays disagree about the number of examples.
+            ValueError: If its arrays disagree about the number of examples, or a weight is not
+                finite or negative.
         """
-        batch, weights = weighted_batch(to_arrays(as_batch(batch)), weights)
+        if weights is not None:
+            require_weights("weights", weights)
+        batch, weights = weighted_batch(to_arrays(as_batch(batch, "batch")), weights)
         compiled, arrays = self._pass(batch, weights, state.num_updates)
         return _added(state, compiled, arrays)
 

@@ -98,8 +98,8 @@ def kfac(
         model_fn: ``model_fn(input=, params=)``.
         params: The trained parameters, a pytree of arrays.
         data: One batch, ``(input, target)`` or ``{"input": ..., "target": ...}``, or an iterable
-            of batches. Examples of a batch ``(input, target, weight)``, or of one with a key
-            ``"weight"``, an array (N,), count so many times.
+            of batches. Examples of a batch with a third key ``"weight"``, an array (N,), count so
+            many times.
         loss_fn: A laplax ``LossFn``, its string (``"mse"``, ``"cross_entropy"``,
             ``"binary_cross_entropy"``), a callable ``loss(output, target)`` of one example, or a
             `Likelihood`, such as those in `laplax_kfac.likelihood`. The loss of the data is the

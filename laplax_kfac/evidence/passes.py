@@ -96,10 +96,7 @@ class Passes:
     def curvature_at(self, params: PyTree) -> Curvature:
         """The curvature at some parameters."""
         here = self.accumulate.at(params)
-        state = here.init()
-        for batch, weights in self.stream():
-            state = here.update(state, batch, weights)
-        curvature = here.finalize(state)
+        curvature = here.finalize(here.collect(self.stream()))
         return here.correct(curvature, self.stream()) if self.eigenvalue_correction else curvature
 
     def fit_at(self, params: PyTree) -> DataFit:
