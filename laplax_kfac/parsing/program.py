@@ -87,10 +87,12 @@ def parse(
         selection: Which parameters are covered, and how.
 
     Raises:
-        ValueError: If parameters are used inside a while loop, if there are none, or if some have
-            no Kronecker form and their fallback is ``"error"``.
+        ValueError: If parameters are used inside a while loop, if there are none, if some have no
+            Kronecker form and their fallback is ``"error"``, or if a pattern matches none.
     """
     space = ParameterSpace.of(params)
+    trainable = [jnp.issubdtype(dtype, jnp.inexact) for dtype in space.dtypes]
+    selection.check_paths(space.names, trainable)
     function = per_example(model_fn, vmap_over_data=vmap_over_data)
     jaxpr, consts, output = jaxprs.trace(function, params, example)
     covered = [selection.covers(name) for name in space.names]
