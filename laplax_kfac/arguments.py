@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 Function = TypeVar("Function")
 
@@ -50,15 +51,16 @@ def positive_integer(name: str, value: object, least: int = 1) -> int:
     return number
 
 
-def require_flag(name: str, value: object) -> None:
+def require_flags(**values: object) -> None:
     """Refuse what is neither True nor False: a string such as "false" would count as true.
 
     Raises:
-        TypeError: If it is neither.
+        TypeError: If one is neither.
     """
-    if not isinstance(value, bool | np.bool_):
-        msg = f"`{name}` must be True or False, found {shown(value)}."
-        raise TypeError(msg)
+    for name, value in values.items():
+        if not isinstance(value, bool | np.bool_):
+            msg = f"`{name}` must be True or False, found {shown(value)}."
+            raise TypeError(msg)
 
 
 def require_choice(name: str, value: object, choices: Collection[str]) -> None:
@@ -108,14 +110,21 @@ def require_key(name: str, value: object) -> None:
 # -- numbers -----------------------------------------------------------------------------------
 
 
-def require_positive(name: str, value: object, *, shape: tuple[int, ...] | None = None) -> None:
+def require_positive(
+    name: str,
+    value: object,
+    *,
+    shape: tuple[int, ...] | None = None,
+    dtype: DTypeLike | None = None,
+) -> None:
     """Refuse what is not a positive, finite, real number, or an array of such numbers.
 
     Args:
         name: The argument.
-        value: What was passed; numbers are looked at as the curvature is computed, in JAX's
-            floating-point type, where 1e-300 may be zero.
+        value: What was passed.
         shape: Shape that it must have; any if None.
+        dtype: Numbers that are zero or infinite in this dtype are refused as well; JAX's type of
+            floating-point numbers by default.
 
     Raises:
         ValueError: If a number is zero, negative, infinite, complex or NaN, or the shape is not as
@@ -126,12 +135,13 @@ def require_positive(name: str, value: object, *, shape: tuple[int, ...] | None 
     if known is None:
         return
     with np.errstate(all="ignore"):
-        kept = known.astype(jnp.result_type(float))
+        kept = known.astype(jnp.result_type(float) if dtype is None else dtype)
     if (np.isfinite(kept) & (kept >= jnp.finfo(kept.dtype).tiny)).all():  # less flushes to zero
         return
     why = ", or the posterior is improper" if name == "prior_prec" else ""
     lost = (known > 0).all() and np.isfinite(known).all()
-    msg = f"`{name}` must be positive and finite{why}; found {shown(value)}" + (
+    where = name if "`" in name else f"`{name}`"
+    msg = f"{where} must be positive and finite{why}; found {shown(value)}" + (
         f", which {kept.dtype} cannot hold (jax_enable_x64 can)." if lost else "."
     )
     raise ValueError(msg)
@@ -198,7 +208,7 @@ def require_bounds(bounds: object) -> tuple[float, float]:
     """The smallest and the largest value, two positive numbers.
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If they are not, or if JAX's type of floating-point numbers cannot hold them.
     """
     pair = as_numpy(bounds)
     fits = pair is not None and pair.shape == (2,) and pair.dtype.kind in "iuf"
@@ -208,6 +218,7 @@ def require_bounds(bounds: object) -> tuple[float, float]:
         msg = f"`bounds` must be two positive numbers, smaller first; found {shown(bounds)}."
         raise ValueError(msg)
     assert pair is not None
+    require_positive("bounds", pair)
     return float(pair[0]), float(pair[1])
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac import pytrees
-from laplax_kfac.arguments import no_type_check
+from laplax_kfac.arguments import no_type_check, require_flags
 from laplax_kfac.capture.batches import as_batch, first_example, to_arrays
 from laplax_kfac.capture.capture import capture_batch
 from laplax_kfac.capture.layer_io import LayerIO
@@ -75,6 +75,7 @@ def intermediates_and_gradients(
         TypeError: If ``data`` is not one batch.
         ValueError: If the batch, the loss or the model is not of a supported form.
     """
+    require_flags(vmap_over_data=vmap_over_data)
     batch = to_arrays(as_batch(data))
     program = parse(
         model_fn, params, first_example(batch), vmap_over_data=vmap_over_data,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from laplax_kfac import factors, jaxprs, machine
-from laplax_kfac.arguments import no_type_check, require_weights
+from laplax_kfac.arguments import no_type_check, positive_integer, require_weights
 from laplax_kfac.caches import Cache
 from laplax_kfac.capture.batches import (
     Batch,
@@ -96,6 +96,7 @@ class Accumulator:
         """Statistics of the data of both."""
         return factors.merge(first, second)
 
+    @no_type_check
     def parts(self, data: Iterable[object], batch_size: int) -> Iterator[WeightedBatch]:
         """Split batches into parts of one size for `collect`, with weights 0 for padding.
 
@@ -103,7 +104,7 @@ class Accumulator:
             data: Batches.
             batch_size: Most examples of a part.
         """
-        return even_batches(map(as_batch, data), batch_size)
+        return even_batches(map(as_batch, data), positive_integer("batch_size", batch_size))
 
     def finalize(self, state: Statistics) -> Curvature:
         """The curvature of all data seen.
@@ -115,6 +116,7 @@ class Accumulator:
         assert state.space is not None
         return Curvature(blocks, state.layers, state.space, self.settings.columns.fisher.degree)
 
+    @no_type_check
     def optimise(
         self,
         state: Statistics,
@@ -135,6 +137,7 @@ class Accumulator:
         Raises:
             ValueError: If the state has seen no data.
         """
+        iterations = positive_integer("iterations", iterations)
         factors.require_data(state)
         old_inputs, outputs = factors.kronecker_factors(state)
         for _ in range(iterations):

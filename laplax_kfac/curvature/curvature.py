@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Array, Float, Key, PyTree
 
 from laplax_kfac import pytrees
+from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.posterior.posterior import make_posterior
 from laplax_kfac.posterior.prior import PriorPrecision
@@ -39,8 +40,9 @@ class Curvature(BlockDiagonal):
         """Log-determinant of the posterior precision."""
         return make_posterior(self, prior_prec).log_determinant()
 
+    @no_type_check
     def sample(
         self, key: Key[Array, ""], n: int, params: PyTree, *, prior_prec: PriorPrecision
     ) -> PyTree:
         """Draw ``n`` parameter pytrees from the posterior around ``params``, stacked in front."""
-        return make_posterior(self, prior_prec).sample(key, n, params)
+        return make_posterior(self, prior_prec).sample(key, positive_integer("n", n), params)

@@ -8,7 +8,12 @@ from typing import Any, Unpack
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from laplax_kfac.arguments import no_type_check, positive_integer
+from laplax_kfac.arguments import (
+    no_type_check,
+    positive_integer,
+    require_callable,
+    require_flags,
+)
 from laplax_kfac.capture.batches import (
     Transform,
     WeightedBatch,
@@ -64,10 +69,18 @@ class _Passes:
         """Refuse what refines Kronecker factors by gradients where there is no such thing.
 
         Raises:
-            ValueError: If it does, or a number is not positive.
+            ValueError: If it does, or a number is no positive integer.
+            TypeError: If an argument is of another type.
         """
         positive_integer("batch_size", self.batch_size)
         positive_integer("iterations", self.iterations)
+        require_flags(
+            eigenvalue_correction=self.eigenvalue_correction,
+            optimal_factors=self.optimal_factors,
+            progress=self.progress,
+        )
+        if self.transform is not None:
+            require_callable("transform", self.transform, "a function of one batch")
         refined = options.curvature == "kronecker" and fisher_type_of(options.fisher_type).columns
         for name in ("eigenvalue_correction", "optimal_factors"):
             if getattr(self, name) and not refined:

@@ -8,7 +8,13 @@ from typing import Any, TypedDict, cast
 import jax
 from jaxtyping import Array, Key
 
-from laplax_kfac.arguments import no_type_check, positive_integer, require_choice
+from laplax_kfac.arguments import (
+    no_type_check,
+    positive_integer,
+    require_choice,
+    require_flags,
+    require_key,
+)
 from laplax_kfac.factors import KFAC_APPROXIMATIONS, KfacApprox
 from laplax_kfac.fisher import Columns, fisher_type_of
 from laplax_kfac.likelihood.named import Loss, resolve_likelihood
@@ -99,6 +105,9 @@ class Options:
 
     def __post_init__(self) -> None:
         self.selection()
+        require_flags(vmap_over_data=self.vmap_over_data)
+        if self.key is not None:
+            require_key("key", self.key)
         fisher = fisher_type_of(self.fisher_type)
         require_patterns("kfac_approx", self.kfac_approx)
         for _, value in self._approximations():

@@ -7,6 +7,7 @@ from typing import TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from laplax_kfac.arguments import require_positive
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.curvature.kfac import ekfac, kfac, kfoc
@@ -58,6 +59,9 @@ class CurvatureType:
         model_fn, data = given.pop("model_fn"), given.pop("data")
         curvature = CURVATURE_TYPES[self.name](model_fn, layout, data, **given)
         factor = problem.factor if problem else 1.0
+        if factor != 1.0:
+            name = "`num_curv_samples` / `num_total_samples`, the factor of the curvature,"
+            require_positive(name, factor, shape=())
         if factor == 1.0:  # each product is a compilation
             return curvature
         return curvature.map(lambda eigenvalues: factor * eigenvalues)

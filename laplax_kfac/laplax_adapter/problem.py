@@ -16,11 +16,13 @@ import laplax.util.loader  # registers how loaders are multiplied with
 import laplax.util.mv
 from jaxtyping import PyTree
 
+from laplax_kfac.arguments import no_type_check
 from laplax_kfac.parsing.program import ModelFn
 
 Product: TypeAlias = Callable[..., PyTree]
 
 
+@no_type_check
 @dataclass(frozen=True)
 class Problem:
     """What ``laplax.api.GGN`` was called with.

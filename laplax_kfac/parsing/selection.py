@@ -17,7 +17,7 @@ from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
     require_choice,
-    require_flag,
+    require_flags,
 )
 from laplax_kfac.bases import kind_of
 from laplax_kfac.parsing.layer import BlockKind
@@ -151,7 +151,7 @@ def select(
     for name, by_pattern in (("fallback", fallback), ("factor_kinds", factor_kinds)):
         require_patterns(name, by_pattern)
     require_choice("curvature", curvature, get_args(CurvatureKind))
-    require_flag("separate_weight_and_bias", separate_weight_and_bias)
+    require_flags(separate_weight_and_bias=separate_weight_and_bias)
     last_layer = isinstance(params_filter, str) and params_filter == LAST_LAYER
     whole = last_layer or params_filter is None or callable(params_filter)
     patterns = () if whole else _patterns(params_filter)

@@ -17,7 +17,12 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from laplax_kfac import machine, pytrees
-from laplax_kfac.arguments import no_type_check, positive_integer
+from laplax_kfac.arguments import (
+    no_type_check,
+    positive_integer,
+    require_key,
+    require_positive,
+)
 from laplax_kfac.blocks.blocks import BlockDiagonal, rotate_back
 from laplax_kfac.blocks.merging import add
 from laplax_kfac.posterior.prior import (
@@ -86,6 +91,7 @@ class Posterior:
         """
         return 0.5 * prior_distance(self.precision, self.precision, params, mean)
 
+    @no_type_check
     def sample(
         self, key: Key[Array, ""], num_samples: int, mean: PyTree, *, start: int | Array = 0
     ) -> PyTree:
@@ -104,8 +110,12 @@ class Posterior:
         Raises:
             ValueError: If ``mean`` has another structure or other shapes than the parameters, or
                 ``num_samples`` is not a positive integer.
+            TypeError: If ``key`` is no random key.
         """
         num_samples = positive_integer("num_samples", num_samples)
+        require_key("key", key)
+        if not isinstance(start, jax.core.Tracer):
+            start = positive_integer("start", start, least=0)
         precision = self.precision
         leaves = precision.space.flatten(mean, name="params")
 
@@ -196,13 +206,18 @@ def make_posterior(
         prior_prec: Prior precision: a positive scalar, an array with one value a layer, or a
             pytree prefix of the parameters. Or a matrix, which is added by the rules of `merge`: a
             pytree with one value for every parameter, or the posterior of an earlier task.
-        sigma_squared: Factor of the loss: 1 / (2 s) for ``mse`` with noise of variance s. The
-            curvature is multiplied by it; an empirical Fisher matrix, by its square.
-        loss_scaling_factor: Factor by which the loss was scaled.
+        sigma_squared: Factor of the loss, positive: 1 / (2 s) for ``mse`` with noise of variance s.
+            The curvature is multiplied by it; an empirical Fisher matrix, by its square.
+        loss_scaling_factor: Factor by which the loss was scaled, positive.
 
     Raises:
-        ValueError: If ``prior_prec`` is of another form, not positive, or on other layers.
+        ValueError: If ``prior_prec`` is of another form, not positive, or on other layers, or if
+            a factor is not positive and finite.
+        TypeError: If one is no number.
     """
+    dtype = jnp.result_type(*(block.eigenvalues for block in curvature.blocks))
+    require_positive("sigma_squared", sigma_squared, shape=(), dtype=dtype)
+    require_positive("loss_scaling_factor", loss_scaling_factor, shape=(), dtype=dtype)
     prior = as_prior(prior_prec)
     scaled = curvature.of_scaled_loss(sigma_squared)
     matrix = precision_matrix(prior, curvature)

@@ -236,7 +236,7 @@ def test_noise_adds_its_variance():
     marginals = Marginals(mean, jnp.ones((2, 3))).with_noise(0.5)
     np.testing.assert_array_equal(marginals.variance, np.full((2, 3), 1.5))
     for gaussian in (found, marginals):
-        with pytest.raises(ValueError, match="`noise_variance` must be positive; found -1"):
+        with pytest.raises(ValueError, match="must be positive and finite; found -1"):
             gaussian.with_noise(-1.0)
 
 
