@@ -58,6 +58,7 @@ def save(path: str | os.PathLike[str], x: Curvature | Posterior) -> None:
         "format": FORMAT,
         "kind": type(x).__name__,
         "space": _space_to_json(matrix.space),
+        "degree": getattr(matrix, "degree", 1),
         "layers": [_layer_to_json(layer, k, arrays) for k, layer in enumerate(matrix.layers)],
         "sides": [[basis.kind.text for basis in block.sides] for block in matrix.blocks],
     }
@@ -111,7 +112,7 @@ def load(path: str | os.PathLike[str], params: PyTree | None = None) -> Any:
         blocks = tuple(_block(k, sides, file) for k, sides in enumerate(header["sides"]))
     if header["kind"] == "Posterior":
         return Posterior(BlockDiagonal(blocks, layers, space))
-    return Curvature(blocks, layers, space)
+    return Curvature(blocks, layers, space, header.get("degree", 1))
 
 
 def _block(k: int, sides: Sequence[str], file: Arrays) -> Block:

@@ -39,6 +39,9 @@ class FisherType:
         is_root: Whether their outer products sum to H without randomness, so that the unit vectors
             may be pulled back in their place and combined.
         takes_sketches: Whether ``sketches`` may ask for random combinations instead.
+        degree: Power of the loss that the curvature scales with: 2 where the vectors are gradients
+            of the loss that the data alone give; those of the model's own likelihood grow with its
+            root.
     """
 
     name: str
@@ -48,6 +51,7 @@ class FisherType:
     random: bool = False
     is_root: bool = False
     takes_sketches: bool = False
+    degree: int = 1
 
 
 @dataclass(frozen=True)
@@ -200,5 +204,5 @@ def fisher_type_of(name: object) -> FisherType:
 
 register(FisherType("type2", _root, _num_in_root, is_root=True, takes_sketches=True))
 register(FisherType("mc", _sampled, lambda columns, *_: columns.mc_samples, random=True))
-register(FisherType("empirical", _observed, lambda *_: 1, needs_targets=True))
+register(FisherType("empirical", _observed, lambda *_: 1, needs_targets=True, degree=2))
 register(FisherType("forward_only", None, lambda *_: 0))

@@ -132,6 +132,10 @@ class BlockDiagonal:
         blocks = tuple(replace(b, eigenvalues=function(b.eigenvalues)) for b in self.blocks)
         return replace(self, blocks=blocks)
 
+    def of_scaled_loss(self: Matrix, factor: Float[Array, ""] | float | int) -> Matrix:
+        """The matrix of a loss that is so many times this one: as many times the matrix."""
+        return self.map(lambda values: factor * values)
+
     def num_free(self) -> int:
         """Number of parameters that are not frozen."""
         return sum(layer.size for layer in self.layers if not layer.frozen)

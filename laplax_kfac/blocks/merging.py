@@ -53,7 +53,7 @@ def merge(first: Matrix, second: BlockDiagonal) -> Matrix:
 
     Raises:
         TypeError: If one is no curvature.
-        ValueError: If the layers differ.
+        ValueError: If the layers differ, or one of them alone is an empirical Fisher matrix.
     """
     for curvature in (first, second):
         if not isinstance(curvature, BlockDiagonal):
@@ -64,6 +64,14 @@ def merge(first: Matrix, second: BlockDiagonal) -> Matrix:
                 "posterior of the sum."
             )
             raise TypeError(msg)
+    degrees = [getattr(curvature, "degree", 1) for curvature in (first, second)]
+    if degrees[0] != degrees[1]:
+        msg = (
+            "`merge` takes two curvatures of one Fisher type; found an empirical Fisher matrix, "
+            "which scales with the square of the loss, and one that scales with the loss: no noise "
+            "variance could scale their sum. Fit both with the same `fisher_type`."
+        )
+        raise ValueError(msg)
     return add(first, second)
 
 

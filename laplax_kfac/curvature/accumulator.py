@@ -114,7 +114,7 @@ class Accumulator:
         """
         blocks = factors.finalize(state)
         assert state.space is not None
-        return Curvature(blocks, state.layers, state.space)
+        return Curvature(blocks, state.layers, state.space, self.settings.columns.fisher.degree)
 
     @no_type_check
     def optimise(

@@ -1,6 +1,6 @@
 """The curvature of the loss at the trained parameters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Array, Float, Key, PyTree
 
@@ -20,7 +20,17 @@ class Curvature(BlockDiagonal):
     `trace` are of the curvature alone; the methods here add a prior, posterior precision being
     ``curvature + prior_prec * I``; ``prior_prec`` is a scalar, an array with one value a layer,
     or a pytree prefix of the parameters.
+
+    Attributes:
+        degree: Power of the loss that it scales with: 2 for an empirical Fisher matrix, a sum of
+            products of gradients; 1 for all others.
     """
+
+    degree: int = field(default=1, metadata={"static": True})
+
+    def of_scaled_loss(self, factor: Float[Array, ""] | float | int) -> "Curvature":
+        """The curvature of a loss that is so many times this one."""
+        return self.map(lambda values: factor**self.degree * values)
 
     def inverse_mv(self, v: PyTree, *, prior_prec: PriorPrecision) -> PyTree:
         """Posterior covariance times a pytree like the parameters."""

@@ -85,24 +85,22 @@ def log_marginal_likelihood(
     """
     require_fit(log_likelihood, noise_variance)
     fit = log_likelihood.log_likelihood(noise_variance)
-    factor = log_likelihood.curvature_factor(noise_variance)
+    factor = log_likelihood.loss_factor(noise_variance)
     prior = as_prior(prior_prec)
     prior_determinant = log_prior_determinant(prior, curvature)
     if precision_matrix(prior, curvature) is not None:
         posterior = make_posterior(curvature, prior, sigma_squared=factor)
         growth = posterior.log_determinant() - prior_determinant
     else:
-        growth = _growth(curvature, per_block(prior, curvature), factor)
+        growth = _growth(curvature.of_scaled_loss(factor), per_block(prior, curvature))
     complexity = 0.5 * (prior_distance(prior, curvature, params, prior_mean) + growth)
     return Evidence(fit - complexity, fit, complexity, prior_determinant + growth)
 
 
-def _growth(
-    curvature: BlockDiagonal, prior_prec: Sequence[Scalar], factor: Scalar
-) -> Float[Array, ""]:
+def _growth(curvature: BlockDiagonal, prior_prec: Sequence[Scalar]) -> Float[Array, ""]:
     """By how much the data increase the log-determinant of the precision."""
     total = jnp.zeros(())
     for block, layer, value in zip(curvature.blocks, curvature.layers, prior_prec, strict=True):
         if not layer.frozen:
-            total = total + jnp.sum(jnp.log(1.0 + (factor / value) * block.eigenvalues))
+            total = total + jnp.sum(jnp.log(1.0 + (1.0 / value) * block.eigenvalues))
     return total

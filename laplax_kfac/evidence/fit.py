@@ -48,8 +48,8 @@ class DataFit:
         normaliser = 0.5 * self.num_outputs * jnp.log(2 * math.pi * variance)
         return -self.loss / (2 * variance) - normaliser
 
-    def curvature_factor(self, noise_variance: Scalar | None = None) -> Scalar:
-        """Curvature of the negative log-likelihood over that of the loss."""
+    def loss_factor(self, noise_variance: Scalar | None = None) -> Scalar:
+        """The negative log-likelihood over the loss, up to its constant."""
         return 1.0 / (2 * noise_variance) if noise_variance is not None else 1.0
 
 

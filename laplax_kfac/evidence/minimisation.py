@@ -10,8 +10,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
 from laplax_kfac.arguments import no_type_check, require_positive
+from laplax_kfac.evidence.hill import DEFAULT_TOLERANCE, Hill, pushed
 from laplax_kfac.evidence.problem import DEFAULT_BOUNDS, check_start
-from laplax_kfac.evidence.search import DEFAULT_STEPS, Hill, checked_steps, climb, pushed
+from laplax_kfac.evidence.search import DEFAULT_STEPS, checked_steps, climb
 
 
 @no_type_check
@@ -21,7 +22,7 @@ def minimise(
     *,
     steps: int = DEFAULT_STEPS["lbfgs"],
     bounds: tuple[float, float] = DEFAULT_BOUNDS,
-    tolerance: float = 1e-3,
+    tolerance: float = DEFAULT_TOLERANCE,
 ) -> tuple[PyTree, Bool[Array, ""]]:
     """Minimise any differentiable function of positive numbers, as `tune` does by ``"lbfgs"``.
 
@@ -30,10 +31,11 @@ def minimise(
         start: Pytree of positive numbers.
         steps: Most steps.
         bounds: Smallest and largest value of every number.
-        tolerance: Largest derivative in the logarithm of a number, relative to the value.
+        tolerance: By how much a Newton step may still be expected to lower the objective, in its
+            own units, where the search ends; for one in nats the default loses nothing.
 
     Returns:
-        The best values, and whether they were found.
+        The best values, and whether they were found: never where the objective is NaN.
 
     Raises:
         ValueError: If an option has no sense, if the start is not positive or out of bounds, or if
@@ -58,18 +60,15 @@ def minimise(
         )
         raise ValueError(msg)
 
-    def unconverged(logs: Array, gradient: Array) -> Bool[Array, " d"]:
-        outwards = jnp.where(gradient > 0, logs >= limits[1], logs <= limits[0])
-        return ~((jnp.abs(gradient) <= tolerance * jnp.abs(value(logs))) | outwards)
-
-    hill = Hill(value, unconverged, limits)
+    # Only ratios matter, and the size of the numbers that the search works with.
+    share = jnp.maximum(jnp.maximum(jnp.abs(size), jnp.max(jnp.abs(slope))), 1e-30) / len(logs)
+    hill = Hill(value, limits, tolerance, jnp.full_like(logs, share))
 
     @jax.jit
     def search(logs: Array) -> tuple[Array, Array]:
-        shares = jnp.full_like(logs, jnp.maximum(jnp.abs(size), 1e-30) / len(logs))
-        found, *_ = climb(hill, logs, shares, optax.lbfgs(), steps)
+        found, *_ = climb(hill, logs, optax.lbfgs(), steps)
         found = pushed(hill, found)
-        return found, ~jnp.any(unconverged(found, jax.grad(value)(found)))
+        return found, hill.is_top(found, jax.grad(value)(found))
 
     found, converged = search(logs)
     return jax.tree.map(jnp.exp, unravel(found)), converged

@@ -15,7 +15,7 @@ from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.evidence.evidence import Evidence, log_marginal_likelihood
 from laplax_kfac.evidence.fit import DataFit
 from laplax_kfac.posterior.posterior import as_prior
-from laplax_kfac.posterior.prior import log_prior_determinant, prior_distance
+from laplax_kfac.posterior.prior import log_prior_determinant
 
 PriorFunction = Callable[[PyTree], Any]
 DEFAULT_BOUNDS = (1e-8, 1e8)
@@ -85,12 +85,6 @@ class Problem:
             prior_mean=self.prior_mean,
             noise_variance=values.get("noise_variance"),
         )
-
-    def terms(self, function: PriorFunction, values: PyTree) -> tuple[Array, Array]:
-        """Fit and distance to the prior, the terms of the evidence that cost nothing."""
-        prior = as_prior(function(values["hyperparameters"]))
-        distance = prior_distance(prior, self.curvature, self.params, self.prior_mean)
-        return self.log_likelihood.log_likelihood(values.get("noise_variance")), -0.5 * distance
 
     def shares(self, function: PriorFunction, values: PyTree) -> Array:
         """Half the number of parameters, or of targets, that is governed by the values."""

@@ -4,8 +4,6 @@ All work within bounds, in compiled loops. In the logarithms of prior precisions
 the negative evidence is convex (see `tuning`), so that any start leads to the optimum.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -20,6 +18,7 @@ from laplax_kfac.arguments import (
     require_bounds,
     require_choice,
 )
+from laplax_kfac.evidence.hill import Hill
 
 Method = Literal["lbfgs", "adam", "grid"]
 DEFAULT_STEPS = {"lbfgs": 100, "adam": 1000, "grid": 33}
@@ -36,29 +35,9 @@ def checked_steps(method: str, steps: int | None, bounds: tuple[float, float]) -
     return positive_integer("steps", steps, least=5 if method == "grid" else 1)
 
 
-@dataclass(frozen=True)
-class Hill:
-    """A function of logarithms that is climbed, within bounds.
-
-    Attributes:
-        value: (logs) -> the value.
-        unconverged: (logs, gradient) -> where the search has not come to its end yet.
-        limits: Least and largest logarithm.
-    """
-
-    value: Callable[[Array], Array]
-    unconverged: Callable[[Array, Array], Array]
-    limits: Float[Array, "2"]
-
-    def inside(self, logs: Float[Array, " d"]) -> Float[Array, " d"]:
-        """The nearest logarithms within the bounds."""
-        return jnp.clip(logs, self.limits[0], self.limits[1])
-
-
 def climb(
     hill: Hill,
     start: Float[Array, " d"],
-    shares: Float[Array, " d"],
     optimizer: optax.GradientTransformation,
     steps: int,
 ) -> tuple[Float[Array, " d"], Float[Array, " steps"], Array]:
@@ -66,10 +45,11 @@ def climb(
 
     Coordinates are scaled by the roots of the numbers of parameters that they govern, which makes
     the optimum about as sharp in all of them. Out of bounds the value stays as it is at the bound,
-    less a parabola: flat regions from which there is no way back would be left otherwise.
+    less a parabola: flat regions from which there is no way back would be left otherwise. Whether
+    the top is reached is asked only where the last step gained little.
     """
-    total = jnp.sum(shares)
-    weights = jnp.sqrt(shares / total)
+    total = jnp.sum(hill.shares)
+    weights = jnp.sqrt(hill.shares / total)
 
     def loss(scaled: Array) -> Array:
         logs = scaled / weights
@@ -77,12 +57,15 @@ def climb(
         return -hill.value(inside) / total + 0.5 * jnp.sum((weights * (logs - inside)) ** 2)
 
     def step(state: Any) -> Any:
-        scaled, inner, trace, taken, _ = state
+        scaled, inner, trace, taken, before, _ = state
         logs = scaled / weights
         inside = hill.inside(logs)
         outside = weights * (logs - inside)
         here, gradient = jax.value_and_grad(hill.value)(inside)
-        unfinished = jnp.any(hill.unconverged(inside, gradient))
+        close = ~(here - before > 10 * hill.resolution(here))
+        unfinished = ~jax.lax.cond(
+            close, hill.is_top, lambda *_: jnp.asarray(False), inside, gradient
+        )
         slope = outside - jnp.where(logs == inside, gradient, 0.0) / (total * weights)
         updates, inner = with_extras.update(
             slope,
@@ -93,16 +76,18 @@ def climb(
             value_fn=loss,
         )
         moved = jnp.where(unfinished, optax.apply_updates(scaled, updates), scaled)
-        return moved, inner, trace.at[taken].set(here), taken + 1, unfinished
+        unfinished = unfinished & jnp.any(moved != scaled)  # rounding may leave no step to take
+        return moved, inner, trace.at[taken].set(here), taken + 1, here, unfinished
 
     def goes_on(state: Any) -> Array:
-        *_, taken, unfinished = state
+        *_, taken, _, unfinished = state
         return unfinished & (taken < steps)
 
     with_extras = optax.with_extra_args_support(optimizer)
     scaled, trace = start * weights, jnp.zeros(steps, start.dtype)
-    first = scaled, with_extras.init(scaled), trace, jnp.zeros((), int), jnp.asarray(True)
-    scaled, _, trace, taken, _ = jax.lax.while_loop(goes_on, step, first)
+    nowhere = jnp.asarray(jnp.nan, start.dtype)
+    first = scaled, with_extras.init(scaled), trace, jnp.zeros((), int), nowhere, jnp.asarray(True)
+    scaled, _, trace, taken, *_ = jax.lax.while_loop(goes_on, step, first)
     return hill.inside(scaled / weights), trace, taken
 
 
@@ -127,20 +112,3 @@ def search_grid(
         return logs.at[i].set(candidates[best]), values[best]
 
     return jax.lax.scan(search, start, (jnp.asarray(rounds), jnp.asarray(coordinates)))
-
-
-def pushed(hill: Hill, logs: Float[Array, " d"]) -> Float[Array, " d"]:
-    """Take coordinates to the bound that they are on the way to, if the way goes on behind it.
-
-    The evidence is concave, and may flatten out towards an optimum at infinity so much that
-    rounding stops the search half-way.
-    """
-    slope = jax.grad(hill.value)
-
-    def push(logs: Array, i: Array) -> tuple[Array, None]:
-        gradient = slope(logs)
-        moved = logs.at[i].set(jnp.where(gradient[i] > 0, hill.limits[1], hill.limits[0]))
-        goes_on = slope(moved)[i] * jnp.sign(gradient[i]) >= 0
-        return jnp.where(hill.unconverged(logs, gradient)[i] & goes_on, moved, logs), None
-
-    return jax.lax.scan(push, logs, jnp.arange(len(logs)))[0]

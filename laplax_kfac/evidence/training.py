@@ -32,6 +32,7 @@ from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.evidence.evidence import Evidence
 from laplax_kfac.evidence.fit import fit_of_batch, require_fit
+from laplax_kfac.evidence.hill import DEFAULT_TOLERANCE
 from laplax_kfac.evidence.passes import Passes, Schedule
 from laplax_kfac.evidence.problem import (
     DEFAULT_BOUNDS,
@@ -130,7 +131,8 @@ def marglik_training(
         hyper_steps: Steps of Adam at each; 0 keeps the hyperparameters as they are.
         hyper_learning_rate: Their size, in natural logarithms.
         bounds: Smallest and largest value of every hyperparameter.
-        patience: Stop after so many steps on the evidence without a better one; None never stops.
+        patience: Stop after so many steps on the evidence without a better one, by more than the
+            1e-5 nats that `tune` leaves; None never stops.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
         batch_size: Most examples of a batch; larger ones are split.
         transform: Applied to every batch first.
@@ -193,7 +195,9 @@ def marglik_training(
         logs, hyper_inner, evidence = climb(problem, logs, hyper_inner)
         trace.append(float(evidence.value))
         if np.isfinite(trace[-1]) and (best is None or trace[-1] > best.evidence.value):
-            values, worse = jax.tree.map(jnp.exp, logs), 0
+            values = jax.tree.map(jnp.exp, logs)
+            gained = np.inf if best is None else trace[-1] - float(best.evidence.value)
+            worse = 0 if gained > DEFAULT_TOLERANCE else worse + 1
             tuned = values["hyperparameters"]
             best = Trained(
                 params, curvature, function(tuned), values.get("noise_variance"), evidence, epoch,

@@ -25,6 +25,7 @@ from laplax_kfac.arguments import no_type_check, require_positive
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.evidence.evidence import Evidence
 from laplax_kfac.evidence.fit import DataFit, require_fit
+from laplax_kfac.evidence.hill import DEFAULT_TOLERANCE, Hill, pushed
 from laplax_kfac.evidence.problem import (
     DEFAULT_BOUNDS,
     PriorFunction,
@@ -33,7 +34,7 @@ from laplax_kfac.evidence.problem import (
     identity,
     start_of,
 )
-from laplax_kfac.evidence.search import Hill, Method, checked_steps, climb, pushed, search_grid
+from laplax_kfac.evidence.search import Method, checked_steps, climb, search_grid
 from laplax_kfac.posterior.posterior import as_prior
 from laplax_kfac.posterior.prior import PriorPrecision, Scalar, log_prior_determinant
 
@@ -53,9 +54,9 @@ class Tuned:
         evidence: The evidence there.
         trace: Evidence at every step, shape (steps,); it stays as it is after the last one that was
             needed. For the grid, the best so far after every round of every hyperparameter.
-        converged: Whether the optimum was found: the derivative of the evidence in the logarithm
-            of every hyperparameter is below the tolerance, relative to the terms that make it up
-            (fit, distance to the prior, volume), or points out of the bounds.
+        converged: Whether the optimum was found: a Newton step in the logarithms of the
+            hyperparameters, within the bounds, would raise the evidence by no more than the
+            tolerance in nats, or than rounding leaves of it. Never where anything is NaN.
         at_bound: Which hyperparameters ended at a bound: a dictionary with the entries
             ``"hyperparameters"`` (in the form of the start) and ``"noise_variance"``.
         hyperparameters: The hyperparameters, where ``prior_prec`` is a function of them.
@@ -84,7 +85,7 @@ def tune(
     steps: int | None = None,
     learning_rate: float = 0.1,
     bounds: tuple[float, float] = DEFAULT_BOUNDS,
-    tolerance: float = 1e-3,
+    tolerance: float = DEFAULT_TOLERANCE,
 ) -> Tuned:
     """Maximise the evidence in the prior precision, and in the noise variance if one is given.
 
@@ -109,7 +110,7 @@ def tune(
         steps: Most steps, 100 for ``"lbfgs"`` and 1000 for ``"adam"``; points of the grid, 33.
         learning_rate: Step size of Adam, in natural logarithms; it decays to zero by a cosine.
         bounds: Smallest and largest value of every hyperparameter.
-        tolerance: See `Tuned.converged`.
+        tolerance: Nats that may still be expected at the end; see `Tuned.converged`.
 
     Warns:
         BoundaryWarning: If a value ends at a bound, as for a layer that was pruned: its best
@@ -187,27 +188,20 @@ def _tuned(
         found = evidence(logs)
         return found.value, found
 
-    def unconverged(logs: Array, gradient: Array) -> Bool[Array, " d"]:
-        """Where the terms of the derivative do not cancel, and it does not point outwards."""
-        fit, distance = jax.jacrev(of_logs(problem.terms))(logs)
-        size = jnp.abs(fit) + jnp.abs(distance) + jnp.abs(gradient - fit - distance)
-        outwards = jnp.where(gradient > 0, logs >= limits[1], logs <= limits[0])
-        return ~((jnp.abs(gradient) <= tolerance * size) | outwards)
-
-    hill = Hill(value, unconverged, limits)
+    shares = jnp.maximum(jnp.abs(jax.grad(of_logs(problem.shares))(logs)), 1.0)
+    hill = Hill(value, limits, tolerance, shares)
     if method == "grid":
         logs, trace = search_grid(hill, logs, steps)
         taken = jnp.asarray(len(trace))
     else:
-        shares = jnp.maximum(jnp.abs(jax.grad(of_logs(problem.shares))(logs)), 1.0)
         schedule = optax.cosine_decay_schedule(learning_rate, steps)
         # The usual b2 = 0.999 would remember the steep gradients far from the optimum all the way.
         optimizer = optax.adam(schedule, b2=0.9) if method == "adam" else optax.lbfgs()
-        logs, trace, taken = climb(hill, logs, shares, optimizer, steps)
+        logs, trace, taken = climb(hill, logs, optimizer, steps)
     logs = pushed(hill, logs)
     gradient, best = jax.grad(value_and_evidence, has_aux=True)(logs)
-    converged = ~jnp.any(unconverged(logs, gradient))
-    at_bound = unravel(((logs <= limits[0]) | (logs >= limits[1])).astype(logs.dtype))
+    converged = hill.is_top(logs, gradient)
+    at_bound = unravel((hill.at_bound(logs) & jnp.isfinite(gradient)).astype(logs.dtype))
     values = jax.tree.map(jnp.exp, unravel(logs))
     return Tuned(
         function(values["hyperparameters"]),

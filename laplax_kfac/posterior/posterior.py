@@ -1,8 +1,9 @@
 """Prior and curvature make a Gaussian posterior; all of it is functions of eigenvalues.
 
 Posterior precision: ``(sigma_squared * curvature + prior_prec * I) / loss_scaling_factor``, the
-convention of laplax's own curvature types. No factorisation happens here: the curvature's
-eigendecomposition serves every prior, so everything is differentiable in the hyperparameters.
+convention of laplax's own curvature types; an empirical Fisher matrix is multiplied by
+``sigma_squared ** 2``. No factorisation happens here: the curvature's eigendecomposition serves
+every prior, so everything is differentiable in the hyperparameters.
 Frozen parameters have infinite precision: no variance, and no part in the determinant.
 """
 
@@ -205,7 +206,8 @@ def make_posterior(
         prior_prec: Prior precision: a positive scalar, an array with one value a layer, or a
             pytree prefix of the parameters. Or a matrix, which is added by the rules of `merge`: a
             pytree with one value for every parameter, or the posterior of an earlier task.
-        sigma_squared: Factor of the curvature, positive.
+        sigma_squared: Factor of the loss, positive: 1 / (2 s) for ``mse`` with noise of variance
+            s. The curvature is multiplied by it; an empirical Fisher matrix, by its square.
         loss_scaling_factor: Factor by which the loss was scaled, positive.
 
     Raises:
@@ -217,7 +219,7 @@ def make_posterior(
     require_positive("sigma_squared", sigma_squared, shape=(), dtype=dtype)
     require_positive("loss_scaling_factor", loss_scaling_factor, shape=(), dtype=dtype)
     prior = as_prior(prior_prec)
-    scaled = curvature.map(lambda values: sigma_squared * values)
+    scaled = curvature.of_scaled_loss(sigma_squared)
     matrix = precision_matrix(prior, curvature)
     if matrix is not None:
         total = add(scaled, matrix).blocks

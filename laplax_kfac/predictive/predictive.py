@@ -44,7 +44,7 @@ def predictive_covariance(
         params: The trained parameters.
         inputs: Inputs, with a leading axis N.
         prior_prec: Prior precision.
-        sigma_squared: Factor of the curvature.
+        sigma_squared: Factor of the loss, see `make_posterior`.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
         batch_size: Most inputs that are worked on at once; fewer if their Jacobians are large.
 
@@ -78,7 +78,7 @@ def predictive_variance(
         params: The trained parameters.
         inputs: Inputs, with a leading axis N.
         prior_prec: Prior precision.
-        sigma_squared: Factor of the curvature.
+        sigma_squared: Factor of the loss, see `make_posterior`.
         vmap_over_data: Whether ``model_fn`` takes one example or a batch.
         batch_size: Most inputs that are worked on at once.
 
@@ -114,7 +114,7 @@ def joint_covariance(
         inputs: Inputs, with a leading axis N.
         others: Inputs with a leading axis M; ``inputs`` themselves by default.
         prior_prec: Prior precision.
-        sigma_squared: Factor of the curvature.
+        sigma_squared: Factor of the loss, see `make_posterior`.
         vmap_over_data: Whether ``model_fn`` takes one example or a batch.
         batch_size: Most inputs of either side that are worked on at once.
 

@@ -59,7 +59,7 @@ def predictive_samples(
         key: Random key.
         num_samples: Number of functions n.
         prior_prec: Prior precision.
-        sigma_squared: Factor of the curvature.
+        sigma_squared: Factor of the loss, see `make_posterior`.
         linearised: Whether to sample the linearised network, ``f(x) + J (theta_s - theta)``, whose
             covariance is `predictive_covariance`, or the network itself, ``f(x; theta_s)``.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.

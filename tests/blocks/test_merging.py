@@ -188,6 +188,14 @@ def test_other_layers_are_refused():
         laplax_kfac.merge(replace(first, layers=first.layers[::-1]), first)
 
 
+def test_an_empirical_fisher_matrix_is_not_added_to_another_curvature():
+    first, second = tasks()
+    empirical = replace(second, degree=2)
+    with pytest.raises(ValueError, match="two curvatures of one Fisher type; found an empirical"):
+        laplax_kfac.merge(first, empirical)
+    assert laplax_kfac.merge(empirical, empirical).degree == 2
+
+
 @pytest.mark.parametrize("what", ["posterior", "statistics"])
 def test_what_is_no_curvature_is_refused(what):
     first, _ = tasks()

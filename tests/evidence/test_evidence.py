@@ -232,6 +232,63 @@ def test_a_gaussian_of_known_variance_needs_none_in_the_evidence(noise_variance)
     np.testing.assert_allclose(found, expected, rtol=1e-8)
 
 
+@pytest.mark.parametrize("noise_variance", [0.05, 0.1, 0.5, 4.0])
+def test_an_empirical_fisher_matrix_scales_with_the_square_of_the_loss(noise_variance):
+    x, features, y = regression(TALL)
+    x, features, y = (z[:, :1] if z is y else z for z in (x, features, y))
+    params = {"b": jnp.zeros(1), "w": jnp.ones((features.shape[1] - 1, 1))}
+    options: Any = {"fisher_type": "empirical", "curvature": "block"}
+    curvature = laplax_kfac.kfac(linear, params, (x, y), loss_fn="mse", **options)
+    fit = laplax_kfac.data_fit(linear, params, (x, y), loss_fn="mse")
+    weights, _ = ravel_pytree(params)
+    # Products of gradients of (f - y)^2 / (2 noise), by their definition.
+    gradients = (features @ weights - y[:, 0])[:, None] * features / noise_variance
+    precision = gradients.T @ gradients + 0.3 * np.eye(len(weights))
+    joint = -0.5 * np.sum((features @ weights - y[:, 0]) ** 2) / noise_variance
+    joint -= 0.5 * len(y) * np.log(2 * np.pi * noise_variance)
+    joint += 0.5 * (len(weights) * np.log(0.3) - 0.3 * weights @ weights)
+    expected = joint - 0.5 * np.linalg.slogdet(precision)[1]
+
+    for prior in (0.3, jax.tree.map(lambda p: jnp.full(p.shape, 0.3), params)):
+        found = laplax_kfac.log_marginal_likelihood(
+            curvature, params, log_likelihood=fit, prior_prec=prior, noise_variance=noise_variance
+        ).value
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+    factor = 1 / (2 * noise_variance)
+    posterior = laplax_kfac.make_posterior(curvature, 0.3, sigma_squared=factor)
+    np.testing.assert_allclose(posterior.precision.to_dense(), precision, rtol=1e-8, atol=1e-9)
+    variance = laplax_kfac.predictive_variance(
+        curvature, linear, params, x[:3], prior_prec=0.3, sigma_squared=factor
+    ).variance
+    direct = np.sum(features[:3].T * np.linalg.solve(precision, features[:3].T), axis=0)
+    np.testing.assert_allclose(variance[:, 0], direct, rtol=1e-8)
+    # Where the noise is fixed, the likelihood with this noise says the same.
+    known = laplax_kfac.likelihood.gaussian(noise_variance)
+    same = laplax_kfac.kfac(linear, params, (x, y), loss_fn=known, **options)
+    np.testing.assert_allclose(same.to_dense(), precision - 0.3 * np.eye(len(weights)), atol=1e-8)
+
+
+def test_the_noise_is_tuned_with_an_empirical_fisher_matrix():
+    x, _, y = regression(TALL)
+    params = most_probable(TALL, 1.0, 0.5)
+    options: Any = {"fisher_type": "empirical"}
+    curvature = laplax_kfac.kfac(linear, params, (x, y), loss_fn="mse", **options)
+    fit = laplax_kfac.data_fit(linear, params, (x, y), loss_fn="mse")
+    tuned = laplax_kfac.tune(curvature, params, log_likelihood=fit, noise_variance=1.0)
+
+    def with_noise(variance):
+        known = laplax_kfac.likelihood.gaussian(variance)
+        matrix = laplax_kfac.kfac(linear, params, (x, y), loss_fn=known, **options)
+        fit = laplax_kfac.data_fit(linear, params, (x, y), loss_fn=known)
+        return laplax_kfac.tune(matrix, params, log_likelihood=fit).evidence.value
+
+    assert tuned.noise_variance is not None
+    best = float(tuned.noise_variance)
+    values = [with_noise(factor * best) for factor in (0.95, 1.0, 1.05)]
+    np.testing.assert_allclose(values[1], tuned.evidence.value, rtol=1e-6)
+    assert values[1] > max(values[0], values[2])
+
+
 def test_masked_outputs_do_not_enter_the_evidence():
     # The second output of every example is missing; so may be the parameters that only it has.
     x, _, y = regression(TALL)

@@ -17,8 +17,10 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 @functools.cache
-def fitted(curv_type):
+def fitted(curv_type, times=1):
+    """Curvature and posterior of a small network, on data that are there ``times`` times."""
     model_fn, params, inputs, n_out = models.by_name("mlp").make()
+    inputs = jnp.tile(inputs, (times, 1))
     data = {"input": inputs, "target": jnp.ones((len(inputs), n_out))}
     posterior_fn, curvature = laplax.laplace(
         model_fn, params, data, loss_fn="mse", curv_type=curv_type
@@ -26,8 +28,8 @@ def fitted(curv_type):
     return posterior_fn, model_fn, params, data, curvature
 
 
-def calibrated(curv_type, objective="marginal_log_likelihood", **options: Any):
-    posterior_fn, model_fn, params, data, curvature = fitted(curv_type)
+def calibrated(curv_type, objective="marginal_log_likelihood", times=1, **options: Any):
+    posterior_fn, model_fn, params, data, curvature = fitted(curv_type, times)
     arguments, _ = laplax.calibration(
         posterior_fn, model_fn, params, data, loss_fn="mse", curv_estimate=curvature,
         curv_type=curv_type, calibration_objective=objective, **options,
@@ -58,6 +60,23 @@ def test_precisions_of_layers_and_other_arguments():
     for name, value in expected.prior_prec.items():
         np.testing.assert_allclose(found["prior_prec"][name], value, rtol=1e-2)
     assert found["sigma_squared"] == 2.0
+
+
+@pytest.mark.parametrize("times", [1, 4000])
+def test_it_loses_nothing_with_many_data(times):
+    start = {"lin1": 1.0, "lin2": 1.0}
+    found = calibrated(
+        "kfac", times=times, calibration_method="tune", prior_arguments={"prior_prec": start}
+    )
+    _, model_fn, params, data, curvature = fitted("kfac", times)
+    fit = laplax_kfac.data_fit(model_fn, params, data, loss_fn="mse")
+    expected = laplax_kfac.tune(
+        curvature, params, log_likelihood=fit, prior_prec=start, method="grid"
+    )
+    value = laplax_kfac.log_marginal_likelihood(
+        curvature, params, log_likelihood=fit, prior_prec=found["prior_prec"]
+    ).value
+    assert value > expected.evidence.value - 1e-3
 
 
 def test_it_finds_the_best_of_the_grid_of_other_curvature_types():
