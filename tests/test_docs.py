@@ -26,3 +26,16 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 def test_blocks_are_found():
     text = "a\n```python\nx = 1\n```\nb\n```bash\nls\n```\n```python\n\ny = 2\n```\n"
     assert BLOCK.findall(text) == ["x = 1\n", "\ny = 2\n"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", (ROOT / page).read_text())
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_readme_is_short_and_shows_the_ways_in():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 120
+    (commands,) = re.findall(r"```bash\n(make .*?)```", text, re.DOTALL)
+    assert re.findall(r"^(make \w+)", commands, re.MULTILINE) == ["make quickstart", "make test"]

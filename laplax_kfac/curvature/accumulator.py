@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from laplax_kfac import factors, jaxprs, machine
+from laplax_kfac import factors, jaxprs, machine, summaries
 from laplax_kfac.arguments import no_type_check, positive_integer, require_weights
 from laplax_kfac.caches import Cache
 from laplax_kfac.capture.batches import (
@@ -33,6 +33,7 @@ from laplax_kfac.parsing.program import ModelFn, parse
 KFOC_ITERATIONS = 30
 
 
+@summaries.summarised
 @dataclass(frozen=True)
 class Accumulator:
     """Streaming curvature: pure functions around `factors.Statistics`; made by `accumulator`.

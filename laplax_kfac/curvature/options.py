@@ -8,6 +8,7 @@ from typing import Any, TypedDict, cast
 import jax
 from jaxtyping import Array, Key
 
+from laplax_kfac import summaries
 from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
@@ -48,6 +49,7 @@ class OptionKeywords(TypedDict, total=False):
 
 
 @no_type_check
+@summaries.summarised
 @dataclass(frozen=True, eq=False)
 class Options:
     """What kind of curvature is computed; each is also a keyword of the functions that take it.
@@ -185,6 +187,7 @@ class Options:
         return list(given.items()) if isinstance(given, Mapping) else [("*", given)]
 
 
+@summaries.summarised
 @dataclass(frozen=True, eq=False)
 class Settings:
     """What a pass over data works with.

@@ -45,6 +45,11 @@ class Posterior:
 
     precision: BlockDiagonal
 
+    def summary_lines(self) -> list[str]:
+        """What printing shows: the layers of the precision."""
+        heading, *lines = self.precision.summary_lines()
+        return [heading.replace(type(self.precision).__name__, type(self).__name__, 1), *lines]
+
     def covariance_mv(self, v: PyTree) -> PyTree:
         """Covariance times a pytree like the parameters."""
         return self.precision.map(jnp.reciprocal).mv(v)
