@@ -13,6 +13,7 @@ from laplax_kfac import pytrees
 from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
+    require_callable,
     require_flags,
     require_positive,
 )
@@ -20,6 +21,7 @@ from laplax_kfac.capture.batches import Batch, Transform, batches, even_batches
 from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.likelihood.named import Loss, resolve_likelihood
+from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.program import ModelFn, per_example
 from laplax_kfac.posterior.prior import Scalar
 
@@ -83,6 +85,10 @@ def data_fit(
     """
     require_flags(vmap_over_data=vmap_over_data)
     batch_size = positive_integer("batch_size", batch_size)
+    require_callable("model_fn", model_fn, "a function of `input` and `params`")
+    ParameterSpace.of(params)
+    if transform is not None:
+        require_callable("transform", transform, "a function of one batch")
     compiled = jax.jit(fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data))
     stream = even_batches(batches(data, transform), batch_size)
     return summed_fit(compiled(params, batch, weights) for batch, weights in stream)

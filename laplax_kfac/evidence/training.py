@@ -20,6 +20,7 @@ from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
     require_bounds,
+    require_callable,
     require_flags,
     require_positive,
 )
@@ -152,6 +153,8 @@ def marglik_training(
     require_flags(eigenvalue_correction=eigenvalue_correction, progress=progress)
     require_bounds(bounds)
     require_positive("hyper_learning_rate", hyper_learning_rate, shape=())
+    if transform is not None:
+        require_callable("transform", transform, "a function of one batch")
     if optimizer is not None and not hasattr(optimizer, "update"):
         msg = f"`optimizer` must be one of optax, such as optax.adam(1e-3); found {optimizer!r}."
         raise TypeError(msg)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from laplax_kfac import pytrees
 from laplax_kfac.arguments import no_type_check, require_positive
 from laplax_kfac.blocks.blocks import BlockDiagonal
+from laplax_kfac.blocks.merging import require_curvature
 from laplax_kfac.evidence.evidence import Evidence
 from laplax_kfac.evidence.fit import DataFit, require_fit
 from laplax_kfac.evidence.hill import DEFAULT_TOLERANCE, Hill, pushed
@@ -121,6 +122,8 @@ def tune(
             or out of bounds.
         TypeError: If ``log_likelihood`` is no `DataFit`.
     """
+    require_curvature("curvature", curvature)
+    curvature.space.require_like(params, "params")
     function, start = start_of(prior_prec, hyperparameters, noise_variance)
     require_fit(log_likelihood, noise_variance)
     steps = checked_steps(method, steps, bounds)
