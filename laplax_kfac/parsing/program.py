@@ -1,5 +1,6 @@
 """From a model to its program: the traced jaxpr, and the layers found in it."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,8 +58,34 @@ class Program:
         return tuple(r.layer for r in self.resolved)
 
 
+def require_model(model_fn: ModelFn) -> None:
+    """Refuse a model that cannot be called by our keywords, as far as its signature is known.
+
+    Raises:
+        TypeError: If it cannot.
+    """
+    try:
+        signature = inspect.signature(model_fn)
+    except (TypeError, ValueError):  # no function of Python's; the call itself will tell
+        return
+    try:
+        signature.bind(input=None, params=None)
+    except TypeError as error:
+        msg = (
+            "`model_fn` is called as model_fn(input=..., params=...), with these names, but this "
+            f"one takes {signature}: {error}. Wrap it, such as `lambda input, params: "
+            'net.apply(params, input)`; see the documentation\'s page "Your model".'
+        )
+        raise TypeError(msg) from error
+
+
 def per_example(model_fn: ModelFn, *, vmap_over_data: bool) -> Callable[[PyTree, PyTree], PyTree]:
-    """The model as a function of (params, one example without a batch axis)."""
+    """The model as a function of (params, one example without a batch axis).
+
+    Raises:
+        TypeError: If the model takes no arguments of the names ``input`` and ``params``.
+    """
+    require_model(model_fn)
     if vmap_over_data:
         return lambda params, x: model_fn(input=x, params=params)
 
