@@ -35,7 +35,7 @@ def test_factors_are_decomposed_with_one_thread(monkeypatch):
 
     def decompose_each(matrices):
         seen.append({*threads().values()})
-        return matrices
+        return list(map(jnp.linalg.eigh, matrices))
 
     monkeypatch.setattr(sys.modules[eigh_each.__module__], "decompose_each", decompose_each)
     eigh_each([jnp.eye(2)])
