@@ -204,7 +204,8 @@ def _tuned(
         logs, trace, taken = climb(hill, logs, shares, optimizer, steps)
     logs = pushed(hill, logs)
     gradient, best = jax.grad(value_and_evidence, has_aux=True)(logs)
-    converged = ~jnp.any(unconverged(logs, gradient))
+    # Comparisons with NaN are false, and the grid's derivative plays no part in its search.
+    converged = ~jnp.any(unconverged(logs, gradient)) & jnp.isfinite(best.value)
     at_bound = unravel(((logs <= limits[0]) | (logs >= limits[1])).astype(logs.dtype))
     values = jax.tree.map(jnp.exp, unravel(logs))
     return Tuned(
