@@ -48,11 +48,16 @@ def save(path: str | os.PathLike[str], x: Curvature | Posterior) -> None:
 
     Raises:
         TypeError: If ``x`` is something else.
+        ValueError: If it holds NaN or infinity.
     """
     matrix = x.precision if isinstance(x, Posterior) else x
     if not isinstance(x, Curvature | Posterior):
         msg = f"`x` must be a Curvature or a Posterior, got {type(x).__name__}."
         raise TypeError(msg)
+    names = matrix.nonfinite_layers()
+    if names:
+        msg = f"`x` is not finite in the layers {names}: there is nothing to save. Compute it anew."
+        raise ValueError(msg)
     arrays: dict[str, np.ndarray] = {}
     header = {
         "format": FORMAT,

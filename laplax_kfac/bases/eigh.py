@@ -30,7 +30,7 @@ def eigh(matrix: Float[Array, "*stack n n"]) -> Eigh:
     wide = matrix.astype(jax.dtypes.canonicalize_dtype(jnp.float64))
     values, vectors = _eigh(0.5 * (wide + wide.swapaxes(-1, -2)))
     rounding = jax.lax.stop_gradient(jnp.clip(-values[..., :1], 0.0))
-    values = jnp.where(values > 2 * rounding, values, 0.0)
+    values = jnp.where(values <= 2 * rounding, 0.0, values)  # NaN stays
     return values.astype(matrix.dtype), vectors.astype(matrix.dtype)
 
 
