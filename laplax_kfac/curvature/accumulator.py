@@ -17,6 +17,7 @@ from laplax_kfac.arguments import (
     require_weights,
     shown,
 )
+from laplax_kfac.blocks.merging import require_curvature
 from laplax_kfac.caches import Cache
 from laplax_kfac.capture.batches import (
     Batch,
@@ -34,6 +35,7 @@ from laplax_kfac.factors import Statistics, optimal_factors
 from laplax_kfac.factors.eigenvalue_correction import corrected_eigenvalues
 from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.parsing.cache_keys import of_mesh
+from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.program import ModelFn, parse
 
 KFOC_ITERATIONS = 30
@@ -55,7 +57,12 @@ class Accumulator:
     )
 
     def at(self, params: PyTree) -> "Accumulator":
-        """The same at other parameters of the same shapes; nothing is traced or compiled anew."""
+        """The same at other parameters of the same shapes; nothing is traced or compiled anew.
+
+        Raises:
+            ValueError: If they have other shapes, or another structure.
+        """
+        ParameterSpace.of(self.params).require_like(params, "params")
         return replace(self, params=params)  # with the same programs
 
     def init(self) -> Statistics:
@@ -87,6 +94,7 @@ class Accumulator:
         compiled, arrays = self._pass(batch, weights, state.num_updates)
         return _added(state, compiled, arrays)
 
+    @no_type_check
     def collect(self, data: Iterable[WeightedBatch]) -> Statistics:
         """Statistics of all data: updates from the first, but in place.
 
@@ -163,6 +171,7 @@ class Accumulator:
         """
         iterations = positive_integer("iterations", iterations)
         require_statistics("state", state)
+        require_callable("passes", passes, "a function that returns the batches anew")
         factors.require_data(state)
         old_inputs, outputs = factors.kronecker_factors(state)
         for _ in range(iterations):
@@ -181,6 +190,7 @@ class Accumulator:
             warnings.warn(msg, stacklevel=3)
         return self.finalize(factors.with_kronecker_factors(state, inputs, outputs))
 
+    @no_type_check
     def correct(self, curvature: Curvature, data: Iterable[WeightedBatch]) -> Curvature:
         """Replace the eigenvalues of Kronecker blocks by exact second moments in their bases.
 
@@ -188,6 +198,7 @@ class Accumulator:
             curvature: The curvature of the same data.
             data: The same batches with their weights, once more.
         """
+        require_curvature("curvature", curvature)
         moments = self.total(corrected_eigenvalues, data, curvature.blocks)
         blocks = tuple(
             replace(block, eigenvalues=m) if layer.block == "kronecker" else block

@@ -91,7 +91,12 @@ def data_fit(
         require_callable("transform", transform, "a function of one batch")
     compiled = jax.jit(fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data))
     stream = even_batches(batches(data, transform), batch_size)
-    return summed_fit(compiled(params, batch, weights) for batch, weights in stream)
+    found = summed_fit(compiled(params, batch, weights) for batch, weights in stream)
+    count = found.num_outputs
+    if not isinstance(count, jax.core.Tracer) and float(count) == 0:
+        msg = "All weights in `data` are zero: there is nothing to fit."
+        raise ValueError(msg)
+    return found
 
 
 def summed_fit(parts: Iterable[DataFit]) -> DataFit:

@@ -573,7 +573,8 @@ def test_means_in_place_of_sums_scale_the_curvature(loss_fn):
     if loss_fn == "mse":
         y = normal(4, 2, 3, seed=15)
     whole = laplax_kfac.kfac(gains, GAIN, (x, y), loss_fn=loss_fn).to_dense()
-    over_data = laplax_kfac.kfac(gains, GAIN, (x, y, np.full(4, 1 / 4)), loss_fn=loss_fn)
+    quarters = {"input": x, "target": y, "weight": np.full(4, 1 / 4)}
+    over_data = laplax_kfac.kfac(gains, GAIN, quarters, loss_fn=loss_fn)
     over_terms = laplax_kfac.kfac(
         gains, GAIN, (x, (y, np.full((4, 2), 1 / 2))), loss_fn=weighted(loss_fn)
     )
@@ -875,7 +876,7 @@ def test_bfloat16_outputs_of_a_log_probability_are_computed_in_float32():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: lik.gaussian(0.0), "`noise_variance` must be positive, found 0.0"),
+        (lambda: lik.gaussian(0.0), "`noise_variance` must be positive and finite; found 0.0"),
         (lambda: lik.gaussian(np.asarray([1.0, -1.0])), "`noise_variance` must be positive"),
         (lambda: lik.categorical(label_smoothing=1.0), r"must be in \[0, 1\), found 1.0"),
         (lambda: lik.bernoulli(label_smoothing=-0.1), r"must be in \[0, 1\), found -0.1"),
