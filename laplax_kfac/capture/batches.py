@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.arguments import no_type_check, require_weights, shown
+from laplax_kfac.capture.left_out import without_left_out
 
 Batch = dict[str, PyTree]
 Transform = Callable[[Any], object]
@@ -306,6 +307,7 @@ def even_batches(stream: Iterable[Batch], most: int) -> Iterator[WeightedBatch]:
     for batch in stream:
         arrays = to_arrays(batch)
         count = batch_size(arrays)
+        arrays |= without_left_out(_examples(arrays), arrays.get("weight"))
         if not size:
             size = math.ceil(count / math.ceil(count / most))
         if count == size:

@@ -203,7 +203,8 @@ def _tuned(
         logs, trace, taken = climb(hill, logs, optimizer, steps)
     logs = pushed(hill, logs)
     gradient, best = jax.grad(value_and_evidence, has_aux=True)(logs)
-    converged = hill.is_top(logs, gradient)
+    # Comparisons with NaN are false, and the grid's derivative plays no part in its search.
+    converged = hill.is_top(logs, gradient) & jnp.isfinite(best.value)
     at_bound = unravel((hill.at_bound(logs) & jnp.isfinite(gradient)).astype(logs.dtype))
     values = jax.tree.map(jnp.exp, unravel(logs))
     return Tuned(

@@ -13,8 +13,10 @@ from jaxtyping import Array, Float, Int, Num, PyTree, Shaped
 
 from laplax_kfac.arguments import listed, shown
 from laplax_kfac.parsing.segments import Contiguous, Scattered, Segment
+from laplax_kfac.summaries import aligned, summarised
 
 
+@summarised
 @dataclass(frozen=True)
 class ParameterSpace:
     """Structure of a parameter pytree: tree, shapes and dtypes of its leaves; no values."""
@@ -24,6 +26,12 @@ class ParameterSpace:
     dtypes: tuple[Any, ...]
     paths: tuple[str, ...] = field(compare=False)
     names: tuple[str, ...] = field(compare=False)
+
+    def summary_lines(self) -> list[str]:
+        """What printing shows: names, shapes and dtypes of the leaves."""
+        heading = f"ParameterSpace of {len(self.shapes)} leaves, {self.size:,} parameters"
+        rows = zip(self.names, map(str, self.shapes), map(str, self.dtypes), strict=True)
+        return [heading, *aligned(rows)]
 
     @classmethod
     def of(cls, params: PyTree) -> "ParameterSpace":

@@ -45,6 +45,11 @@ class Posterior:
 
     precision: BlockDiagonal
 
+    def summary_lines(self) -> list[str]:
+        """What printing shows: the layers of the precision."""
+        heading, *lines = self.precision.summary_lines()
+        return [heading.replace(type(self.precision).__name__, type(self).__name__, 1), *lines]
+
     def covariance_mv(self, v: PyTree) -> PyTree:
         """Covariance times a pytree like the parameters."""
         return self.precision.map(jnp.reciprocal).mv(v)
@@ -206,8 +211,8 @@ def make_posterior(
         prior_prec: Prior precision: a positive scalar, an array with one value a layer, or a
             pytree prefix of the parameters. Or a matrix, which is added by the rules of `merge`: a
             pytree with one value for every parameter, or the posterior of an earlier task.
-        sigma_squared: Factor of the loss, positive: 1 / (2 s) for ``mse`` with noise of variance
-            s. The curvature is multiplied by it; an empirical Fisher matrix, by its square.
+        sigma_squared: Factor of the loss, positive: 1 / (2 s) for ``mse`` with noise of variance s.
+            The curvature is multiplied by it; an empirical Fisher matrix, by its square.
         loss_scaling_factor: Factor by which the loss was scaled, positive.
 
     Raises:

@@ -1,5 +1,7 @@
 """The sums of every layer over data follow their definition."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -323,12 +323,18 @@ def test_cross_entropy_pulls_back_one_column_less_than_classes(shape, rank):
     assert num_columns(likelihood, "type2", f, None, 1) == max(rank, 1)
 
 
-def test_a_single_class_has_no_curvature():
+@pytest.mark.parametrize("fisher_type", ["type2", "mc", "empirical", "forward_only"])
+def test_a_single_class_is_refused(fisher_type):
+    """A softmax over one class is constant: one logit is another loss."""
     data = np.ones((2, 3)), np.zeros(2, int)
-    found = laplax_kfac.kfac(
-        lambda input, params: input @ params, normal(3, 1), data, loss_fn="cross_entropy"
-    )
-    np.testing.assert_array_equal(found.to_dense(), np.zeros((3, 3)))
+    with pytest.raises(ValueError, match=r"shape \(1,\).*binary_cross_entropy"):
+        laplax_kfac.kfac(
+            lambda input, params: input @ params,
+            normal(3, 1),
+            data,
+            loss_fn="cross_entropy",
+            fisher_type=fisher_type,
+        )
 
 
 def test_extreme_logits_stay_finite_in_float32():
