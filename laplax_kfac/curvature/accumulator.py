@@ -18,6 +18,7 @@ from laplax_kfac.arguments import (
     require_weights,
     shown,
 )
+from laplax_kfac.blocks.merging import require_curvature
 from laplax_kfac.caches import Cache
 from laplax_kfac.capture.batches import (
     Batch,
@@ -39,6 +40,7 @@ from laplax_kfac.factors.eigenvalue_correction import corrected_eigenvalues
 from laplax_kfac.faults import Context, Place, Placed, added
 from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.parsing.cache_keys import of_mesh
+from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.program import ModelFn, parse
 
 KFOC_ITERATIONS = 30
@@ -61,7 +63,12 @@ class Accumulator:
     )
 
     def at(self, params: PyTree) -> "Accumulator":
-        """The same at other parameters of the same shapes; nothing is traced or compiled anew."""
+        """The same at other parameters of the same shapes; nothing is traced or compiled anew.
+
+        Raises:
+            ValueError: If they have other shapes, or another structure.
+        """
+        ParameterSpace.of(self.params).require_like(params, "params")
         return replace(self, params=params)  # with the same programs
 
     def init(self) -> Statistics:
@@ -95,6 +102,7 @@ class Accumulator:
         compiled, arrays = self._pass(examples, counts, state.num_updates)
         return _added(state, compiled, arrays)
 
+    @no_type_check
     def collect(self, data: Iterable[WeightedBatch], keeper: Keeper = NOBODY) -> Statistics:
         """Statistics of all data: updates from the first, but in place.
 
@@ -212,6 +220,7 @@ class Accumulator:
         """
         iterations = positive_integer("iterations", iterations)
         require_statistics("state", state)
+        require_callable("passes", passes, "a function that returns the batches anew")
         factors.require_data(state)
         if keeper.stage == EIGENVALUES:  # these are over: what comes next knows what they gave
             return applied(self.finalize, state)
@@ -241,6 +250,7 @@ class Accumulator:
             warnings.warn(msg, stacklevel=3)
         return self.finalize(factors.with_kronecker_factors(state, inputs, outputs))
 
+    @no_type_check
     def correct(
         self, curvature: Curvature, data: Iterable[WeightedBatch], keeper: Keeper = NOBODY
     ) -> Curvature:
@@ -251,6 +261,7 @@ class Accumulator:
             data: The same batches with their weights, once more.
             keeper: Keeps what is summed up.
         """
+        require_curvature("curvature", curvature)
         curvature = keeper.begin(EIGENVALUES, curvature)
         moments = self.total(corrected_eigenvalues, data, curvature.blocks, keeper=keeper)
         blocks = tuple(

@@ -104,7 +104,12 @@ def data_fit(
         require_callable("transform", transform, "a function of one batch")
     of_batch = jax.jit(fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data))
     parts = Placed(batches(data, transform), lambda stream: even_batches(stream, batch_size))
-    return summed_fit(of_batch, params, parts, nonfinite)
+    found = summed_fit(of_batch, params, parts, nonfinite)
+    count = found.num_outputs
+    if not isinstance(count, jax.core.Tracer) and float(count) == 0:
+        msg = "All weights in `data` are zero: there is nothing to fit."
+        raise ValueError(msg)
+    return found
 
 
 def summed_fit(of_batch: FitOfBatch, params: PyTree, parts: Placed, nonfinite: str) -> DataFit:

@@ -52,9 +52,19 @@ def start_of(prior_prec: Any, hyperparameters: PyTree, noise_variance: Any) -> t
     return function, start
 
 
-def check_start(start: PyTree, bounds: tuple[float, float]) -> None:
-    """Refuse starts that are known and not positive, or out of bounds."""
-    names = {"hyperparameters": "prior_prec", "noise_variance": "noise_variance"}
+def check_start(start: PyTree, bounds: tuple[float, float], argument: str = "prior_prec") -> None:
+    """Refuse starts that are known and not positive, or out of bounds.
+
+    Args:
+        start: Where hyperparameters and the noise variance start.
+        bounds: Smallest and largest value.
+        argument: What the hyperparameters were passed as.
+
+    Raises:
+        ValueError: If one is not positive, or out of bounds.
+        TypeError: If one is no number.
+    """
+    names = {"hyperparameters": argument, "noise_variance": "noise_variance"}
     for name, values in start.items():
         for value in jax.tree.leaves(values):
             require_positive(names[name], value)

@@ -160,7 +160,7 @@ def marglik_training(
         raise TypeError(msg)
     require_several_passes(data, "`marglik_training`")
     function, start = start_of(prior_prec, hyperparameters, noise_variance)
-    check_start(start, bounds)
+    check_start(start, bounds, "hyperparameters" if callable(prior_prec) else "prior_prec")
     key = jax.random.key(0) if key is None else key
     accumulate = accumulator(
         model_fn, params, loss_fn=loss_fn, key=key, vmap_over_data=vmap_over_data, **options

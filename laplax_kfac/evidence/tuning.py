@@ -130,7 +130,7 @@ def tune(
     require_positive("learning_rate", learning_rate, shape=())
     require_positive("tolerance", tolerance, shape=())
     problem = Problem(curvature, params, log_likelihood, prior_mean)
-    check_start(start, bounds)
+    check_start(start, bounds, "hyperparameters" if callable(prior_prec) else "prior_prec")
     # Inside the loop the values are not known, and not refused.
     log_prior_determinant(as_prior(function(start["hyperparameters"])), curvature)
     logs = jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)

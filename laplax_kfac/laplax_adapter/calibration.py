@@ -7,10 +7,14 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float, PyTree
 
+from laplax_kfac.arguments import listed, nearest, no_type_check
 from laplax_kfac.evidence.minimisation import minimise
 from laplax_kfac.laplax_adapter.curvature_types import PriorArguments
 
+OPTIONS = ("steps", "bounds", "tolerance")
 
+
+@no_type_check
 def calibrate(
     objective: Callable[[PriorArguments, PyTree], Float[Array, ""]],
     data: PyTree,
@@ -31,7 +35,18 @@ def calibrate(
 
     Returns:
         The prior arguments.
+
+    Raises:
+        TypeError: If there is no option of a name.
+        ValueError: If an option has no sense, or the start is not positive.
     """
+    for name in options:
+        if name not in OPTIONS:
+            msg = (
+                f"`{name}` is no option of calibration method 'tune', which takes "
+                f"{listed(OPTIONS)}.{nearest(name, OPTIONS)}"
+            )
+            raise TypeError(msg)
     start = {"prior_prec": 1.0} if prior_arguments is None else dict(prior_arguments)
 
     def of_precision(prior_prec: PyTree) -> Float[Array, ""]:

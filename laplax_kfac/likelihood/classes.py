@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree, Shaped
 
+from laplax_kfac.arguments import no_type_check, numbers, shown
 from laplax_kfac.likelihood.analytic import analytic
 from laplax_kfac.likelihood.pieces import (
     floating,
@@ -19,6 +21,7 @@ from laplax_kfac.likelihood.pieces import (
 from laplax_kfac.likelihood.record import Likelihood
 
 
+@no_type_check
 def categorical(*, ignore_index: int | None = None, label_smoothing: float = 0.0) -> Likelihood:
     """Softmax cross-entropy over the last axis; terms have the other axes.
 
@@ -34,8 +37,9 @@ def categorical(*, ignore_index: int | None = None, label_smoothing: float = 0.0
 
     Raises:
         ValueError: If ``label_smoothing`` is not in [0, 1).
+        TypeError: If an argument is no number.
     """
-    _check_smoothing(label_smoothing)
+    _check_smoothing(label_smoothing, ignore_index)
 
     def log_probabilities(f: PyTree) -> Float[Array, "... C"]:
         return jax.nn.log_softmax(one_array(real(f), "cross_entropy"))
@@ -148,6 +152,7 @@ def faults_of_classes(
     return {labels: outside, rows: none}
 
 
+@no_type_check
 def bernoulli(*, label_smoothing: float = 0.0) -> Likelihood:
     """Binary cross-entropy on logits: every output a label of its own (multi-label).
 
@@ -159,6 +164,7 @@ def bernoulli(*, label_smoothing: float = 0.0) -> Likelihood:
 
     Raises:
         ValueError: If ``label_smoothing`` is not in [0, 1).
+        TypeError: If an argument is no number.
     """
     _check_smoothing(label_smoothing)
 
@@ -194,7 +200,12 @@ def bernoulli(*, label_smoothing: float = 0.0) -> Likelihood:
     return replace(found, faults=faults)
 
 
-def _check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing < 1:
-        msg = f"`label_smoothing` must be in [0, 1), found {label_smoothing}."
+def _check_smoothing(label_smoothing: object, ignore_index: object = None) -> None:
+    part = numbers("label_smoothing", label_smoothing, shape=())
+    if part is None or not 0 <= part < 1:
+        msg = f"`label_smoothing` must be in [0, 1), found {shown(label_smoothing)}."
         raise ValueError(msg)
+    whole = isinstance(ignore_index, int | np.integer) and not isinstance(ignore_index, bool)
+    if ignore_index is not None and not whole:
+        msg = f"`ignore_index` must be an integer, a class number; found {shown(ignore_index)}."
+        raise TypeError(msg)
