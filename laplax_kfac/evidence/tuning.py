@@ -8,14 +8,12 @@ which the logarithms of all precisions are linear functions, such as one shared 
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
@@ -26,6 +24,7 @@ from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.evidence.evidence import Evidence
 from laplax_kfac.evidence.fit import DataFit, require_fit
 from laplax_kfac.evidence.hill import DEFAULT_TOLERANCE, Hill, pushed
+from laplax_kfac.evidence.notices import warn_at_bounds, warn_of_frozen
 from laplax_kfac.evidence.problem import (
     DEFAULT_BOUNDS,
     PriorFunction,
@@ -37,10 +36,6 @@ from laplax_kfac.evidence.problem import (
 from laplax_kfac.evidence.search import Method, checked_steps, climb, search_grid
 from laplax_kfac.posterior.posterior import as_prior
 from laplax_kfac.posterior.prior import PriorPrecision, Scalar, log_prior_determinant
-
-
-class BoundaryWarning(UserWarning):
-    """A hyperparameter ended at a bound: the evidence has no optimum inside."""
 
 
 @pytrees.register
@@ -115,6 +110,8 @@ def tune(
     Warns:
         BoundaryWarning: If a value ends at a bound, as for a layer that was pruned: its best
             precision is infinite. (Not under ``jit``; see `Tuned.at_bound`.)
+        UserWarning: If a noise variance is tuned though the curvature leaves parameters out, which
+            were fitted to the data as well.
 
     Raises:
         ValueError: If there is nothing to tune, an option has no sense, or a start is not positive
@@ -133,26 +130,9 @@ def tune(
     tuned = _tuned(
         problem, logs, Controls(limits, learning_rate, tolerance), function, (method, steps)
     )
-    _warn_at_bounds(tuned, bounds)
+    warn_at_bounds(tuned.at_bound, bounds)
+    warn_of_frozen(curvature, noise_variance)
     return tuned
-
-
-def _warn_at_bounds(tuned: Tuned, bounds: tuple[float, float]) -> None:
-    found, _ = jax.tree_util.tree_flatten_with_path(tuned.at_bound)
-    if any(isinstance(flag, jax.core.Tracer) for _, flag in found):
-        return
-    named = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, flag in found
-        if np.any(flag)
-    ]
-    if named:
-        msg = (
-            f"The evidence has no optimum between {bounds[0]:g} and {bounds[1]:g} in "
-            f"{', '.join(named)}: the bound is returned. A prior precision without an upper one "
-            "means that the data speak for no weight there: the layer is pruned."
-        )
-        warnings.warn(msg, BoundaryWarning, stacklevel=3)
 
 
 class Controls(NamedTuple):
@@ -199,7 +179,7 @@ def _tuned(
     logs = pushed(hill, logs)
     gradient, best = jax.grad(value_and_evidence, has_aux=True)(logs)
     converged = hill.is_top(logs, gradient)
-    at_bound = unravel((hill.at_bound(logs) & jnp.isfinite(gradient)).astype(logs.dtype))
+    at_bound = hill.at_bound(logs) & jnp.isfinite(gradient) & (gradient != 0)
     values = jax.tree.map(jnp.exp, unravel(logs))
     return Tuned(
         function(values["hyperparameters"]),
@@ -207,6 +187,6 @@ def _tuned(
         best,
         jnp.where(jnp.arange(len(trace)) < taken, trace, best.value),
         converged,
-        jax.tree.map(lambda flag: flag > 0, at_bound),
+        jax.tree.map(lambda flag: flag > 0, unravel(at_bound.astype(logs.dtype))),
         None if function is identity else values["hyperparameters"],
     )
