@@ -8,6 +8,8 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 VENV := .venv/.made
 EXAMPLES := .venv/.examples
 DEV := .venv/.dev
+OLDEST := .venv-oldest/.made
+NEWEST := .venv-newest/.made
 BENCH_TORCH := .venv-bench-torch/.made
 BENCH_KFAC_JAX := .venv-bench-kfac-jax/.made
 
@@ -18,8 +20,12 @@ ONLY ?= factors ekfac eigen evidence predictive samples cold growth breakdown
 N ?= 200
 SEED ?= 0
 
+# Tests for other versions than those of .venv: all but the slow ones, without tools and examples.
+FAST := LAPLAX_KFAC_UNCHECKED=1
+FAST_OPTIONS := -q -n 2 --dist loadfile -m "not slow" --ignore tests/fuzz
+
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test shapes fuzz lint types docs wheel bench clean
+.PHONY: help quickstart test shapes oldest newest fuzz lint types docs wheel bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +44,14 @@ test: $(DEV) ## run every test, the slow ones too; random networks are those of 
 shapes: $(DEV) ## run every test with annotations checked by jaxtyping and beartype
 	@echo ">> running the tests with annotations checked"
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+oldest: $(OLDEST) ## run the fast tests with the oldest versions that pyproject.toml allows
+	@echo ">> running the fast tests on $$(.venv-oldest/bin/python --version), with the oldest versions"
+	@$(FAST) .venv-oldest/bin/python -m pytest $(FAST_OPTIONS)
+
+newest: $(NEWEST) ## run the fast tests with the newest versions there are
+	@echo ">> running the fast tests on $$(.venv-newest/bin/python --version), with the newest versions"
+	@$(FAST) .venv-newest/bin/python -m pytest $(FAST_OPTIONS)
 
 fuzz: $(DEV) ## check N random networks, from number SEED on: make fuzz N=2000 SEED=0
 	@echo ">> $(N) random networks, from number $(SEED) on"
@@ -74,7 +88,7 @@ bench: $(DEV) $(BENCH_TORCH) $(BENCH_KFAC_JAX) ## measure against the peers; ONL
 	@$(BIN)/python benchmarks/table.py
 
 clean: ## remove environments, build outputs and caches
-	rm -rf .venv .venv-bench-torch .venv-bench-kfac-jax build dist site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-bench-torch .venv-bench-kfac-jax build dist site .mypy_cache .pytest_cache .ruff_cache
 
 define CHECK_WHEEL
 import importlib.resources, sys, zipfile, pathlib
@@ -110,6 +124,21 @@ $(EXAMPLES): $(VENV) pyproject.toml
 $(DEV): $(VENV) pyproject.toml
 	@echo ">> installing laplax-kfac[dev] (minutes the first time)"
 	@$(PIP) install --editable '.[dev]'
+	@touch $@
+
+$(OLDEST): pyproject.toml .ci/oldest.py
+	@echo ">> creating .venv-oldest (minutes the first time)"
+	@"$$(.ci/interpreter 3.11 || command -v $(PYTHON))" -m venv --clear .venv-oldest
+	@.venv-oldest/bin/python .ci/oldest.py test examples > .venv-oldest/requirements.txt
+	@.venv-oldest/bin/python -m pip -qq --disable-pip-version-check install \
+		-r .venv-oldest/requirements.txt --editable .
+	@touch $@
+
+$(NEWEST): pyproject.toml
+	@echo ">> creating .venv-newest (minutes the first time)"
+	@"$$(.ci/interpreter 3.13 || command -v $(PYTHON))" -m venv --clear .venv-newest
+	@.venv-newest/bin/python -m pip -qq --disable-pip-version-check install \
+		--upgrade --upgrade-strategy eager --editable '.[test,examples]'
 	@touch $@
 
 # The peers' newest releases are installed as their authors' requirements ask, but for torchvision,

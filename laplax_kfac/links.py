@@ -11,7 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from laplax_kfac.arguments import no_type_check, positive_integer
+from laplax_kfac.arguments import (
+    no_type_check,
+    positive_integer,
+    require_choice,
+    require_key,
+    shown,
+)
 from laplax_kfac.bases import eigh
 from laplax_kfac.laplax_adapter import predictives
 from laplax_kfac.predictive.gaussians import Marginals, Predictive
@@ -60,10 +66,18 @@ def class_probabilities(
     Raises:
         ValueError: If the link is unknown or needs what is not given, or if ``num_classes`` does
             not divide the number of outputs.
+        TypeError: If ``predictive`` is something else, or ``key`` is no key.
     """
-    if link not in _LINKS and link != "mc":
-        msg = f"`link` must be one of {['mc', *_LINKS]}, found {link!r}."
-        raise ValueError(msg)
+    if not isinstance(predictive, Predictive | Marginals):
+        msg = (
+            "`predictive` must be what `predictive_covariance` or `predictive_variance` returned, "
+            f"found {shown(predictive)}."
+        )
+        raise TypeError(msg)
+    require_choice("link", link, ["mc", *_LINKS])
+    num_samples = positive_integer("num_samples", num_samples)
+    if key is not None:
+        require_key("key", key)
     if link in ("mc", "mean_field_2") and isinstance(predictive, Marginals):
         msg = (
             f"`link={link!r}` needs the correlations between logits, which `predictive_variance` "
@@ -80,7 +94,7 @@ def class_probabilities(
     flat = mean.reshape(-1, mean.shape[-1]), covariance.reshape(-1, *covariance.shape[-2:])
     if link == "mc":
         assert key is not None
-        probabilities = _sampled(*flat, key, positive_integer("num_samples", num_samples))
+        probabilities = _sampled(*flat, key, num_samples)
     else:
         probabilities = jax.vmap(_LINKS[link])(*flat)
         probabilities = probabilities / jnp.sum(probabilities, axis=-1, keepdims=True)
@@ -88,6 +102,7 @@ def class_probabilities(
     return probabilities[:, 0] if num_classes is None else probabilities
 
 
+@no_type_check
 def _terms(
     predictive: Predictive | Marginals, num_classes: int | None
 ) -> tuple[Float[Array, "N terms K"], Float[Array, "N terms K K"]]:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from laplax_kfac.arguments import require_positive
 from laplax_kfac.bases import Dense
 from laplax_kfac.blocks.blocks import BlockDiagonal, apply
 from laplax_kfac.evidence.evidence import Evidence, log_marginal_likelihood
@@ -19,7 +20,7 @@ from laplax_kfac.evidence.fit import DataFit
 from laplax_kfac.evidence.tuning import Tuned
 from laplax_kfac.laplax_adapter import metrics
 from laplax_kfac.parsing.layer import Layer
-from laplax_kfac.posterior.prior import Scalar, require_positive
+from laplax_kfac.posterior.prior import Scalar
 from laplax_kfac.predictive.gaussians import Marginals, Predictive
 
 Axes = Any

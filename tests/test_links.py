@@ -154,7 +154,7 @@ def test_links_with_correlations_refuse_variances(link):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"link": "softmax"}, r"`link` must be one of \['mc', 'probit'"),
+        ({"link": "softmax"}, r"`link` must be one of 'mc', 'probit'"),
         ({"link": "mc"}, "`link='mc'` draws samples: pass `key`"),
         ({"num_classes": 3}, "`num_classes` is 3, which does not divide the 5 outputs"),
         ({"num_classes": 0}, "`num_classes` must be a positive integer, found 0"),

@@ -38,7 +38,7 @@ def kind_of(text: object) -> Kind:
         return KINDS[name](*map(int, options))
     except (KeyError, TypeError, ValueError) as error:
         kinds = ", ".join(repr(make().text) for make in KINDS.values())
-        msg = f"{text!r} is no kind of factor; the kinds are {kinds}."
+        msg = f"{text!r} is no kind of factor; the kinds of `factor_kinds` are {kinds}."
         raise ValueError(msg) from error
 
 

@@ -7,7 +7,6 @@ they are in: small eigenvalues, such as those of features on another scale, are 
 sums over the data are. LAPACK takes up to twice the time for it, once for all of the data.
 """
 
-import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -38,14 +37,21 @@ def eigh(matrix: Float[Array, "*stack n n"]) -> Eigh:
 def eigh_each(matrices: Sequence[Float[Array, "... _ _"]]) -> list[Eigh]:
     """`eigh` of several matrices: wide ones one after the other, small ones in one program.
 
-    Of a program, a CPU decomposes several at the same time, and the threads of LAPACK, which has
-    work for all of them in one wide matrix, wait for each other: up to twice the processor time.
+    On a CPU each has one thread, whatever else runs on the machine: see `machine.one_blas_thread`.
+    Of one program, a CPU decomposes several at the same time, whose threads would wait for each
+    other where nothing limits them: up to twice the processor time for wide matrices.
     """
+    if jaxprs.is_traced((matrices, jnp.zeros(()))) or not machine.on_cpu():
+        return decompose_each(matrices)
+    with jax.enable_x64(True), machine.one_blas_thread():
+        return jax.block_until_ready(decompose_each(matrices))
+
+
+def decompose_each(matrices: Sequence[Float[Array, "... _ _"]]) -> list[Eigh]:
+    """`eigh_each`, with the precision and the threads that are set around it."""
     most = machine.MACHINE.decomposed_together
-    at_once = not jaxprs.is_traced((matrices, jnp.zeros(())))
-    with jax.enable_x64(True) if at_once and machine.on_cpu() else contextlib.nullcontext():
-        small = iter(_eigh_of_small([x for x in matrices if x.shape[-1] <= most]))
-        return [next(small) if x.shape[-1] <= most else _eigh_of_wide(x) for x in matrices]
+    small = iter(_eigh_of_small([x for x in matrices if x.shape[-1] <= most]))
+    return [next(small) if x.shape[-1] <= most else _eigh_of_wide(x) for x in matrices]
 
 
 @jax.jit

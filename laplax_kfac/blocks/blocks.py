@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, PyTree
 
-from laplax_kfac import pytrees
+from laplax_kfac import pytrees, summaries
 from laplax_kfac.bases import UNROTATED, Basis, Dense, Side
-from laplax_kfac.parsing.layer import Layer
+from laplax_kfac.parsing.layer import Layer, Repeated
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.segments import Segment
 
@@ -114,6 +114,21 @@ class BlockDiagonal:
     blocks: tuple[Block, ...]
     layers: tuple[Layer, ...] = field(metadata={"static": True})
     space: ParameterSpace = field(metadata={"static": True})
+
+    def summary_lines(self) -> list[str]:
+        """What printing shows: how many layers and parameters, and a line a layer."""
+        covered = [layer for layer in self.layers if not layer.frozen]
+        frozen = self.space.size - self.num_free()
+        heading = (
+            f"{type(self).__name__} of {len(covered)} layers, {self.num_free():,} parameters"
+            f"{f' ({frozen:,} frozen)' if frozen else ''}"
+        )
+        rows = [
+            (like.label, layer.block, layer.size_text, f"{layer.size:,} parameters")
+            for like in Repeated.among(covered)
+            for layer in like.layers[:1]
+        ]
+        return [heading, *summaries.aligned(rows)]
 
     def read(self, v: PyTree) -> list[Num[Array, "..."]]:
         """View a pytree like the parameters in every block: arrays of the blocks' shapes."""

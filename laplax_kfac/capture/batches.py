@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from laplax_kfac.arguments import no_type_check
+from laplax_kfac.arguments import no_type_check, require_weights, shown
 
 Batch = dict[str, PyTree]
 Transform = Callable[[Any], object]
@@ -22,57 +22,87 @@ Transform = Callable[[Any], object]
 WeightedBatch = tuple[Batch, Float[Array, " size"]]
 
 
-def as_batch(batch: object) -> Batch:
+OTHER_NAMES_OF_WEIGHTS = ("weights", "sample_weight", "sample_weights")
+
+
+def as_batch(batch: object, name: str = "data") -> Batch:
     """One batch in laplax's form.
 
+    Weights of examples come by their key alone: the third entry of a tuple may be anything, such as
+    the number of an example, a group, or a second input.
+
     Args:
-        batch: ``(input, target)`` or ``(input, target, weight)``, or a mapping with the keys
-            ``"input"`` and ``"target"``, and ``"weight"`` if examples have weights: an array (N,)
-            of numbers that are not negative.
+        batch: ``(input, target)``, or a mapping with the keys ``"input"`` and ``"target"``, and
+            ``"weight"`` if examples have weights: an array (N,) of numbers that are not negative.
+            Other keys play no part.
+        name: The argument that it comes from, for errors.
 
     Returns:
         Input and target, and the weight where there is one.
 
     Raises:
-        ValueError: If a tuple has not two or three entries, or a mapping lacks a key, or the
-            weight is no such array.
+        ValueError: If a tuple has not two entries, or a mapping lacks a key, or the weight is no
+            such array.
         TypeError: If it is neither.
     """
     if isinstance(batch, Mapping):
-        if "input" not in batch or "target" not in batch:
-            msg = f"A batch needs the keys 'input' and 'target', found {sorted(map(str, batch))}."
-            raise ValueError(msg)
-        return _with_weight(batch["input"], batch["target"], batch.get("weight"))
+        return _of_mapping(batch, name)
     if isinstance(batch, tuple | list):
-        if len(batch) not in (2, 3):
-            msg = (
-                f"A batch must be (input, target), found a {type(batch).__name__} of "
-                f"{len(batch)}; a third entry may be the weights of the examples."
+        if len(batch) == 2:
+            return _of_mapping({"input": batch[0], "target": batch[1]}, name)
+        msg = (
+            f"A batch of `{name}` must be (input, target), found a {type(batch).__name__} of "
+            f"{len(batch)}."
+        )
+        if len(batch) > 2:
+            msg += (
+                " What else there is plays no part, and is not taken for weights: leave it out, by "
+                "`transform=lambda batch: batch[:2]` where a loader yields it. Several inputs are "
+                "one pytree: ((t, x), u). Weights of examples come by their key: "
+                '{"input": x, "target": y, "weight": w}.'
             )
-            raise ValueError(msg)
-        return _with_weight(*batch)
+        raise ValueError(msg)
     msg = (
-        f"A batch must be a tuple (input, target) or a mapping with 'input' and 'target', found "
-        f"{type(batch).__name__}. `data` is one such batch, or an iterable of them."
+        f"A batch of `{name}` must be a tuple (input, target) or a mapping with 'input' and "
+        f"'target', found {type(batch).__name__}. `data` is one such batch, or an iterable of them."
     )
     raise TypeError(msg)
 
 
-def _with_weight(x: PyTree, y: PyTree, weight: Any = None) -> Batch:
+def _of_mapping(batch: Mapping[Any, Any], name: str) -> Batch:
+    if "input" not in batch or "target" not in batch:
+        msg = (
+            f"A batch of `{name}` needs the keys 'input' and 'target', found "
+            f"{sorted(map(str, batch))}."
+        )
+        raise ValueError(msg)
+    for other in OTHER_NAMES_OF_WEIGHTS:
+        if other in batch:
+            msg = (
+                f"A batch of `{name}` has the key {other!r}: weights of examples have the key "
+                "'weight', and a weight for every loss term belongs to "
+                "`laplax_kfac.likelihood.weighted`."
+            )
+            raise ValueError(msg)
+    parts = {"input": batch["input"], "target": batch["target"]}
+    for part, values in parts.items():
+        if values is None:
+            msg = (
+                f"The {part} of a batch of `{name}` is None: a batch is (input, target), of arrays."
+            )
+            raise ValueError(msg)
+    weight = batch.get("weight")
     if weight is None:
-        return {"input": x, "target": y}
+        return parts
     if isinstance(weight, Mapping | tuple | list) or len(np.shape(weight)) != 1:
         shape = "" if isinstance(weight, Mapping | tuple | list) else f" of {np.shape(weight)}"
         msg = (
-            f"The weight of a batch must be an array of shape (N,), one number an example; found "
-            f"{type(weight).__name__}{shape}. A tuple of three is (input, target, weight)."
+            f"The weight of a batch of `{name}` must be an array of shape (N,), one number an "
+            f"example; found {type(weight).__name__}{shape}."
         )
         raise ValueError(msg)
-    known = not isinstance(weight, jax.core.Tracer)
-    if known and not (np.isfinite(np.asarray(weight)) & (np.asarray(weight) >= 0)).all():
-        msg = "The weight of an example must be finite and not negative."
-        raise ValueError(msg)
-    return {"input": x, "target": y, "weight": weight}
+    require_weights(f"the key 'weight' of `{name}`", weight)
+    return {**parts, "weight": weight}
 
 
 def weighted_batch(batch: Batch, weights: ArrayLike | None = None) -> WeightedBatch:
@@ -126,7 +156,7 @@ def batches(data: object, transform: Transform | None = None) -> Iterator[Batch]
         return
     if not isinstance(data, Iterable) or hasattr(data, "shape"):
         msg = (
-            f"`data` must be a batch (a tuple (input, target) or a mapping) or an iterable of "
+            "`data` must be a batch (a tuple (input, target) or a mapping) or an iterable of "
             f"batches, found {type(data).__name__}."
         )
         raise TypeError(msg)
@@ -186,16 +216,20 @@ def same_number(stream: Iterable[Batch], earlier: list[int]) -> Iterator[Batch]:
         raise ValueError(msg)
 
 
-def to_arrays(batch: Batch) -> Batch:
+def to_arrays(batch: Batch, name: str = "data") -> Batch:
     """Leaves as arrays; foreign ones (tensors of torch or tensorflow) through numpy.
+
+    Args:
+        batch: The batch.
+        name: The argument that it comes from, for errors.
 
     Raises:
         TypeError: If numpy cannot read a leaf as numbers.
     """
-    return jax.tree.map(_as_array, batch)
+    return jax.tree.map(lambda x: _as_array(x, name), batch)
 
 
-def _as_array(x: object) -> Array | np.ndarray:
+def _as_array(x: object, name: str) -> Array | np.ndarray:
     if isinstance(x, jax.Array):
         return x
     reason = "it is not made of numbers"
@@ -207,14 +241,18 @@ def _as_array(x: object) -> Array | np.ndarray:
         if array.dtype.kind not in "OUSMm":
             return array
     msg = (
-        f"A batch holds a {type(x).__name__}, which numpy cannot read ({reason}); convert it by "
+        f"`{name}` holds {shown(x)}, which numpy cannot read as numbers ({reason}); convert it by "
         "`transform`, or in the loader."
     )
     raise TypeError(msg)
 
 
-def batch_size(batch: Batch) -> int:
+def batch_size(batch: Batch, name: str = "data") -> int:
     """Number of examples.
+
+    Args:
+        batch: The batch.
+        name: The argument that it comes from, for errors.
 
     Raises:
         ValueError: If the leaves disagree about it, or it is zero.
@@ -222,11 +260,14 @@ def batch_size(batch: Batch) -> int:
     sizes = {name: {np.shape(x)[:1] for x in jax.tree.leaves(part)} for name, part in batch.items()}
     found = set().union(*sizes.values())
     if len(found) != 1 or () in found:
-        msg = f"All arrays of a batch need the same leading axis, found leading axes {sizes}."
+        msg = (
+            f"All arrays of a batch need the same leading axis, found leading axes {sizes}: every "
+            f"array of `{name}` has an entry for each example."
+        )
         raise ValueError(msg)
     ((size,),) = found
     if size == 0:
-        msg = "A batch has no examples: its arrays have a leading axis of length 0."
+        msg = f"A batch has no examples: arrays of `{name}` have a leading axis of length 0."
         raise ValueError(msg)
     return int(size)
 

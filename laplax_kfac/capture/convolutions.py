@@ -117,6 +117,10 @@ def _convolve_by_phases(
             positions,
             strict=False,
         ):
+            # With stride s, position p meets entry p s + w - before through place w of the window.
+            # Entries j s + k are met by places w = k + before (mod s), that is first + i s, and
+            # then j = p + i + least: phase k is a convolution of stride one of its entries with
+            # these places, from entry `least` on.
             first = (k + before) % stride  # of the window's places that meet these entries
             steps = len(range(first, window, stride))
             least = (first - before - k) // stride
@@ -192,6 +196,8 @@ def _row_kernel(
     options: _Options, kernel: Float[Array, "h w in out"], width: int
 ) -> Float[Array, "h wide_in wide_out"]:
     """(kernel row; column, channel of an input row; column, channel of an output row)."""
+    # A convolution of one row is linear: its matrix, by the responses to unit vectors. Each row of
+    # the kernel gives one such matrix, and they are what is convolved along the height.
     kernel_rows, kernel_columns, inputs, outputs = kernel.shape
     units = jnp.eye(width * inputs, dtype=kernel.dtype).reshape(-1, width, inputs)
     columns_first = kernel.transpose(1, 2, 0, 3).reshape(kernel_columns, inputs, -1)

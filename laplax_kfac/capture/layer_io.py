@@ -335,13 +335,14 @@ Record = tuple[LayerIO, ...] | ParameterIO | None
 
 def side_types(member: Member) -> tuple[type[SideIO], type[SideIO]]:
     """Types of the inputs and of the gradients that capture hands on for a use."""
-    claim = member.claim
-    computed: type[SideIO] = Features
-    if claim.indexed:
-        computed = Rows
-    elif has_moments(member):
-        computed = Patches
-    return (Cotangents, computed) if claim.transposed else (computed, Cotangents)
+    return member.claim.as_layer_sides(computed_type(member), Cotangents)
+
+
+def computed_type(member: Member) -> type[SideIO]:
+    """Type of what the forward pass computes for a use: its other side is cotangents."""
+    if member.claim.lookup_side is not None:
+        return Rows
+    return Patches if has_moments(member) else Features
 
 
 def has_moments(member: Member) -> bool:
@@ -355,6 +356,6 @@ def needs_features(resolved: Resolved, *, reduce: bool) -> bool:
     if layer.block != "kronecker" or reduce or not resolved.members:
         return bool(resolved.members)
     return any(
-        not (has_moments(member) and layer.kinds[member.claim.transposed].holds_all)
+        not (has_moments(member) and layer.kinds[member.claim.computed_side].holds_all)
         for member in resolved.members
     )

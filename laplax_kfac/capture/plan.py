@@ -88,7 +88,7 @@ def perturbations_of_uses(program: Program) -> Perturbations:
         use = program.uses[member.claim.use]
         output = jaxprs.spec(use.eqn.outvars[0])
         number = perturbation_of(program, member.claim.use)
-        perturbations[number] = jnp.zeros((*use.lanes, *output.shape), output.dtype)
+        perturbations[number] = jnp.zeros((*use.scans, *output.shape), output.dtype)
     return perturbations
 
 

@@ -16,7 +16,7 @@ from laplax_kfac.capture.layer_io import (
     Record,
     Rows,
     SideIO,
-    has_moments,
+    computed_type,
 )
 from laplax_kfac.capture.plan import Perturbations, perturbation_of
 from laplax_kfac.parsing.claims import Part
@@ -52,10 +52,10 @@ def _layer_io(program: Program, member: Member, inputs: Inputs, at_uses: Perturb
     positions = use.pattern.outputs(
         use.eqn, use.operand, np.empty(jaxprs.shape(use.eqn.outvars[0]), bool)
     ).shape[0]
-    active = jnp.broadcast_to(active[..., None], (*use.lanes, positions, values.shape[-2], 1))
+    active = jnp.broadcast_to(active[..., None], (*use.scans, positions, values.shape[-2], 1))
     gradients = at_uses[perturbation_of(program, claim.use)]
     outputs = lambda g: use.pattern.outputs(use.eqn, use.operand, g)  # noqa: E731
-    for _ in range(1 + len(use.lanes)):
+    for _ in range(1 + len(use.scans)):
         outputs = jax.vmap(outputs)
     a = values if claim.bias is None else claim.bias * active.astype(values.dtype)
     a, active = _canonical(a, claim.shared), _canonical(active, claim.shared)
@@ -64,7 +64,8 @@ def _layer_io(program: Program, member: Member, inputs: Inputs, at_uses: Perturb
         a, g = _in_part(claim.part, use, a), _features(g, claim.part[1])
     if use.pattern.active is not None:
         g = g * active.astype(g.dtype)
-    if claim.input_scale is not None and claim.indexed:
+    kind = computed_type(member)
+    if claim.input_scale is not None and kind is Rows:
         rows = jnp.asarray(claim.input_scale, g.dtype)  # (stack, rows)
         g = g * jnp.take_along_axis(rows, a[..., 0].T, axis=1).T[..., None]
     elif claim.input_scale is not None:
@@ -74,16 +75,14 @@ def _layer_io(program: Program, member: Member, inputs: Inputs, at_uses: Perturb
     if member.joint_bias is not None:
         a = jnp.concatenate([a, member.joint_bias * active.astype(a.dtype)], axis=-1)
     computed: SideIO = Features(a)
-    if claim.indexed:
+    if kind is Rows:
         computed = Rows(a[..., 0], claim.ids.shape[1], g.dtype)
-    elif has_moments(member):
+    elif kind is Patches:
         assert claim.moments is not None
         computed = Patches(
             Features(a), tuple(map(jnp.asarray, operands)), claim.moments, member.joint_bias
         )
-    if claim.transposed:
-        return LayerIO(Cotangents(g), computed, active[..., 0])
-    return LayerIO(computed, Cotangents(g), active[..., 0])
+    return LayerIO(*claim.as_layer_sides(computed, Cotangents(g)), active[..., 0])
 
 
 def _in_part(part: Part, use: Use, inputs: Array) -> Array:
@@ -103,15 +102,15 @@ def _features(x: Array, index: Int[np.ndarray, " n"]) -> Array:
 
 
 def _canonical(x: Array, shared: tuple[bool, ...]) -> Array:
-    """(*lanes, positions, stack, features) -> (S, stack, features).
+    """(*scans, positions, stack, features) -> (S, stack, features).
 
-    Lanes and stack axes along which the weight is shared become positions, the others stack.
+    Scans and stack axes along which the weight is shared become positions, the others stack.
     """
-    lanes = len(shared) - 1
-    axes = [*range(lanes), lanes + 1]  # of shared; axis `lanes` holds the pattern's positions
+    scans = len(shared) - 1
+    axes = [*range(scans), scans + 1]  # of shared; axis `scans` holds the pattern's positions
     along = [axis for axis, s in zip(axes, shared, strict=True) if s]
     stacked = [axis for axis, s in zip(axes, shared, strict=True) if not s]
-    order = [*(a for a in along if a < lanes), lanes, *(a for a in along if a > lanes)]
+    order = [*(a for a in along if a < scans), scans, *(a for a in along if a > scans)]
     x = x.transpose(*order, *stacked, x.ndim - 1)
     positions = int(np.prod(x.shape[: len(order)]))
     return x.reshape(positions, -1, x.shape[-1])

@@ -9,8 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from laplax_kfac import factors, jaxprs, machine
-from laplax_kfac.arguments import no_type_check
+from laplax_kfac import factors, jaxprs, machine, summaries
+from laplax_kfac.arguments import (
+    no_type_check,
+    positive_integer,
+    require_callable,
+    require_weights,
+    shown,
+)
 from laplax_kfac.caches import Cache
 from laplax_kfac.capture.batches import (
     Batch,
@@ -21,7 +27,7 @@ from laplax_kfac.capture.batches import (
     to_arrays,
     weighted_batch,
 )
-from laplax_kfac.curvature.curvature import Curvature
+from laplax_kfac.curvature.curvature import Curvature, Origin
 from laplax_kfac.curvature.options import OptionKeywords, Options, Settings
 from laplax_kfac.curvature.passes import Arrays, Compiled, OfRecords, compiled_for, zeros_of
 from laplax_kfac.factors import Statistics, optimal_factors
@@ -33,6 +39,7 @@ from laplax_kfac.parsing.program import ModelFn, parse
 KFOC_ITERATIONS = 30
 
 
+@summaries.summarised
 @dataclass(frozen=True)
 class Accumulator:
     """Streaming curvature: pure functions around `factors.Statistics`; made by `accumulator`.
@@ -64,16 +71,20 @@ class Accumulator:
 
         Args:
             state: Statistics so far.
-            batch: ``(input, target)`` or ``{"input": ..., "target": ...}``, either with a weight
-                for every example if these differ; see `kfac`.
+            batch: ``(input, target)`` or ``{"input": ..., "target": ...}``, this one with a key
+                ``"weight"`` for the weights of examples if these differ; see `kfac`.
             weights: 1 for every example that counts and 0 for padding; all count by default.
                 They multiply the weights of the batch.
 
         Raises:
             TypeError: If the batch is of no known form.
-            ValueError: If its arrays disagree about the number of examples.
+            ValueError: If its arrays disagree about the number of examples, or a weight is not
+                finite or negative.
         """
-        batch, weights = weighted_batch(to_arrays(as_batch(batch)), weights)
+        require_statistics("state", state)
+        if weights is not None:
+            require_weights("weights", weights)
+        batch, weights = weighted_batch(to_arrays(as_batch(batch, "batch")), weights)
         compiled, arrays = self._pass(batch, weights, state.num_updates)
         return _added(state, compiled, arrays)
 
@@ -89,10 +100,14 @@ class Accumulator:
             state = _added(state, compiled, arrays, in_place=True)
         return factors.mirrored(state)
 
+    @no_type_check
     def merge(self, first: Statistics, second: Statistics) -> Statistics:
         """Statistics of the data of both."""
+        require_statistics("first", first)
+        require_statistics("second", second)
         return factors.merge(first, second)
 
+    @no_type_check
     def parts(self, data: Iterable[object], batch_size: int) -> Iterator[WeightedBatch]:
         """Split batches into parts of one size for `collect`, with weights 0 for padding.
 
@@ -100,18 +115,33 @@ class Accumulator:
             data: Batches.
             batch_size: Most examples of a part.
         """
-        return even_batches(map(as_batch, data), batch_size)
+        return even_batches(map(as_batch, data), positive_integer("batch_size", batch_size))
 
+    @no_type_check
     def finalize(self, state: Statistics) -> Curvature:
         """The curvature of all data seen.
 
         Raises:
             ValueError: If the state has seen no data.
         """
+        require_statistics("state", state)
         blocks = factors.finalize(state)
         assert state.space is not None
-        return Curvature(blocks, state.layers, state.space, self.settings.columns.fisher.degree)
+        degree = self.settings.columns.fisher.degree
+        return Curvature(blocks, state.layers, state.space, degree, self.origin())
 
+    def origin(self) -> Origin:
+        """What its curvatures are of, as far as it has seen the data itself."""
+        columns = self.settings.columns
+        ranks = {compiled.program.input_ranks for compiled in self.programs.values()}
+        loss = columns.likelihood.name.removeprefix("weighted ")
+        return Origin(
+            "" if loss.startswith("the callable") else loss,
+            columns.fisher.name,
+            ranks.pop() if len(ranks) == 1 else (),
+        )
+
+    @no_type_check
     def optimise(
         self,
         state: Statistics,
@@ -132,6 +162,8 @@ class Accumulator:
         Raises:
             ValueError: If the state has seen no data.
         """
+        iterations = positive_integer("iterations", iterations)
+        require_statistics("state", state)
         factors.require_data(state)
         old_inputs, outputs = factors.kronecker_factors(state)
         for _ in range(iterations):
@@ -220,6 +252,21 @@ class Accumulator:
         return self.programs.get(shapes, make)
 
 
+@no_type_check
+def require_statistics(name: str, value: object) -> None:
+    """Refuse what is no state of an accumulator.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(value, Statistics):
+        msg = (
+            f"`{name}` must be a state of an accumulator, from its `init`, `update` or `merge`; "
+            f"found {shown(value)}."
+        )
+        raise TypeError(msg)
+
+
 def _added(
     state: Statistics, compiled: Compiled, arrays: "Arrays", *, in_place: bool = False
 ) -> Statistics:
@@ -273,4 +320,5 @@ def accumulator(
         ValueError: If an option has an unknown value.
         TypeError: If ``loss_fn`` is neither a name nor a callable, or an option is unknown.
     """
+    require_callable("model_fn", model_fn, "a function of `input` and `params`")
     return Accumulator(model_fn, params, Options.of(options, keywords).settings(loss_fn))

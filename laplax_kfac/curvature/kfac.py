@@ -8,7 +8,12 @@ from typing import Any, Unpack
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from laplax_kfac.arguments import no_type_check, positive_integer
+from laplax_kfac.arguments import (
+    no_type_check,
+    positive_integer,
+    require_callable,
+    require_flags,
+)
 from laplax_kfac.capture.batches import (
     Transform,
     WeightedBatch,
@@ -64,10 +69,18 @@ class _Passes:
         """Refuse what refines Kronecker factors by gradients where there is no such thing.
 
         Raises:
-            ValueError: If it does, or a number is not positive.
+            ValueError: If it does, or a number is no positive integer.
+            TypeError: If an argument is of another type.
         """
         positive_integer("batch_size", self.batch_size)
         positive_integer("iterations", self.iterations)
+        require_flags(
+            eigenvalue_correction=self.eigenvalue_correction,
+            optimal_factors=self.optimal_factors,
+            progress=self.progress,
+        )
+        if self.transform is not None:
+            require_callable("transform", self.transform, "a function of one batch")
         refined = options.curvature == "kronecker" and fisher_type_of(options.fisher_type).columns
         for name in ("eigenvalue_correction", "optimal_factors"):
             if getattr(self, name) and not refined:
@@ -98,8 +111,8 @@ def kfac(
         model_fn: ``model_fn(input=, params=)``.
         params: The trained parameters, a pytree of arrays.
         data: One batch, ``(input, target)`` or ``{"input": ..., "target": ...}``, or an iterable
-            of batches. Examples of a batch ``(input, target, weight)``, or of one with a key
-            ``"weight"``, an array (N,), count so many times.
+            of batches. Examples of a batch with a third key ``"weight"``, an array (N,), count so
+            many times.
         loss_fn: A laplax ``LossFn``, its string (``"mse"``, ``"cross_entropy"``,
             ``"binary_cross_entropy"``), a callable ``loss(output, target)`` of one example, or a
             `Likelihood`, such as those in `laplax_kfac.likelihood`. The loss of the data is the

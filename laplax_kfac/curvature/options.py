@@ -8,12 +8,27 @@ from typing import Any, TypedDict, cast
 import jax
 from jaxtyping import Array, Key
 
-from laplax_kfac.arguments import no_type_check, positive_integer, require_choice
+from laplax_kfac import summaries
+from laplax_kfac.arguments import (
+    no_type_check,
+    positive_integer,
+    require_choice,
+    require_flags,
+    require_key,
+)
 from laplax_kfac.factors import KFAC_APPROXIMATIONS, KfacApprox
 from laplax_kfac.fisher import Columns, fisher_type_of
 from laplax_kfac.likelihood.named import Loss, resolve_likelihood
 from laplax_kfac.parsing.layer import Layer
-from laplax_kfac.parsing.selection import DENSE_LIMIT, PathFilter, Selection, matches, select
+from laplax_kfac.parsing.selection import (
+    DENSE_LIMIT,
+    PathFilter,
+    Selection,
+    matches,
+    require_matches,
+    require_patterns,
+    select,
+)
 
 
 class OptionKeywords(TypedDict, total=False):
@@ -34,6 +49,7 @@ class OptionKeywords(TypedDict, total=False):
 
 
 @no_type_check
+@summaries.summarised
 @dataclass(frozen=True, eq=False)
 class Options:
     """What kind of curvature is computed; each is also a keyword of the functions that take it.
@@ -56,8 +72,9 @@ class Options:
         curvature: ``"kronecker"``; or, from the same quantities, the exact ``"diagonal"``, or the
             exact dense ``"block"`` of every layer.
         params_filter: Which parameters get curvature: patterns of paths as in a shell
-            (``"encoder/*"``; one or several), a function of the path, or ``"last_layer"``. The
-            others are frozen at their value; all are covered by default.
+            (``"encoder/*"``, or as frontends print them, ``"layers[2]*"``; one or several), a
+            function of the path, or ``"last_layer"``. The others are frozen at their value; all
+            are covered by default.
         fallback: Block of parameters without a Kronecker form: ``"dense"`` (up to ``dense_limit``,
             diagonal above), ``"diagonal"``, ``"none"``, or ``"error"``; or these by pattern.
         dense_limit: Most parameters of a leaf that get a dense block.
@@ -70,7 +87,8 @@ class Options:
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
 
     Raises:
-        ValueError: If an option has an unknown value, or two exclude each other.
+        ValueError: If an option has an unknown value, or two exclude each other. When the model
+            is known, if a pattern matches nothing in it.
         TypeError: If one is of an unsupported type.
     """
 
@@ -89,7 +107,11 @@ class Options:
 
     def __post_init__(self) -> None:
         self.selection()
+        require_flags(vmap_over_data=self.vmap_over_data)
+        if self.key is not None:
+            require_key("key", self.key)
         fisher = fisher_type_of(self.fisher_type)
+        require_patterns("kfac_approx", self.kfac_approx)
         for _, value in self._approximations():
             require_choice("kfac_approx", value, KFAC_APPROXIMATIONS)
         positive_integer("mc_samples", self.mc_samples)
@@ -165,6 +187,7 @@ class Options:
         return list(given.items()) if isinstance(given, Mapping) else [("*", given)]
 
 
+@summaries.summarised
 @dataclass(frozen=True, eq=False)
 class Settings:
     """What a pass over data works with.
@@ -196,7 +219,4 @@ class Settings:
             ValueError: If there is one.
         """
         names = [layer.name for layer in layers]
-        for pattern, _ in self.kfac_approx:
-            if not any(matches(name, [pattern]) for name in names):
-                msg = f"`kfac_approx` names {pattern!r}, which matches none of the layers {names}."
-                raise ValueError(msg)
+        require_matches("kfac_approx", [pattern for pattern, _ in self.kfac_approx], names)

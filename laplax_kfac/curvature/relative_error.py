@@ -10,8 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num, PyTree
 
 from laplax_kfac import pytrees
-from laplax_kfac.arguments import no_type_check, positive_integer
+from laplax_kfac.arguments import (
+    no_type_check,
+    positive_integer,
+    require_callable,
+    require_flags,
+    require_key,
+)
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal, apply
+from laplax_kfac.blocks.merging import require_curvature
 from laplax_kfac.capture.batches import batches, even_batches, first_example
 from laplax_kfac.capture.layer_io import ParameterIO, Record
 from laplax_kfac.curvature.accumulator import Accumulator
@@ -93,9 +100,17 @@ def relative_error(
         batch_size: Most examples that are worked on at once.
 
     Raises:
-        ValueError: If the curvature is of another model, or ``num_probes`` is not positive.
+        ValueError: If the curvature is of another model, or a number is no positive integer.
+        TypeError: If an argument is of an unsupported type.
     """
+    require_curvature("curvature", curvature)
+    require_callable("model_fn", model_fn, "a function of `input` and `params`")
+    curvature.space.require_like(params, "params")
     num_probes = positive_integer("num_probes", num_probes)
+    batch_size = positive_integer("batch_size", batch_size)
+    require_flags(vmap_over_data=vmap_over_data)
+    if key is not None:
+        require_key("key", key)
     stream = even_batches(batches(data), batch_size)
     first = next(stream)
     program = parse_like(

@@ -10,13 +10,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac import pytrees
-from laplax_kfac.arguments import no_type_check
+from laplax_kfac.arguments import (
+    no_type_check,
+    positive_integer,
+    require_callable,
+    require_flags,
+    require_positive,
+)
 from laplax_kfac.capture.batches import Batch, Transform, batches, even_batches
 from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.likelihood.named import Loss, resolve_likelihood
+from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.program import ModelFn, per_example
-from laplax_kfac.posterior.prior import Scalar, require_positive
+from laplax_kfac.posterior.prior import Scalar
 
 
 @pytrees.register
@@ -70,7 +77,18 @@ def data_fit(
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
         batch_size: Most examples that are worked on at once.
         transform: Applied to every batch first.
+
+    Raises:
+        ValueError: If ``batch_size`` is no positive integer, or the data, the model or the loss is
+            not of a supported form.
+        TypeError: If an argument is of an unsupported type.
     """
+    require_flags(vmap_over_data=vmap_over_data)
+    batch_size = positive_integer("batch_size", batch_size)
+    require_callable("model_fn", model_fn, "a function of `input` and `params`")
+    ParameterSpace.of(params)
+    if transform is not None:
+        require_callable("transform", transform, "a function of one batch")
     compiled = jax.jit(fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data))
     stream = even_batches(batches(data, transform), batch_size)
     return summed_fit(compiled(params, batch, weights) for batch, weights in stream)
@@ -118,4 +136,4 @@ def require_fit(log_likelihood: object, noise_variance: Scalar | None) -> None:
         msg = "`noise_variance` belongs to the Gaussian likelihood of `mse`; leave it out here."
         raise ValueError(msg)
     if noise_variance is not None:
-        require_positive("noise_variance", noise_variance)
+        require_positive("noise_variance", noise_variance, shape=())

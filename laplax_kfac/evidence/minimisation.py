@@ -9,7 +9,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
-from laplax_kfac.arguments import no_type_check
+from laplax_kfac.arguments import no_type_check, require_positive
 from laplax_kfac.evidence.hill import DEFAULT_TOLERANCE, Hill, pushed
 from laplax_kfac.evidence.problem import DEFAULT_BOUNDS, check_start
 from laplax_kfac.evidence.search import DEFAULT_STEPS, checked_steps, climb
@@ -42,6 +42,7 @@ def minimise(
             the derivative there is zero or not finite.
     """
     checked_steps("lbfgs", steps, bounds)
+    require_positive("tolerance", tolerance, shape=())
     check_start({"hyperparameters": start}, bounds)
     logs, unravel = ravel_pytree(
         jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)

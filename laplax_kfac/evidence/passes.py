@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
+from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.capture.batches import (
     Batch,
     Transform,
@@ -21,6 +22,7 @@ from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.evidence.fit import DataFit, summed_fit
 
 
+@no_type_check
 @dataclass(frozen=True)
 class Schedule:
     """When steps on the evidence are made; see `marglik_training`."""
@@ -29,6 +31,7 @@ class Schedule:
     burn_in: int
     every: int
     hyper_steps: int
+    patience: int | None = None
 
     def check(self) -> None:
         """Refuse a schedule without an evidence in it.
@@ -41,10 +44,9 @@ class Schedule:
             ("every", self.every, 1),
             ("hyper_steps", self.hyper_steps, 0),
             ("burn_in", self.burn_in, 0),
+            *([("patience", self.patience, 1)] if self.patience is not None else []),
         ):
-            if value < least:
-                msg = f"`{name}` must be {least} or more; found {value}."
-                raise ValueError(msg)
+            positive_integer(name, value, least)
         if self.burn_in + self.every > self.epochs:
             msg = (
                 f"No evidence is computed in {self.epochs} epochs with burn_in={self.burn_in} and "
@@ -96,10 +98,7 @@ class Passes:
     def curvature_at(self, params: PyTree) -> Curvature:
         """The curvature at some parameters."""
         here = self.accumulate.at(params)
-        state = here.init()
-        for batch, weights in self.stream():
-            state = here.update(state, batch, weights)
-        curvature = here.finalize(state)
+        curvature = here.finalize(here.collect(self.stream()))
         return here.correct(curvature, self.stream()) if self.eigenvalue_correction else curvature
 
     def fit_at(self, params: PyTree) -> DataFit:

@@ -10,11 +10,12 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from laplax_kfac import pytrees
+from laplax_kfac.arguments import require_positive
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.evidence.evidence import Evidence, log_marginal_likelihood
 from laplax_kfac.evidence.fit import DataFit
 from laplax_kfac.posterior.posterior import as_prior
-from laplax_kfac.posterior.prior import log_prior_determinant, require_positive
+from laplax_kfac.posterior.prior import log_prior_determinant
 
 PriorFunction = Callable[[PyTree], Any]
 DEFAULT_BOUNDS = (1e-8, 1e8)

@@ -12,6 +12,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from laplax_kfac.arguments import (
+    no_type_check,
+    positive_integer,
+    require_bounds,
+    require_choice,
+)
 from laplax_kfac.evidence.hill import Hill
 
 Method = Literal["lbfgs", "adam", "grid"]
@@ -20,20 +26,13 @@ _ROUNDS = 6
 """Rounds of the grid: each is finer than the last, by a factor of 8 for 33 points."""
 
 
+@no_type_check
 def checked_steps(method: str, steps: int | None, bounds: tuple[float, float]) -> int:
     """Refuse options without sense, and fill in the number of steps."""
-    if method not in DEFAULT_STEPS:
-        msg = f"`method` must be one of {', '.join(map(repr, DEFAULT_STEPS))}; found {method!r}."
-        raise ValueError(msg)
-    low, high = bounds
-    if not 0 < low < high < float("inf"):
-        msg = f"`bounds` must be two positive numbers, the smaller one first; found {bounds}."
-        raise ValueError(msg)
+    require_choice("method", method, DEFAULT_STEPS)
+    require_bounds(bounds)
     steps = DEFAULT_STEPS[method] if steps is None else steps
-    if steps < (5 if method == "grid" else 1):
-        msg = f"`steps` must be a positive integer; for the grid, 5 or more; found {steps}."
-        raise ValueError(msg)
-    return steps
+    return positive_integer("steps", steps, least=5 if method == "grid" else 1)
 
 
 def climb(

@@ -16,7 +16,14 @@ from jaxtyping import Array, Float, Key, PyTree
 from tqdm import tqdm
 
 from laplax_kfac import pytrees
-from laplax_kfac.arguments import no_type_check
+from laplax_kfac.arguments import (
+    no_type_check,
+    positive_integer,
+    require_bounds,
+    require_callable,
+    require_flags,
+    require_positive,
+)
 from laplax_kfac.capture.batches import (
     Transform,
     require_several_passes,
@@ -141,8 +148,17 @@ def marglik_training(
             never finite.
         TypeError: If ``data`` or ``loss_fn`` is of an unsupported type.
     """
-    schedule = Schedule(epochs, burn_in, every, hyper_steps)
+    schedule = Schedule(epochs, burn_in, every, hyper_steps, patience)
     schedule.check()
+    batch_size = positive_integer("batch_size", batch_size)
+    require_flags(eigenvalue_correction=eigenvalue_correction, progress=progress)
+    require_bounds(bounds)
+    require_positive("hyper_learning_rate", hyper_learning_rate, shape=())
+    if transform is not None:
+        require_callable("transform", transform, "a function of one batch")
+    if optimizer is not None and not hasattr(optimizer, "update"):
+        msg = f"`optimizer` must be one of optax, such as optax.adam(1e-3); found {optimizer!r}."
+        raise TypeError(msg)
     require_several_passes(data, "`marglik_training`")
     function, start = start_of(prior_prec, hyperparameters, noise_variance)
     check_start(start, bounds)

@@ -19,8 +19,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
 from laplax_kfac import pytrees
-from laplax_kfac.arguments import no_type_check
+from laplax_kfac.arguments import no_type_check, require_positive
 from laplax_kfac.blocks.blocks import BlockDiagonal
+from laplax_kfac.blocks.merging import require_curvature
 from laplax_kfac.evidence.evidence import Evidence
 from laplax_kfac.evidence.fit import DataFit, require_fit
 from laplax_kfac.evidence.hill import DEFAULT_TOLERANCE, Hill, pushed
@@ -118,9 +119,13 @@ def tune(
             or out of bounds.
         TypeError: If ``log_likelihood`` is no `DataFit`.
     """
+    require_curvature("curvature", curvature)
+    curvature.space.require_like(params, "params")
     function, start = start_of(prior_prec, hyperparameters, noise_variance)
     require_fit(log_likelihood, noise_variance)
     steps = checked_steps(method, steps, bounds)
+    require_positive("learning_rate", learning_rate, shape=())
+    require_positive("tolerance", tolerance, shape=())
     problem = Problem(curvature, params, log_likelihood, prior_mean)
     check_start(start, bounds)
     # Inside the loop the values are not known, and not refused.

@@ -59,6 +59,8 @@ def second_moments(
     """Second moments of the gradients of one layer in the bases of its sides."""
     lookup = lookup_of(record)
     if lookup is not None:
+        # G has one row for every row that is picked, whose squares are added there. A row that
+        # several positions pick would be added by each, so each adds its share.
         rows, cotangents = lookup
         gradients, shares = lookup_gradients(rows, cotangents, sides[1])
         squares = jnp.sum(gradients**2, axis=1) * (shares * weights[:, None, None])[..., None]
@@ -103,6 +105,7 @@ def _in_pairs(layer: Layer, record: tuple[LayerIO, ...]) -> bool:
 def _moments_by_pairs(
     uses: RotatedUses, weights: Float[Array, " n"]
 ) -> Float[Array, "stack rows out"]:
+    # sum_r (sum_t a_ti g_rto)^2 = sum_tu (a_ti a_ui) (sum_r g_rto g_ruo): uses are more positions.
     a = jnp.concatenate([a[:, 0] for a, _ in uses], axis=1)
     g = jnp.concatenate([g for _, g in uses], axis=2)
     inputs = weights[:, None, None, None, None] * a[:, :, None] * a[:, None]
@@ -122,6 +125,8 @@ def _rotated(
 
 def _rotations(layer: Layer, record: tuple[LayerIO, ...], sides: Bases) -> tuple[Bases, Bases]:
     """What to rotate first, inputs and cotangents, and what later, matrices that are smaller."""
+    # Inputs are S vectors an example where the matrices have R out columns; cotangents are R S
+    # vectors where the matrices have R rows: rotate what has fewer.
     positions, columns = num_positions(record), record[0].num_columns
     fewer = positions < columns * layer.out_features, positions < layer.rows
     pairs = list(zip(sides, fewer, strict=True))

@@ -79,6 +79,8 @@ def lookup_gradients(
 
     A row that several positions pick comes once for each, with shares that sum to one.
     """
+    # Row i of G is the sum of g_t over the positions t that pick it; so every position gets the sum
+    # over all that pick what it picks.
     same = accumulate(rows.same())
     gradients = jnp.einsum(
         "nstk,nrtko->nrsko", same, cotangents.rotated(outputs), precision=_HIGHEST

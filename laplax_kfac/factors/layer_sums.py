@@ -94,7 +94,8 @@ def needs_inputs(resolved: Resolved, kfac_approx: KfacApprox) -> bool:
 def without_cotangents(resolved: Resolved) -> Resolved:
     """A layer to which nothing is pulled back: the factor of cotangents is the identity.
 
-    A layer that a use and a transposed use share has cotangents, and inputs, on either side.
+    A layer that two uses share, one of them with its transpose, has cotangents and inputs on both
+    sides.
     """
     layer, (inputs, outputs) = resolved.layer, resolved.layer.sides
     where = {side_types(member).index(Cotangents) for member in resolved.members}

@@ -30,6 +30,9 @@ def nearest_kronecker(
         gram_of_uses(kind, total) for kind, total in zip(kinds, (inputs, outputs), strict=True)
     )
 
+    # With A = sum_u w_u A_u and B = sum_u v_u B_u, the half steps A <- sum_u <B_u, B> A_u and
+    # B <- sum_u <A_u, A> B_u are w <- K_B v and v <- K_A w, K the Gram matrices of the summands.
+    # `unit` keeps ||A|| or ||B|| at one, in the norms that these matrices give.
     def unit(
         w: Float[Array, "stack U"], gram: Float[Array, "stack U U"]
     ) -> Float[Array, "stack U"]:
@@ -42,6 +45,7 @@ def nearest_kronecker(
 
     start = unit(jnp.ones(gram_in.shape[:2], gram_in.dtype), gram_in)
     w = jax.lax.fori_loop(0, iterations, step, start)
+    # With ||A|| = 1 the last half step has the singular value in it: B = sum_u <A_u, A> B_u.
     v = jnp.einsum("kuv,kv->ku", gram_in, w)
 
     def combined(weights: Float[Array, "stack U"], total: Sum) -> Sum:

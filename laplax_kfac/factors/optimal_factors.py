@@ -81,7 +81,9 @@ def _contracted(
         shares = shares * contracted.diagonal(factor)[jnp.arange(layer.stack), rows.numbers]
         return kept.finished(kept.sum(gradients, shares[:, None, ..., None]))
     uses, weights = rotated_uses(record), accumulate(weights)
-    if num_positions(record) == 1:  # G = a g^T
+    if num_positions(record) == 1:
+        # G_r = a g_r^T, so that sum_r G_r B G_r^T = (sum_r g_r^T B g_r) a a^T: the layer's own sum
+        # of inputs, with other weights.
         mine, other = uses[0] if side == 0 else uses[0][::-1]
         sizes = contracted.form(other, factor)
         if mine.shape[1] == 1:
@@ -90,6 +92,8 @@ def _contracted(
 
     def by_matrices(uses: RotatedUses, weights: Float[Array, " n"]) -> Sum:
         """``G B G^T``, the vectors of B in the rows of G, those of the result in its columns."""
+        # sum_r G_r B G_r^T = [G_1 ... G_R] (I_R kron B) [G_1 ... G_R]^T: side by side, the sum over
+        # r is part of the matrix product, and B meets one tall matrix.
         matrices = gradients_side_by_side(uses)
         rows = matrices.reshape(*matrices.shape[:3], -1)  # one matrix of all columns, and another
         columns = matrices.reshape(*matrices.shape[:2], -1, matrices.shape[-1])
@@ -104,6 +108,8 @@ def _contracted(
         """``G B G^T = sum_tu a_t (sum_r g_rt^T B g_ru) a_u^T``, and the other way round."""
         a = jnp.concatenate([a for a, _ in uses], axis=2)
         g = jnp.concatenate([g for _, g in uses], axis=2)
+        # k_tu = sum_r g_rt^T B g_ru is a kernel between positions; then sum_u k_tu a_u stands where
+        # G^T did, and no array has the size of G.
         inner, outer = (g, a) if side == 0 else (a, g)
         products = weights[:, None, None, None, None] * contracted.times(inner, factor)
         kernel = jnp.einsum("nrtkp,nrukp->nktu", products, inner, precision=_HIGHEST)
@@ -126,6 +132,8 @@ def _contracts_in_pairs(layer: Layer, record: tuple[LayerIO, ...]) -> bool:
     positions, rows, out = num_positions(record), layer.rows, layer.out_features
     widths = rows + columns * out
     stored = machine.MACHINE.stored
+    # Multiply-adds of the einsums over pairs, and numbers written between them, against those of
+    # the products with G and of the matrices that these take and leave.
     pairs = positions * (rows**2 + columns * out**2 + positions * (widths + stored))
     sizes = positions + rows + out + 2 * stored
     return pairs <= columns * rows * out * sizes
@@ -150,6 +158,7 @@ def over_squared_norms(
         if other is None:
             found.append(None)
             continue
+        # The A that minimises ||M - A kron B||_F for a fixed B is M contracted with B, over <B, B>.
         norms = layer.kinds[1 - side].inner(other, other)
         norms = jnp.where(norms > 0, norms, 1.0)
         divided = lambda x, n=norms: x / n.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
@@ -164,6 +173,8 @@ def same_directions(
     for layer, a, b in zip(layers, before, after, strict=True):
         if a is None or b is None:
             continue
+        # An error of size e in a direction changes its cosine by e^2 / 2: a cosine that is 1 to all
+        # digits says that half of the digits of the factor are right.
         inner = layer.kinds[0].inner
         norms = jnp.sqrt(inner(a, a) * inner(b, b))
         cosines = inner(a, b) / jnp.where(norms > 0, norms, 1.0)

@@ -16,11 +16,13 @@ import laplax.util.loader  # registers how loaders are multiplied with
 import laplax.util.mv
 from jaxtyping import PyTree
 
+from laplax_kfac.arguments import no_type_check
 from laplax_kfac.parsing.program import ModelFn
 
 Product: TypeAlias = Callable[..., PyTree]
 
 
+@no_type_check
 @dataclass(frozen=True)
 class Problem:
     """What ``laplax.api.GGN`` was called with.
@@ -74,6 +76,7 @@ class LazyProduct:
         return getattr(self.product, name)
 
 
+@no_type_check
 def lazy_ggn(
     original: Callable[..., Product],
     model_fn: ModelFn,

@@ -10,8 +10,10 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from laplax_kfac.likelihood.differentiation import differentiated
 from laplax_kfac.likelihood.pieces import LossFunction, gradient_of, real, times, total_of
+from laplax_kfac.summaries import summarised
 
 
+@summarised
 @dataclass(frozen=True)
 class Likelihood:
     """What curvature needs to know of a loss; every function is for one example.

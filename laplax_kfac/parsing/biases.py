@@ -365,17 +365,12 @@ def join(groups: list[Group]) -> list[tuple[Group, Group]]:
 
 
 def _are_joint(weight: Group, bias: Group) -> bool:
-    """Whether every use of the one is a use of the other, with one bias for each of its columns.
-
-    The inputs of a transposed weight are its columns, those of a lookup are row numbers: neither
-    has a place for a constant 1. A scale of the outputs is not one of the bias.
-    """
+    """Whether every use of the one is a use of the other, with one bias for each of its columns."""
     if weight[0].ids.shape[::2] != bias[0].ids.shape[::2]:
         return False
     biases = {c.use: c for c in bias}
     return (
         len(biases) == len(bias) == len(weight)
         and all(c.use in biases and biases[c.use].shared == c.shared for c in weight)
-        and not any(c.transposed or c.indexed for c in weight)
-        and all(c.output_scale is None for c in weight)
+        and all(c.has_place_for_bias for c in weight)
     )

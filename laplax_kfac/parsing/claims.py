@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num, Shaped
@@ -24,6 +25,7 @@ from laplax_kfac.parsing.values import FOREIGN
 from laplax_kfac.patterns import Moments
 
 Ids = Int[np.ndarray, "stack rows out"]
+Side = TypeVar("Side")
 Part = tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]
 """Rows and columns of a weight."""
 
@@ -68,9 +70,36 @@ class Claim:
         *scans, stack = range(ids.ndim - 2)
         alone = ids.shape[stack] == 1
         shared = *(constant_along(ids, a) for a in scans), not alone and constant_along(ids, stack)
-        sizes = (*use.lanes, ids.shape[-3])
+        sizes = (*use.scans, ids.shape[-3])
         along = math.prod(n for n, s in zip(sizes, shared, strict=True) if s)
         return cls(number, take_first(ids, shared), shared, use.positions * along)
+
+    def as_layer_sides(self, computed: Side, cotangents: Side) -> tuple[Side, Side]:
+        """What belongs to a use's inputs and to its outputs, as those of the layer's weight.
+
+        The output of a transposed use has the size of the weight's rows: its cotangents stand where
+        the layer has its inputs.
+        """
+        return (cotangents, computed) if self.computed_side else (computed, cotangents)
+
+    @property
+    def computed_side(self) -> int:
+        """The side of the layer that the use's inputs belong to: 0 for its inputs, or 1."""
+        return int(self.transposed)
+
+    @property
+    def lookup_side(self) -> int | None:
+        """The side of the layer on which data pick rows, or None."""
+        return self.computed_side if self.indexed else None
+
+    @property
+    def has_place_for_bias(self) -> bool:
+        """Whether the weight's rows can be joined by a bias, whose input is a constant 1.
+
+        The inputs of a transposed weight are its columns, those of a lookup are row numbers:
+        neither has a place for a constant 1. A scale of the outputs is not one of the bias.
+        """
+        return not (self.transposed or self.indexed) and self.output_scale is None
 
     @functools.cached_property
     def segment(self) -> Segment:

@@ -88,7 +88,7 @@ def sides_of(layer: Layer, members: Sequence[Member], selection: Selection) -> t
         return layer.sides
     wanted, kinds = selection.kinds_for(layer.name), []
     for side, size in enumerate((layer.in_features, layer.out_features)):
-        lookup = any(m.claim.indexed and m.claim.transposed == bool(side) for m in members)
+        lookup = any(m.claim.lookup_side == side for m in members)
         asked = wanted[side]
         if asked is not None and not (lookup and None in wanted):  # None: all that are no lookups
             if lookup and asked != "diagonal":
@@ -118,7 +118,7 @@ def _matrix_layer(
         names, reason = ["bias"], "added to the output of a layer, not joint with its weight"
     if selection.curvature != "kronecker":
         reason = f"{reason}; `curvature` is {selection.curvature!r}"
-    elif columns > FACTOR_LIMIT or (rows > FACTOR_LIMIT and not first.indexed):
+    elif columns > FACTOR_LIMIT or (rows > FACTOR_LIMIT and first.lookup_side is None):
         reason += f"; a factor is diagonal, for it is larger than {FACTOR_LIMIT}"
     if len(claims) > 1 and selection.curvature == "kronecker":
         reason += f"; nearest Kronecker product of the sum of {len(claims)} uses"

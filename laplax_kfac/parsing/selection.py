@@ -1,11 +1,24 @@
-"""Which parameters get curvature, and which block those get that have no Kronecker form."""
+"""Which parameters get curvature, and which block those get that have no Kronecker form.
 
+Patterns are those of a shell, on paths as ``layers/2/weight``; what frontends print for the same,
+``.layers[2].weight`` or ``['layers'][2]['weight']``, is read as such a path, too.
+"""
+
+import difflib
 import fnmatch
+import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from laplax_kfac.arguments import no_type_check
+from laplax_kfac.arguments import (
+    listed,
+    no_type_check,
+    positive_integer,
+    require_choice,
+    require_flags,
+)
 from laplax_kfac.bases import kind_of
 from laplax_kfac.parsing.layer import BlockKind
 
@@ -32,6 +45,7 @@ class Selection:
         last_layer: Whether only the last layer is covered.
         factor_kinds: Pairs of a pattern of layers' names and the kinds of their input and output
             factors; the first match counts, and where there is none, or None, the default.
+        patterns: The patterns that ``params_filter`` is made of, where it is.
         curvature: Whether layers with a Kronecker form get Kronecker blocks; or every parameter
             its exact diagonal entry; or every layer its exact dense block.
     """
@@ -43,6 +57,7 @@ class Selection:
     last_layer: bool = False
     curvature: CurvatureKind = "kronecker"
     factor_kinds: tuple[tuple[str, FactorKinds], ...] = ()
+    patterns: tuple[str, ...] = ()
 
     def kinds_for(self, layer: str) -> FactorKinds:
         """The kinds of factors that are asked for in a layer; None for the default."""
@@ -55,13 +70,27 @@ class Selection:
         Raises:
             ValueError: If there is one.
         """
-        for pattern, _ in self.factor_kinds:
-            if not any(matches(name, [pattern]) for name in layers):
-                msg = (
-                    f"`factor_kinds` names {pattern!r}, which matches none of the layers "
-                    f"{list(layers)}."
-                )
-                raise ValueError(msg)
+        require_matches("factor_kinds", [pattern for pattern, _ in self.factor_kinds], layers)
+
+    def check_paths(self, paths: Sequence[str], trainable: Sequence[bool]) -> None:
+        """Refuse patterns that match no parameter, and a selection that covers none.
+
+        Args:
+            paths: Paths of all parameters.
+            trainable: Which of them are floating-point numbers.
+
+        Raises:
+            ValueError: If there is such a pattern, or no such parameter is covered.
+        """
+        require_matches("params_filter", self.patterns, paths, ["last_layer"])
+        require_matches("fallback", [pattern for pattern, _ in self.fallback], paths)
+        pairs = list(zip(paths, trainable, strict=True))
+        if any(moves for _, moves in pairs) and not any(self.covers(p) for p, m in pairs if m):
+            msg = (
+                "`params_filter` covers no parameter (of floating-point numbers): nothing would be "
+                f"uncertain; their paths are {listed(p for p, moves in pairs if moves)}."
+            )
+            raise ValueError(msg)
 
     def covers(self, path: str) -> bool:
         """Whether the parameters at a path are covered."""
@@ -114,28 +143,28 @@ def select(
 
     Raises:
         ValueError: If a value is unknown.
-        TypeError: If ``params_filter`` is neither patterns nor a function.
+        TypeError: If ``params_filter`` is neither patterns nor a function, or a pattern no string.
     """
-    pairs = fallback.items() if isinstance(fallback, Mapping) else [("*", fallback)]
+    pairs = fallback.items() if isinstance(fallback, Mapping) else [(ALL_INPUTS, fallback)]
     for _, value in pairs:
-        if value not in get_args(Fallback):
-            msg = f"`fallback` must be one of {get_args(Fallback)}, found {value!r}."
-            raise ValueError(msg)
-    if not isinstance(dense_limit, int) or dense_limit < 0:
-        msg = f"`dense_limit` must be an integer of at least 0, found {dense_limit!r}."
-        raise ValueError(msg)
-    if curvature not in get_args(CurvatureKind):
-        msg = f"`curvature` must be one of {get_args(CurvatureKind)}, found {curvature!r}."
-        raise ValueError(msg)
+        require_choice("fallback", value, get_args(Fallback))
+    for name, by_pattern in (("fallback", fallback), ("factor_kinds", factor_kinds)):
+        require_patterns(name, by_pattern)
+    require_choice("curvature", curvature, get_args(CurvatureKind))
+    require_flags(separate_weight_and_bias=separate_weight_and_bias)
     last_layer = isinstance(params_filter, str) and params_filter == LAST_LAYER
+    whole = last_layer or params_filter is None or callable(params_filter)
+    patterns = () if whole else _patterns(params_filter)
+    by_patterns = None if whole else functools.partial(matches, chosen=patterns)
     return Selection(
-        None if last_layer else _as_function(params_filter),
+        params_filter if callable(params_filter) else by_patterns,
         tuple(pairs),  # type: ignore[arg-type]
-        dense_limit,
+        positive_integer("dense_limit", dense_limit, least=0),
         separate_weight_and_bias,
         last_layer,
         curvature,  # type: ignore[arg-type]
         _factor_kinds(factor_kinds),
+        patterns,
     )
 
 
@@ -147,7 +176,7 @@ def _factor_kinds(wanted: Any) -> tuple[tuple[str, FactorKinds], ...]:
         return ((ALL_INPUTS, (kind_of(wanted).text, None)),)
     pairs = []
     for pattern, kinds in wanted.items():
-        both = (kinds, kinds) if isinstance(kinds, str) else tuple(kinds)
+        both = kinds if isinstance(kinds, tuple | list) else (kinds, kinds)
         if len(both) != 2:
             msg = (
                 "`factor_kinds` takes one kind for a layer, or a pair of them, for the inputs and "
@@ -158,9 +187,8 @@ def _factor_kinds(wanted: Any) -> tuple[tuple[str, FactorKinds], ...]:
     return tuple(pairs)
 
 
-def _as_function(params_filter: Any) -> Callable[[str], bool] | None:
-    if params_filter is None or callable(params_filter):
-        return params_filter
+def _patterns(params_filter: Any) -> tuple[str, ...]:
+    """The patterns that were passed, checked."""
     chosen = [params_filter] if isinstance(params_filter, str) else params_filter
     if not isinstance(chosen, Sequence) or not all(isinstance(p, str) for p in chosen):
         msg = (
@@ -168,11 +196,80 @@ def _as_function(params_filter: Any) -> Callable[[str], bool] | None:
             f"or a function of the path; found {params_filter!r}."
         )
         raise TypeError(msg)
-    return lambda path: matches(path, chosen)
+    return tuple(chosen)
+
+
+def require_patterns(argument: str, value: object) -> None:
+    """Refuse a mapping whose keys are no patterns.
+
+    Raises:
+        TypeError: If one is no string.
+    """
+    for pattern in value if isinstance(value, Mapping) else ():
+        if not isinstance(pattern, str):
+            msg = f"`{argument}` has the key {pattern!r}; keys must be patterns of names, strings."
+            raise TypeError(msg)
+
+
+def require_matches(
+    argument: str, patterns: Sequence[str], names: Sequence[str], words: Sequence[str] = ()
+) -> None:
+    """Refuse patterns that match no name: they were meant for something that is not there.
+
+    Args:
+        argument: The argument that they were passed as.
+        patterns: The patterns.
+        names: Paths of parameters, or names of layers.
+        words: Other values of the argument, one of which may have been meant.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for pattern in patterns:
+        if pattern == ALL_INPUTS or any(matches(name, [pattern]) for name in names):
+            continue
+        what = "layers" if argument in ("factor_kinds", "kfac_approx") else "parameters"
+        msg = f"`{argument}` names {pattern!r}, which matches none of the {what}: {listed(names)}."
+        if pattern in words:
+            msg += f" The word {pattern!r} stands alone, not in a list."
+        else:
+            msg += nearest_path(slashed(pattern).strip("*/"), names, words)
+        raise ValueError(msg)
+
+
+def nearest_path(path: str, names: Sequence[str], words: Sequence[str]) -> str:
+    """A sentence with the path or module that was meant, be it under another root, or a word."""
+    modules = dict.fromkeys(prefix for name in names for prefix in prefixes(name))
+    tails = {tail: module for module in reversed(modules) for tail in suffixes(module)}
+    known = {**tails, **{word: word for word in (*words, *modules)}}
+    for wanted in suffixes(path):
+        for near in difflib.get_close_matches(wanted, known, 1):
+            return f" Did you mean {known[near]!r}?"
+    return ""
+
+
+def suffixes(path: str) -> list[str]:
+    """A path, and what is left of it without the modules that it lies in."""
+    parts = path.split("/")
+    return ["/".join(parts[k:]) for k in range(len(parts))]
+
+
+def prefixes(path: str) -> list[str]:
+    """A path, and before it the modules that it lies in."""
+    parts = path.split("/")
+    return ["/".join(parts[: k + 1]) for k in range(len(parts))]
 
 
 def matches(path: str, chosen: Sequence[str]) -> bool:
     """Whether a path, or a module that it lies in, matches one of the patterns."""
-    parts = path.split("/")
-    prefixes = ["/".join(parts[: k + 1]) for k in range(len(parts))]
-    return any(fnmatch.fnmatchcase(prefix, p) for prefix in prefixes for p in chosen)
+    wanted = [form for pattern in chosen for form in {pattern, slashed(pattern)}]
+    return any(fnmatch.fnmatchcase(prefix, p) for prefix in prefixes(path) for p in wanted)
+
+
+@functools.cache
+def slashed(pattern: str) -> str:
+    """A path as frontends print it, as a path with slashes; other patterns as they are."""
+    if "/" in pattern:
+        return pattern
+    keys = re.sub(r"""\[(?:'([^']*)'|"([^"]*)"|(\d+))\]""", r"/\1\2\3", pattern)
+    return re.sub(r"\.(?=\w|\*)", "/", keys.removesuffix(".value")).lstrip("/")

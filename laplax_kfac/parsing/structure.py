@@ -158,7 +158,7 @@ def of_value(value: object) -> Hashable:
         cells = tuple(of_value(cell.cell_contents) for cell in value.__closure__ or ())
         return (value.__code__, cells, of_value(value.__defaults__))
     if isinstance(value, Mapping):
-        return tuple((k, of_value(v)) for k, v in sorted(value.items(), key=str))
+        return tuple((k, of_value(value[k])) for k in sorted(value, key=str))
     if isinstance(value, tuple | list):
         return (type(value), *map(of_value, value))
     return _hashable(value)

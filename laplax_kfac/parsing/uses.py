@@ -65,13 +65,13 @@ class Use:
     Attributes:
         eqn: The equation.
         site: Where the equation sits.
-        lanes: Lengths of the scans around it, outermost first.
+        scans: Lengths of the scans around it, outermost first.
         role: What the parameter is to it.
     """
 
     eqn: JaxprEqn
     site: Site
-    lanes: tuple[int, ...]
+    scans: tuple[int, ...]
     role: Role
 
     @property
@@ -104,7 +104,7 @@ class Use:
     @functools.cached_property
     def moments(self) -> Moments | None:
         """How sums over the inputs are formed without them; None in a scan."""
-        if self.pattern.moments is None or self.lanes:
+        if self.pattern.moments is None or self.scans:
             return None
         return self.pattern.moments(self.eqn, self.operand)
 

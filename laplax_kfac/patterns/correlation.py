@@ -234,6 +234,10 @@ def _terms_along(axis: Axis) -> dict[tuple[int, int], list[_Term]]:
     for left, right in itertools.product(range(axis.patch), repeat=2):
         both = (entries[:, left] >= 0) & (entries[:, right] >= 0)
         seen = set(entries[both, left].tolist())
+        # The products sum_p x[e_l(p)] x[e_r(p)] over positions p where both places meet an entry
+        # are sums over entries e of x[e] x[e + distance]. These are the same for all pairs of
+        # places at one distance in one phase, but for entries that only some of them meet: take
+        # the sum over all entries of the phase once, and subtract those, where they are few.
         # Places a multiple of the stride apart see the same entries but for those at the edges.
         phase = entries[:, left % axis.stride :: axis.stride]
         every = np.unique(phase[phase >= 0]).tolist()

@@ -17,9 +17,14 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from laplax_kfac import machine, pytrees
-from laplax_kfac.arguments import no_type_check, positive_integer
+from laplax_kfac.arguments import (
+    no_type_check,
+    positive_integer,
+    require_key,
+    require_positive,
+)
 from laplax_kfac.blocks.blocks import BlockDiagonal, rotate_back
-from laplax_kfac.blocks.merging import add
+from laplax_kfac.blocks.merging import add, require_curvature
 from laplax_kfac.posterior.prior import (
     PriorPrecision,
     Scalar,
@@ -39,6 +44,11 @@ class Posterior:
     """
 
     precision: BlockDiagonal
+
+    def summary_lines(self) -> list[str]:
+        """What printing shows: the layers of the precision."""
+        heading, *lines = self.precision.summary_lines()
+        return [heading.replace(type(self.precision).__name__, type(self).__name__, 1), *lines]
 
     def covariance_mv(self, v: PyTree) -> PyTree:
         """Covariance times a pytree like the parameters."""
@@ -86,6 +96,7 @@ class Posterior:
         """
         return 0.5 * prior_distance(self.precision, self.precision, params, mean)
 
+    @no_type_check
     def sample(
         self, key: Key[Array, ""], num_samples: int, mean: PyTree, *, start: int | Array = 0
     ) -> PyTree:
@@ -104,10 +115,14 @@ class Posterior:
         Raises:
             ValueError: If ``mean`` has another structure or other shapes than the parameters, or
                 ``num_samples`` is not a positive integer.
+            TypeError: If ``key`` is no random key.
         """
         num_samples = positive_integer("num_samples", num_samples)
+        require_key("key", key)
+        if not isinstance(start, jax.core.Tracer):
+            start = positive_integer("start", start, least=0)
         precision = self.precision
-        leaves = precision.space.flatten(mean, name="params")
+        leaves = precision.space.flatten(mean, name="mean")
 
         together = max(1, machine.MACHINE.samples_together // precision.space.size)
         if "rbg" in str(jax.random.key_impl(key)):
@@ -196,13 +211,19 @@ def make_posterior(
         prior_prec: Prior precision: a positive scalar, an array with one value a layer, or a
             pytree prefix of the parameters. Or a matrix, which is added by the rules of `merge`: a
             pytree with one value for every parameter, or the posterior of an earlier task.
-        sigma_squared: Factor of the loss: 1 / (2 s) for ``mse`` with noise of variance s. The
-            curvature is multiplied by it; an empirical Fisher matrix, by its square.
-        loss_scaling_factor: Factor by which the loss was scaled.
+        sigma_squared: Factor of the loss, positive: 1 / (2 s) for ``mse`` with noise of variance s.
+            The curvature is multiplied by it; an empirical Fisher matrix, by its square.
+        loss_scaling_factor: Factor by which the loss was scaled, positive.
 
     Raises:
-        ValueError: If ``prior_prec`` is of another form, not positive, or on other layers.
+        ValueError: If ``prior_prec`` is of another form, not positive, or on other layers, or if
+            a factor is not positive and finite.
+        TypeError: If one is no number.
     """
+    require_curvature("curvature", curvature)
+    dtype = jnp.result_type(*(block.eigenvalues for block in curvature.blocks))
+    require_positive("sigma_squared", sigma_squared, shape=(), dtype=dtype)
+    require_positive("loss_scaling_factor", loss_scaling_factor, shape=(), dtype=dtype)
     prior = as_prior(prior_prec)
     scaled = curvature.of_scaled_loss(sigma_squared)
     matrix = precision_matrix(prior, curvature)

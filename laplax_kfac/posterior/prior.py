@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from laplax_kfac.arguments import numbers, require_positive
 from laplax_kfac.bases import UNROTATED
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal
 from laplax_kfac.parsing.layout import ParameterSpace
@@ -37,9 +37,10 @@ def per_block(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> tuple[Scalar
         One scalar a block; 1 for frozen ones, which have no prior.
 
     Raises:
-        ValueError: If it is of another shape or structure, if it is not positive, or if it differs
-            between leaves that share a block.
-        TypeError: If it is a function: of hyperparameters, which are not known here.
+        ValueError: If it is of another shape or structure, if it is not positive and finite in the
+            dtype of the curvature, or if it differs between leaves that share a block.
+        TypeError: If it is a function: of hyperparameters, which are not known here; or if it is
+            made of anything but numbers.
     """
     if callable(prior_prec):
         msg = (
@@ -51,21 +52,10 @@ def per_block(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> tuple[Scalar
         values = _from_array(prior_prec, matrix)
     else:
         values = _from_prefix(prior_prec, matrix)
-    for value in values:
-        require_positive("prior_prec", value)
+    dtype = jnp.result_type(*(block.eigenvalues for block in matrix.blocks))
+    for value in {id(value): value for value in values}.values():
+        require_positive("prior_prec", value, shape=(), dtype=dtype)
     return tuple(values)
-
-
-def require_positive(name: str, value: ArrayLike) -> None:
-    """Refuse a value that is not positive, as far as it is known.
-
-    Raises:
-        ValueError: If it is known and not positive.
-    """
-    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
-        why = ", or the posterior is improper" if name == "prior_prec" else ""
-        msg = f"`{name}` must be positive{why}; found {value}."
-        raise ValueError(msg)
 
 
 def precision_matrix(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> BlockDiagonal | None:
@@ -111,12 +101,15 @@ def require_definite(precision: BlockDiagonal) -> None:
     """
     for block, layer in zip(precision.blocks, precision.layers, strict=True):
         values = block.eigenvalues
-        if isinstance(values, jax.core.Tracer) or layer.frozen or np.all(np.asarray(values) > 0):
+        if isinstance(values, jax.core.Tracer) or layer.frozen:
+            continue
+        known = np.asarray(values)
+        if np.all((known > 0) & np.isfinite(known)):
             continue
         msg = (
-            "`prior_prec` must be positive, as a matrix positive definite, or the prior is "
-            f"improper; in layer {layer.name!r} it is not. A curvature alone seldom is: pass the "
-            "posterior that it makes with a prior of its own, from make_posterior."
+            "`prior_prec` must be positive and finite, as a matrix positive definite, or the prior "
+            f"is improper; in layer {layer.name!r} it is not. A curvature alone seldom is: pass "
+            "the posterior that it makes with a prior of its own, from make_posterior."
         )
         raise ValueError(msg)
 
@@ -203,8 +196,7 @@ def _from_array(prior_prec: Any, matrix: BlockDiagonal) -> list[Scalar]:
 
 def _broadcast(prior_prec: PyTree, space: ParameterSpace) -> list[Any]:
     """A pytree prefix of the parameters as one value, or one array, a leaf."""
-    numbers = list(range(len(space.shapes)))
-    everything = jax.tree.unflatten(space.treedef, numbers)
+    everything = jax.tree.unflatten(space.treedef, list(range(len(space.shapes))))
     try:
         leaves = jax.tree.leaves(jax.tree.broadcast(prior_prec, everything))
     except ValueError as error:
@@ -213,6 +205,8 @@ def _broadcast(prior_prec: PyTree, space: ParameterSpace) -> list[Any]:
             f"`params`, found {jax.tree.structure(prior_prec)} for {space.treedef}."
         )
         raise ValueError(msg) from error
+    for leaf in {id(leaf): leaf for leaf in leaves}.values():
+        numbers("prior_prec", leaf, shape=None)
     for leaf, shape, path in zip(leaves, space.shapes, space.paths, strict=True):
         found = np.shape(leaf)
         fits = len(found) == len(shape) and all(

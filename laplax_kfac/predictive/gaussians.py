@@ -7,7 +7,26 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from laplax_kfac import pytrees
-from laplax_kfac.posterior.prior import require_positive
+from laplax_kfac.arguments import no_type_check, require_positive
+
+
+@no_type_check
+def checked_noise(noise_variance: ArrayLike, outputs: int) -> Float[Array, " C"]:
+    """The variance of the noise of every output, from one for all or one for each.
+
+    Raises:
+        ValueError: If one is not positive and finite, or there is another number of them.
+        TypeError: If it is no number.
+    """
+    require_positive("noise_variance", noise_variance)
+    noise = jnp.asarray(noise_variance)
+    if noise.shape not in ((), (outputs,)):
+        msg = (
+            f"`noise_variance` must be one number, or one for each of the {outputs} outputs; found "
+            f"shape {noise.shape}."
+        )
+        raise ValueError(msg)
+    return jnp.broadcast_to(noise, (outputs,))
 
 
 @pytrees.register
@@ -28,6 +47,7 @@ class Predictive:
         """Diagonal of the covariances."""
         return jnp.diagonal(self.covariance, axis1=-2, axis2=-1)
 
+    @no_type_check
     def with_noise(self, noise_variance: ArrayLike) -> "Predictive":
         """The predictive of noisy observations: adds Gaussian noise to every output.
 
@@ -38,11 +58,10 @@ class Predictive:
             noise_variance: Variance of the noise, positive; one number, or one for every output.
 
         Raises:
-            ValueError: If it is not positive.
+            ValueError: If it is not positive and finite, or of another shape.
+            TypeError: If it is no number.
         """
-        noise = jnp.asarray(noise_variance)
-        require_positive("noise_variance", noise)
-        noise = jnp.broadcast_to(noise, self.mean.shape[-1:])
+        noise = checked_noise(noise_variance, self.mean.shape[-1])
         return Predictive(self.mean, self.covariance + jnp.diag(noise))
 
 
@@ -59,6 +78,7 @@ class Marginals:
     mean: Float[Array, "N C"]
     variance: Float[Array, "N C"]
 
+    @no_type_check
     def with_noise(self, noise_variance: ArrayLike) -> "Marginals":
         """The predictive of noisy observations; see `Predictive.with_noise`.
 
@@ -66,8 +86,9 @@ class Marginals:
             noise_variance: Variance of the noise, positive; one number, or one for every output.
 
         Raises:
-            ValueError: If it is not positive.
+            ValueError: If it is not positive and finite, or of another shape.
+            TypeError: If it is no number.
         """
-        noise = jnp.asarray(noise_variance)
-        require_positive("noise_variance", noise)
-        return Marginals(self.mean, self.variance + noise)
+        return Marginals(
+            self.mean, self.variance + checked_noise(noise_variance, self.mean.shape[-1])
+        )

@@ -238,7 +238,7 @@ def _weighted(
 def _by_stack(
     x: Float[Array, "*any stack i"], matrices: Float[Array, "stack i j"]
 ) -> Float[Array, "*any stack j"]:
-    """Products with the matrix of each stack; nothing is transposed if there is one."""
+    """Products with the matrix of each stack; no axis is moved if there is one."""
     if len(matrices) == 1:
         return jnp.matmul(x, matrices[0], precision=jax.lax.Precision.HIGHEST)
     return _einsum("...ki,kij->...kj", x, matrices)

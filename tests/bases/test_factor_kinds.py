@@ -240,13 +240,16 @@ def test_smaller_factors_take_less_memory():
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ("sparse", "'sparse' is no kind of factor; the kinds are 'identity', 'diagonal'"),
+        (
+            "sparse",
+            "'sparse' is no kind of factor; the kinds of `factor_kinds` are 'identity', 'diagonal'",
+        ),
         ({"*": "sparse"}, "'sparse' is no kind of factor"),
         (
             {"*": ("dense", "dense", "dense")},
             r"a pair of them.*found \('dense', 'dense', 'dense'\)",
         ),
-        ({"conv": "dense"}, r"names 'conv', which matches none of the layers \['"),
+        ({"conv": "dense"}, "names 'conv', which matches none of the layers: 'out'"),
         ({"*": "blocked:2"}, "asks for 'blocked:2' in layer 'table'.* of rows that data pick"),
     ],
 )

@@ -26,6 +26,12 @@ from laplax_kfac.capture.batches import (
 )
 
 X, Y = np.arange(12.0).reshape(6, 2), np.arange(6)
+WEIGHTS = np.asarray([1, 0, 3, 2, 1, 2])
+
+
+def weighted_by(weights, x=X, y=Y):
+    """A batch whose examples count so many times."""
+    return {"input": x, "target": y, "weight": weights}
 
 
 class Tensor:
@@ -121,12 +127,15 @@ def test_as_batch_accepts(batch):
     [
         ((X,), ValueError, r"must be \(input, target\), found a tuple of 1"),
         ([X, Y, Y, Y], ValueError, "found a list of 4"),
-        ((X, Y, X), ValueError, r"weight of a batch must be .* \(N,\).*ndarray of \(6, 2\)"),
-        ((X, Y, 2.0), ValueError, r"found float of \(\)"),
-        (((X, Y), (X, Y), (X, Y)), ValueError, "found tuple. A tuple of three is"),
-        ({"input": X, "target": Y, "weight": {"w": Y}}, ValueError, "found dict"),
-        ((X, Y, Y - 1), ValueError, "weight of an example must be finite and not negative"),
-        ((X, Y, np.full(6, np.inf)), ValueError, "finite and not negative"),
+        ((X, Y, np.arange(6)), ValueError, r"tuple of 3.*not taken for weights.*\"weight\": w"),
+        ((X, Y, np.ones(6)), ValueError, r"tuple of 3.*transform=lambda batch: batch\[:2\]"),
+        ({"input": X, "target": Y, "weights": WEIGHTS}, ValueError, "have the key 'weight'"),
+        (weighted_by(X), ValueError, r"weight of a batch of `data` .* \(N,\).*of \(6, 2\)"),
+        (weighted_by(2.0), ValueError, r"found float of \(\)"),
+        (weighted_by({"w": Y}), ValueError, "found dict"),
+        (weighted_by(Y - 1), ValueError, "must be finite and not negative; found 1 .* such as -1"),
+        (weighted_by(np.full(6, np.inf)), ValueError, "finite and not negative"),
+        (weighted_by(np.full(6, "1")), TypeError, "must be real numbers"),
         ({"input": X}, ValueError, r"needs the keys 'input' and 'target', found \['input'\]"),
         ({"x": X, 0: Y}, ValueError, r"found \['0', 'x'\]"),
         (X, TypeError, "found ndarray.*`data` is one such batch, or an iterable of them"),
@@ -429,20 +438,17 @@ def test_first_example_has_no_batch_axis_and_dtypes_of_jax():
 
 # -- weights of examples -----------------------------------------------------------------------
 
-WEIGHTS = np.asarray([1, 0, 3, 2, 1, 2])
-
 
 def test_batches_with_weights():
-    for batch in ((X, Y, WEIGHTS), {"weight": WEIGHTS, "target": Y, "input": X, "id": Y}):
-        found = as_batch(batch)
-        assert list(found) == ["input", "target", "weight"]
-        np.testing.assert_array_equal(found["weight"], WEIGHTS)
+    found = as_batch({"weight": WEIGHTS, "target": Y, "input": X, "id": Y})
+    assert list(found) == ["input", "target", "weight"]
+    np.testing.assert_array_equal(found["weight"], WEIGHTS)
     assert_batch(as_batch({"input": X, "target": Y, "weight": None}), X, Y)
 
 
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray, Tensor], ids=["np", "jax", "torch"])
 def test_weights_are_kept_where_batches_are_cut_and_padded(convert):
-    stream = [to_arrays(as_batch((X, Y, convert(WEIGHTS)))), {"input": X[:2], "target": Y[:2]}]
+    stream = [to_arrays(as_batch(weighted_by(convert(WEIGHTS)))), {"input": X[:2], "target": Y[:2]}]
     parts = list(even_batches(stream, 4))
     assert [sorted(batch) for batch, _ in parts] == [["input", "target"]] * 3
     found = np.concatenate([weights for _, weights in parts])
@@ -452,7 +458,7 @@ def test_weights_are_kept_where_batches_are_cut_and_padded(convert):
 
 def test_weights_of_another_length_are_refused():
     with pytest.raises(ValueError, match=r"same leading axis.*'weight': \{\(5,\)\}"):
-        list(even_batches([as_batch((X, Y, WEIGHTS[:5]))], 4))
+        list(even_batches([as_batch(weighted_by(WEIGHTS[:5]))], 4))
     for weights in (np.ones(5), np.ones(1), 2.0):
         with pytest.raises(ValueError, match=r"`weights` must have shape \(6,\).*found \("):
             weighted_batch(as_batch((X, Y)), weights)
@@ -508,11 +514,11 @@ def test_an_example_of_weight_w_counts_as_w_examples(options, finish):
         state = functools.reduce(lambda state, part: acc.update(state, *part), parts, acc.init())
         return finish(acc, state, parts).to_dense()
 
-    weighted, expected = fit((*EXAMPLES, WEIGHTS)), fit(REPEATED)
+    weighted, expected = fit(weighted_by(WEIGHTS, *EXAMPLES)), fit(REPEATED)
     np.testing.assert_allclose(weighted, expected, **CLOSE)
     assert np.linalg.norm(fit(EXAMPLES) - expected) > 0.1
     # Whatever they sum to: more than one, or less.
-    few = fit((*EXAMPLES, 1e-3 * WEIGHTS))
+    few = fit(weighted_by(1e-3 * WEIGHTS, *EXAMPLES))
     np.testing.assert_allclose(few, 1e-3 * expected, rtol=1e-9, atol=1e-13)
 
 
@@ -522,7 +528,7 @@ def test_weights_come_with_the_batch_and_apart():
     batch, twice = {"input": EXAMPLES[0], "target": EXAMPLES[1]}, jnp.asarray(2.0 * WEIGHTS)
     ways: list[Any] = [
         (batch, twice),
-        ((*EXAMPLES, twice), None),
+        (weighted_by(twice, *EXAMPLES), None),
         (batch | {"weight": WEIGHTS}, jnp.full(6, 2.0)),
     ]
     states = [acc.update(acc.init(), *way) for way in ways]
@@ -541,7 +547,7 @@ def test_weights_come_with_the_batch_and_apart():
 def test_the_fit_counts_weights():
     found, expected = (
         laplax_kfac.data_fit(tokens, TOKENS, data, loss_fn=LOSS, batch_size=3)
-        for data in ((*EXAMPLES, WEIGHTS), REPEATED)
+        for data in (weighted_by(WEIGHTS, *EXAMPLES), REPEATED)
     )
     np.testing.assert_allclose(found.loss, expected.loss, **CLOSE)
     assert found.num_outputs == expected.num_outputs == WEIGHTS.sum() * 3

@@ -131,7 +131,7 @@ def test_options_of_the_curvature_and_the_prior():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "`epochs` must be 1 or more; found 0"),
+        ({"epochs": 0}, "`epochs` must be a positive integer, found 0"),
         ({"epochs": 3, "burn_in": 2, "every": 2}, "must not exceed `epochs`"),
         ({"prior_prec": -1.0}, "`prior_prec` must be positive"),
         ({"loss_fn": "cross_entropy", "noise_variance": 1.0}, "belongs to the Gaussian"),

@@ -201,10 +201,10 @@ def test_tuning_and_evidence_work_under_jit():
         ({"hyperparameters": 1.0}, "pass both, or a start `prior_prec` alone"),
         ({"prior_prec": jnp.exp, "hyperparameters": ()}, "There is nothing to tune"),
         ({"method": "newton"}, "`method` must be one of 'lbfgs', 'adam', 'grid'; found 'newton'"),
-        ({"bounds": (1.0, 0.1)}, "`bounds` must be two positive numbers, the smaller one first"),
+        ({"bounds": (1.0, 0.1)}, "`bounds` must be two positive numbers, smaller first"),
         ({"prior_prec": 20.0, "bounds": (0.1, 10.0)}, "`prior_prec` starts at 20.0, outside `boun"),
-        ({"steps": 0}, "`steps` must be a positive integer; for the grid, 5 or more; found 0"),
-        ({"steps": 4, "method": "grid"}, "for the grid, 5 or more; found 4"),
+        ({"steps": 0}, "`steps` must be a positive integer, found 0"),
+        ({"steps": 4, "method": "grid"}, "`steps` must be an integer of at least 5, found 4"),
     ],
 )
 def test_bad_options_are_clear_errors(options, message):

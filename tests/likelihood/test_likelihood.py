@@ -573,7 +573,8 @@ def test_means_in_place_of_sums_scale_the_curvature(loss_fn):
     if loss_fn == "mse":
         y = normal(4, 2, 3, seed=15)
     whole = laplax_kfac.kfac(gains, GAIN, (x, y), loss_fn=loss_fn).to_dense()
-    over_data = laplax_kfac.kfac(gains, GAIN, (x, y, np.full(4, 1 / 4)), loss_fn=loss_fn)
+    quarters = {"input": x, "target": y, "weight": np.full(4, 1 / 4)}
+    over_data = laplax_kfac.kfac(gains, GAIN, quarters, loss_fn=loss_fn)
     over_terms = laplax_kfac.kfac(
         gains, GAIN, (x, (y, np.full((4, 2), 1 / 2))), loss_fn=weighted(loss_fn)
     )

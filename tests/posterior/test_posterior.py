@@ -243,7 +243,7 @@ def test_a_prior_of_another_shape_is_refused(prior_prec):
 
 @pytest.mark.parametrize("prior_prec", [0.0, -1.0, float("nan"), jnp.asarray(-2.0), np.float32(0)])
 def test_a_prior_that_is_not_positive_is_refused(prior_prec):
-    with pytest.raises(ValueError, match="`prior_prec` must be positive, or the posterior is impr"):
+    with pytest.raises(ValueError, match="`prior_prec` must be positive and finite, or the"):
         make_posterior(matrix(), prior_prec)
 
 
@@ -256,7 +256,7 @@ def test_vectors_of_another_structure_are_refused(method):
 
 def test_means_of_another_structure_are_refused():
     wrong = replace_leaf(tree(normal(SPACE.size)))
-    with pytest.raises(ValueError, match="`params` must be a pytree with the structure and shapes"):
+    with pytest.raises(ValueError, match="`mean` must be a pytree with the structure and shapes"):
         Prior(1.0).posterior().sample(jax.random.key(0), 1, wrong)
 
 
