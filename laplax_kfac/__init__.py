@@ -29,6 +29,7 @@ from laplax_kfac.predictive.predictive import (
     predictive_variance,
 )
 from laplax_kfac.predictive.samples import predictive_samples
+from laplax_kfac.predictive.validation import Validation
 from laplax_kfac.report import LayerReport, find_layers
 
 _register()
@@ -50,6 +51,7 @@ __all__ = [
     "RelativeError",
     "Trained",
     "Tuned",
+    "Validation",
     "accumulator",
     "class_probabilities",
     "clear_caches",

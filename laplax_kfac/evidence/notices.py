@@ -36,10 +36,15 @@ def warn_at_bounds(at_bound: PyTree, bounds: tuple[float, float], what: str = "e
             name += f" at {', '.join(map(str, entries[:_MOST_NAMED]))}{more}"
         named += [name] * bool(entries)
     if named:
+        meaning = (
+            "that the data speak for no weight there: the layer is pruned."
+            if what == "evidence"
+            else "that predictions are best with no uncertainty there."
+        )
         msg = (
             f"The {what} has no optimum between {bounds[0]:g} and {bounds[1]:g} in "
             f"{'; '.join(named)}: the bound is returned. A prior precision without an upper one "
-            "means that the data speak for no weight there: the layer is pruned."
+            f"means {meaning}"
         )
         warnings.warn(msg, BoundaryWarning, stacklevel=3)
 
@@ -53,8 +58,7 @@ def warn_of_frozen(curvature: BlockDiagonal, noise_variance: Scalar | None) -> N
         f"`noise_variance` is tuned by the evidence of a curvature that leaves out {frozen} of "
         f"{curvature.space.size} parameters (`params_filter`). Where these were fitted to the same "
         "data the residuals are too small for the evidence, which knows nothing of that fit, and "
-        "so is the noise. Tune the noise with the curvature of all parameters, or choose it by "
-        "data that were held out, and leave `noise_variance` to None here with "
-        "`likelihood.gaussian(noise_variance)` as the loss."
+        "so is the noise. Choose it by data that were held out, with `validation`, or tune it with "
+        "the curvature of all parameters."
     )
     warnings.warn(msg, UserWarning, stacklevel=3)
