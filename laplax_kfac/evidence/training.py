@@ -34,6 +34,7 @@ from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.evidence.evidence import Evidence
 from laplax_kfac.evidence.fit import fit_of_batch, require_fit
 from laplax_kfac.evidence.hill import DEFAULT_TOLERANCE
+from laplax_kfac.evidence.notices import warn_of_frozen
 from laplax_kfac.evidence.passes import Passes, Schedule
 from laplax_kfac.evidence.problem import (
     DEFAULT_BOUNDS,
@@ -171,6 +172,7 @@ def marglik_training(
     # Before any training: it says which layers there are, and what is wrong with the data.
     curvature = passes.curvature_at(params, accumulate.settings.nonfinite)
     require_fit(passes.fit_at(params, accumulate.settings.nonfinite), noise_variance)
+    warn_of_frozen(curvature, noise_variance if hyper_steps else None)
     log_prior_determinant(as_prior(function(start["hyperparameters"])), curvature)
     num_examples = sum(float(jnp.sum(weights)) for _, weights in passes.stream())
     logs = jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)
