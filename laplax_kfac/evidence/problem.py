@@ -15,7 +15,7 @@ from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.evidence.evidence import Evidence, log_marginal_likelihood
 from laplax_kfac.evidence.fit import DataFit
 from laplax_kfac.posterior.posterior import as_prior
-from laplax_kfac.posterior.prior import log_prior_determinant
+from laplax_kfac.posterior.prior import Hyperparameters, log_prior_determinant
 
 PriorFunction = Callable[[PyTree], Any]
 DEFAULT_BOUNDS = (1e-8, 1e8)
@@ -28,6 +28,7 @@ def identity(hyperparameters: PyTree) -> PyTree:
 
 def start_of(prior_prec: Any, hyperparameters: PyTree, noise_variance: Any) -> tuple[Any, PyTree]:
     """The prior precision as a function of hyperparameters, and where all of them start."""
+    prior_prec, noise_variance = Hyperparameters.split(prior_prec, noise_variance)
     if callable(prior_prec) != (hyperparameters is not None):
         msg = (
             "`hyperparameters` says where the arguments of a function `prior_prec` start: pass "

@@ -45,12 +45,17 @@ from laplax_kfac.evidence.steps import Target, evidence_step, trainable, trainin
 from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.parsing.program import ModelFn
 from laplax_kfac.posterior.posterior import as_prior
-from laplax_kfac.posterior.prior import PriorPrecision, Scalar, log_prior_determinant
+from laplax_kfac.posterior.prior import (
+    Hyperparameters,
+    PriorPrecision,
+    Scalar,
+    log_prior_determinant,
+)
 
 
 @pytrees.register
 @dataclass(frozen=True)
-class Trained:
+class Trained(Hyperparameters):
     """The best model of a run, and how the run went.
 
     Attributes:
@@ -166,7 +171,7 @@ def marglik_training(
     passes = Passes(data, transform, batch_size, accumulate, of_batch, eigenvalue_correction)
 
     curvature = passes.curvature_at(params)  # before any training: it says which layers there are
-    require_fit(passes.fit_at(params), noise_variance)
+    require_fit(passes.fit_at(params), start.get("noise_variance"))
     log_prior_determinant(as_prior(function(start["hyperparameters"])), curvature)
     num_examples = sum(float(jnp.sum(weights)) for _, weights in passes.stream())
     logs = jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)
