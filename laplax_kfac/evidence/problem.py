@@ -16,7 +16,7 @@ from laplax_kfac.evidence.evidence import Evidence, log_marginal_likelihood
 from laplax_kfac.evidence.fit import DataFit
 from laplax_kfac.evidence.held_out import HeldOut, Validated
 from laplax_kfac.posterior.posterior import Posterior, as_prior, make_posterior
-from laplax_kfac.posterior.prior import log_prior_determinant
+from laplax_kfac.posterior.prior import Hyperparameters, log_prior_determinant
 
 PriorFunction = Callable[[PyTree], Any]
 DEFAULT_BOUNDS = (1e-8, 1e8)
@@ -29,6 +29,7 @@ def identity(hyperparameters: PyTree) -> PyTree:
 
 def start_of(prior_prec: Any, hyperparameters: PyTree, noise_variance: Any) -> tuple[Any, PyTree]:
     """The prior precision as a function of hyperparameters, and where all of them start."""
+    prior_prec, noise_variance = Hyperparameters.split(prior_prec, noise_variance)
     if callable(prior_prec) != (hyperparameters is not None):
         msg = (
             "`hyperparameters` says where the arguments of a function `prior_prec` start: pass "

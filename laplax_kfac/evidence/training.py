@@ -47,12 +47,17 @@ from laplax_kfac.evidence.steps import Target, evidence_step, trainable, trainin
 from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.parsing.program import ModelFn
 from laplax_kfac.posterior.posterior import as_prior
-from laplax_kfac.posterior.prior import PriorPrecision, Scalar, log_prior_determinant
+from laplax_kfac.posterior.prior import (
+    Hyperparameters,
+    PriorPrecision,
+    Scalar,
+    log_prior_determinant,
+)
 
 
 @pytrees.register
 @dataclass(frozen=True)
-class Trained:
+class Trained(Hyperparameters):
     """The best model of a run, and how the run went.
 
     Attributes:
@@ -171,8 +176,8 @@ def marglik_training(
 
     # Before any training: it says which layers there are, and what is wrong with the data.
     curvature = passes.curvature_at(params, accumulate.settings.nonfinite)
-    require_fit(passes.fit_at(params, accumulate.settings.nonfinite), noise_variance)
-    warn_of_frozen(curvature, noise_variance if hyper_steps else None)
+    require_fit(passes.fit_at(params, accumulate.settings.nonfinite), start.get("noise_variance"))
+    warn_of_frozen(curvature, start.get("noise_variance") if hyper_steps else None)
     log_prior_determinant(as_prior(function(start["hyperparameters"])), curvature)
     num_examples = sum(float(jnp.sum(weights)) for _, weights in passes.stream())
     logs = jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)

@@ -45,6 +45,7 @@ from laplax_kfac.evidence.search import (
 )
 from laplax_kfac.posterior.posterior import as_prior
 from laplax_kfac.posterior.prior import (
+    Hyperparameters,
     PriorPrecision,
     Scalar,
     log_prior_determinant,
@@ -54,7 +55,7 @@ from laplax_kfac.posterior.prior import (
 
 @pytrees.register
 @dataclass(frozen=True)
-class Tuned:
+class Tuned(Hyperparameters):
     """Hyperparameters that maximise the evidence, or what `tune` was given in its place.
 
     Attributes:
@@ -113,7 +114,7 @@ def tune(
         prior_prec: Where to start: a scalar, an array with one value a layer, or a pytree prefix
             of the parameters; every value is tuned (one for every feature costs decompositions at
             every step, though). Or a function of ``hyperparameters`` that
-            returns one of these, or a `Posterior`.
+            returns one of these, or a `Posterior`. Or what `tune` returned before: from there on.
         hyperparameters: Where to start if ``prior_prec`` is a function: a pytree of positive
             numbers, all of which are tuned. An empty one leaves the noise variance alone.
         prior_mean: Mean of the prior, a pytree like the parameters; zero by default.
@@ -143,7 +144,7 @@ def tune(
     require_curvature("curvature", curvature)
     curvature.space.require_like(params, "params")
     function, start = start_of(prior_prec, hyperparameters, noise_variance)
-    require_fit(log_likelihood, noise_variance)
+    require_fit(log_likelihood, start.get("noise_variance"))
     steps = checked_steps(method, steps, bounds)
     require_positive("learning_rate", learning_rate, shape=())
     require_positive("tolerance", tolerance, shape=())
