@@ -1,6 +1,7 @@
 """Faults of data: noticed within a pass, read once at its end, and named."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 PARAMS = {"first": normal(3, 4, seed=1), "second": normal(4, 2, seed=2)}
 X, Y = normal(6, 3, seed=3), np.arange(6) % 2
-LOSS = {"loss_fn": "cross_entropy"}
+LOSS: dict[str, Any] = {"loss_fn": "cross_entropy"}
 
 
 def model_fn(input, params):
@@ -127,10 +128,10 @@ def test_an_example_of_weight_0_is_left_out_whatever_is_in_it(as_array, value):
         part = {"input": X[kept], "target": Y[kept], "weight": np.asarray(weights)[kept]}
         expected = function(model_fn, PARAMS, part, **LOSS)
         np.testing.assert_allclose(found.to_dense(), expected.to_dense(), rtol=1e-9, atol=1e-12)
-    found = laplax_kfac.data_fit(model_fn, PARAMS, {**broken, "weight": weights}, **LOSS)
-    expected = laplax_kfac.data_fit(model_fn, PARAMS, part, **LOSS)
-    np.testing.assert_allclose(found.loss, expected.loss)
-    assert found.num_outputs == expected.num_outputs
+    fit = laplax_kfac.data_fit(model_fn, PARAMS, {**broken, "weight": weights}, **LOSS)
+    right = laplax_kfac.data_fit(model_fn, PARAMS, part, **LOSS)
+    np.testing.assert_allclose(fit.loss, right.loss)
+    assert fit.num_outputs == right.num_outputs
 
 
 def test_updates_leave_examples_out_too():

@@ -257,8 +257,8 @@ def even_batches(stream: Iterable[Batch], most: int) -> Iterator[WeightedBatch]:
     size = 0
     for batch in stream:
         arrays = to_arrays(batch)
-        arrays |= without_left_out(_examples(arrays), arrays.get("weight"))
         count = batch_size(arrays)
+        arrays |= without_left_out(_examples(arrays), arrays.get("weight"))
         if not size:
             size = math.ceil(count / math.ceil(count / most))
         if count == size:

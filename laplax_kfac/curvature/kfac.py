@@ -1,7 +1,6 @@
 """Data in, curvature out: `kfac`, `ekfac` and `kfoc`, loops over the `accumulator`."""
 
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Unpack
 
@@ -10,9 +9,7 @@ from tqdm import tqdm
 
 from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.capture.batches import (
-    Batch,
     Transform,
-    WeightedBatch,
     batches,
     even_batches,
     require_several_passes,
@@ -129,11 +126,9 @@ def kfac(
     sizes: list[int] = []
 
     def stream(description: str) -> Placed:
-        def split(found: Iterable[Batch]) -> Iterable[WeightedBatch]:
-            parts = even_batches(found, batch_size)
-            return tqdm(parts, desc=description, unit="batch", disable=not passes.progress)
-
-        return Placed(same_number(batches(data, passes.transform), sizes), split)
+        shown = functools.partial(tqdm, desc=description, unit="batch", disable=not passes.progress)
+        found = same_number(batches(data, passes.transform), sizes)
+        return Placed(found, lambda found: shown(even_batches(found, batch_size)))
 
     parts = stream("factors")
     state = accumulate.collect(parts)
