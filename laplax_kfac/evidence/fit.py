@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import jax
@@ -11,12 +11,20 @@ from jaxtyping import Array, Float, PyTree, UInt
 
 from laplax_kfac import pytrees
 from laplax_kfac.arguments import no_type_check, require_choice
-from laplax_kfac.capture.batches import Batch, Transform, batches, even_batches, first_example
+from laplax_kfac.capture.batches import (
+    Batch,
+    Transform,
+    batches,
+    even_batches,
+    first_example,
+    to_arrays,
+)
 from laplax_kfac.capture.checks import all_finite, faults_of
 from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.faults import NONFINITE, NOT_FINITE, Context, Fault, Faults, Placed, added
 from laplax_kfac.likelihood.named import Loss, resolve_likelihood
+from laplax_kfac.parsing.independence import require_independent
 from laplax_kfac.parsing.program import ModelFn, per_example
 from laplax_kfac.posterior.prior import Scalar, require_positive
 
@@ -89,7 +97,14 @@ def data_fit(
     """
     require_choice("nonfinite", nonfinite, NONFINITE)
     of_batch = jax.jit(fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data))
-    parts = Placed(batches(data, transform), lambda stream: even_batches(stream, batch_size))
+
+    def checked() -> Iterator[Batch]:
+        for number, batch in enumerate(batches(data, transform)):
+            if number == 0 and not vmap_over_data:
+                require_independent(model_fn, params, first_example(to_arrays(batch)))
+            yield batch
+
+    parts = Placed(checked(), lambda stream: even_batches(stream, batch_size))
     return summed_fit(of_batch, params, parts, nonfinite)
 
 
