@@ -40,6 +40,7 @@ from laplax_kfac.factors.eigenvalue_correction import corrected_eigenvalues
 from laplax_kfac.faults import Context, Place, Placed, added
 from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.parsing.cache_keys import of_mesh
+from laplax_kfac.parsing.independence import require_independent
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.program import ModelFn, parse
 
@@ -352,7 +353,12 @@ class Accumulator:
                 resolved = tuple(map(factors.without_cotangents, program.resolved))
                 program = replace(program, resolved=resolved)
             self.settings.columns.likelihood.check(program.output, target)
-            return compiled_for(self.model_fn, program, self.settings, target)
+
+            def check() -> None:
+                if not self.settings.vmap_over_data:
+                    require_independent(self.model_fn, self.params, example)
+
+            return compiled_for(self.model_fn, program, self.settings, target, check)
 
         return self.programs.get(shapes, make)
 

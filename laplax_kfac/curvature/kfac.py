@@ -2,7 +2,6 @@
 
 import functools
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Unpack
 
@@ -16,9 +15,7 @@ from laplax_kfac.arguments import (
     require_flags,
 )
 from laplax_kfac.capture.batches import (
-    Batch,
     Transform,
-    WeightedBatch,
     batches,
     even_batches,
     require_several_passes,
@@ -165,11 +162,9 @@ def kfac(
     keeper = passes.keeper()
 
     def stream(description: str) -> Placed:
-        def split(found: Iterable[Batch]) -> Iterable[WeightedBatch]:
-            parts = even_batches(found, batch_size)
-            return tqdm(parts, desc=description, unit="batch", disable=not passes.progress)
-
-        return Placed(same_number(batches(data, passes.transform), keeper.sizes), split)
+        shown = functools.partial(tqdm, desc=description, unit="batch", disable=not passes.progress)
+        found = same_number(batches(data, passes.transform), keeper.sizes)
+        return Placed(found, lambda found: shown(even_batches(found, batch_size)))
 
     parts = stream("factors")
     state = accumulate.collect(parts, keeper)

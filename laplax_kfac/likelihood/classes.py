@@ -45,16 +45,8 @@ def categorical(*, ignore_index: int | None = None, label_smoothing: float = 0.0
         return jax.nn.log_softmax(one_array(real(f), "cross_entropy"))
 
     def losses(f: PyTree, y: PyTree) -> Float[Array, "*terms"]:
-        shape = jnp.shape(one_array(f, "cross_entropy"))
-        if not shape or shape[-1] < 2:
-            msg = (
-                "`loss_fn='cross_entropy'` needs outputs with logits of two classes or more along "
-                f"the last axis; found shape {shape} an example. One logit for true and false is "
-                "`loss_fn='binary_cross_entropy'`."
-            )
-            raise ValueError(msg)
+        q = _class_probabilities(y, one_array(real(f), "cross_entropy"))
         log_p = log_probabilities(f)
-        q = _class_probabilities(y, log_p)
         if label_smoothing:
             q = (1 - label_smoothing) * q + label_smoothing / q.shape[-1]
         return -jnp.sum(q * log_p, axis=-1)
@@ -102,6 +94,13 @@ def categorical(*, ignore_index: int | None = None, label_smoothing: float = 0.0
 
 def _class_probabilities(y: PyTree, logits: Float[Array, "... C"]) -> Float[Array, "... C"]:
     target = jnp.asarray(only(y))
+    if logits.shape[-1:] < (2,):
+        msg = (
+            "`loss_fn='cross_entropy'` needs outputs with logits of two classes or more along the "
+            f"last axis; found shape {logits.shape} an example. One logit for true and false is "
+            "`loss_fn='binary_cross_entropy'`."
+        )
+        raise ValueError(msg)
     if target.shape == logits.shape:
         return target.astype(logits.dtype)
     found, wanted = ([n for n in shape if n != 1] for shape in (target.shape, logits.shape[:-1]))
