@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.arguments import no_type_check, require_weights
+from laplax_kfac.meshes import automatic
 
 Batch = dict[str, PyTree]
 Transform = Callable[[Any], object]
@@ -211,7 +212,7 @@ def same_number(stream: Iterable[Batch], earlier: list[int]) -> Iterator[Batch]:
 
 
 def to_arrays(batch: Batch) -> Batch:
-    """Leaves as arrays; foreign ones (tensors of torch or tensorflow) through numpy.
+    """Leaves as arrays, with automatic axes; foreign ones (tensors of torch ...) through numpy.
 
     Raises:
         TypeError: If numpy cannot read a leaf as numbers.
@@ -221,7 +222,7 @@ def to_arrays(batch: Batch) -> Batch:
 
 def _as_array(x: object) -> Array | np.ndarray:
     if isinstance(x, jax.Array):
-        return x
+        return automatic(x)
     reason = "it is not made of numbers"
     try:
         array = np.asarray(x)
@@ -265,12 +266,14 @@ def pad(batch: Batch, size: int) -> WeightedBatch:
     means one compilation.
     """
     missing = size - batch_size(batch)
+    examples, counts = _examples(batch), _counts(batch)
+    if not missing:
+        return examples, jnp.asarray(counts)
 
     def longer(x: Array | np.ndarray, end: Array | np.ndarray) -> Array | np.ndarray:
         join = np.concatenate if isinstance(x, np.ndarray) else jnp.concatenate
-        return join([x, *[end] * missing]) if missing else x
+        return join([x, *[end] * missing])
 
-    examples, counts = _examples(batch), _counts(batch)
     repeated = jax.tree.map(lambda x: longer(x, x[-1:]), examples)
     return repeated, jnp.asarray(longer(counts, np.zeros(1, counts.dtype)))
 

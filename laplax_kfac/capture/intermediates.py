@@ -13,6 +13,7 @@ from laplax_kfac.capture.capture import capture_batch
 from laplax_kfac.capture.layer_io import LayerIO
 from laplax_kfac.fisher import Columns, fisher_type_of
 from laplax_kfac.likelihood.named import Loss, resolve_likelihood
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.grouping import Resolved
 from laplax_kfac.parsing.program import ModelFn, parse
 
@@ -44,6 +45,7 @@ class LayerRecord:
 
 
 @no_type_check
+@on_automatic_axes
 def intermediates_and_gradients(
     model_fn: ModelFn,
     params: PyTree,

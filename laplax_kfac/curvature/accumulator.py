@@ -27,6 +27,7 @@ from laplax_kfac.curvature.passes import Arrays, Compiled, OfRecords, compiled_f
 from laplax_kfac.factors import Statistics, optimal_factors
 from laplax_kfac.factors.eigenvalue_correction import corrected_eigenvalues
 from laplax_kfac.likelihood.named import Loss
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.cache_keys import of_mesh
 from laplax_kfac.parsing.program import ModelFn, parse
 
@@ -57,6 +58,7 @@ class Accumulator:
         return factors.empty_statistics()
 
     @no_type_check
+    @on_automatic_axes
     def update(
         self, state: Statistics, batch: object, weights: Float[Array, " N"] | None = None
     ) -> Statistics:
@@ -80,6 +82,7 @@ class Accumulator:
         compiled, arrays = self._pass(batch, weights, state.num_updates)
         return _added(state, compiled, arrays)
 
+    @on_automatic_axes
     def collect(self, data: Iterable[WeightedBatch]) -> Statistics:
         """Statistics of all data: updates from the first, but in place.
 
@@ -92,6 +95,7 @@ class Accumulator:
             state = _added(state, compiled, arrays, in_place=True)
         return factors.mirrored(state)
 
+    @on_automatic_axes
     def merge(self, first: Statistics, second: Statistics) -> Statistics:
         """Statistics of the data of both."""
         return factors.merge(first, second)
@@ -106,6 +110,7 @@ class Accumulator:
         """
         return even_batches(map(as_batch, data), positive_integer("batch_size", batch_size))
 
+    @on_automatic_axes
     def finalize(self, state: Statistics) -> Curvature:
         """The curvature of all data seen.
 
@@ -117,6 +122,7 @@ class Accumulator:
         return Curvature(blocks, state.layers, state.space, self.settings.columns.fisher.degree)
 
     @no_type_check
+    @on_automatic_axes
     def optimise(
         self,
         state: Statistics,
@@ -156,6 +162,7 @@ class Accumulator:
             warnings.warn(msg, stacklevel=3)
         return self.finalize(factors.with_kronecker_factors(state, inputs, outputs))
 
+    @on_automatic_axes
     def correct(self, curvature: Curvature, data: Iterable[WeightedBatch]) -> Curvature:
         """Replace the eigenvalues of Kronecker blocks by exact second moments in their bases.
 
@@ -170,6 +177,7 @@ class Accumulator:
         )
         return replace(curvature, blocks=blocks)
 
+    @on_automatic_axes
     def total(
         self, of_records: OfRecords, data: Iterable[WeightedBatch], *operands: PyTree
     ) -> PyTree:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from laplax_kfac import pytrees
 from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.blocks.blocks import BlockDiagonal
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.posterior.posterior import make_posterior
 from laplax_kfac.posterior.prior import PriorPrecision
 
@@ -32,15 +33,18 @@ class Curvature(BlockDiagonal):
         """The curvature of a loss that is so many times this one."""
         return self.map(lambda values: factor**self.degree * values)
 
+    @on_automatic_axes
     def inverse_mv(self, v: PyTree, *, prior_prec: PriorPrecision) -> PyTree:
         """Posterior covariance times a pytree like the parameters."""
         return make_posterior(self, prior_prec).covariance_mv(v)
 
+    @on_automatic_axes
     def logdet(self, *, prior_prec: PriorPrecision) -> Float[Array, ""]:
         """Log-determinant of the posterior precision."""
         return make_posterior(self, prior_prec).log_determinant()
 
     @no_type_check
+    @on_automatic_axes
     def sample(
         self, key: Key[Array, ""], n: int, params: PyTree, *, prior_prec: PriorPrecision
     ) -> PyTree:

@@ -27,6 +27,7 @@ from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.curvature.options import OptionKeywords, Options
 from laplax_kfac.fisher import fisher_type_of
 from laplax_kfac.likelihood.named import Loss
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.program import ModelFn
 
 
@@ -93,6 +94,7 @@ class _Passes:
 
 
 @no_type_check
+@on_automatic_axes
 def kfac(
     model_fn: ModelFn,
     params: PyTree,

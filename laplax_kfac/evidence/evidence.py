@@ -23,6 +23,7 @@ from laplax_kfac import pytrees
 from laplax_kfac.arguments import no_type_check
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.evidence.fit import DataFit, require_fit
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.posterior.posterior import Posterior, as_prior, make_posterior
 from laplax_kfac.posterior.prior import (
     PriorPrecision,
@@ -54,6 +55,7 @@ class Evidence:
 
 
 @no_type_check
+@on_automatic_axes
 def log_marginal_likelihood(
     curvature: BlockDiagonal,
     params: PyTree,

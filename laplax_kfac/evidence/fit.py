@@ -20,6 +20,7 @@ from laplax_kfac.capture.batches import Batch, Transform, batches, even_batches
 from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.likelihood.named import Loss, resolve_likelihood
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.program import ModelFn, per_example
 from laplax_kfac.posterior.prior import Scalar
 
@@ -54,6 +55,7 @@ class DataFit:
 
 
 @no_type_check
+@on_automatic_axes
 def data_fit(
     model_fn: ModelFn,
     params: PyTree,

@@ -35,6 +35,7 @@ from laplax_kfac.evidence.problem import (
     start_of,
 )
 from laplax_kfac.evidence.search import Method, checked_steps, climb, search_grid
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.posterior.posterior import as_prior
 from laplax_kfac.posterior.prior import PriorPrecision, Scalar, log_prior_determinant
 
@@ -72,6 +73,7 @@ class Tuned:
 
 
 @no_type_check
+@on_automatic_axes
 def tune(
     curvature: BlockDiagonal,
     params: PyTree,

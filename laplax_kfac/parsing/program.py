@@ -10,7 +10,7 @@ from jax.extend.core import Jaxpr
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-from laplax_kfac import jaxprs
+from laplax_kfac import jaxprs, meshes
 from laplax_kfac.parsing.biases import Bias
 from laplax_kfac.parsing.grouping import Resolved, resolve
 from laplax_kfac.parsing.layer import Layer
@@ -60,13 +60,13 @@ class Program:
 def per_example(model_fn: ModelFn, *, vmap_over_data: bool) -> Callable[[PyTree, PyTree], PyTree]:
     """The model as a function of (params, one example without a batch axis)."""
     if vmap_over_data:
-        return lambda params, x: model_fn(input=x, params=params)
+        return meshes.on_any_axes(lambda params, x: model_fn(input=x, params=params))
 
     def single(params: PyTree, x: PyTree) -> PyTree:
         out = model_fn(input=jax.tree.map(lambda a: a[None], x), params=params)
         return jax.tree.map(lambda a: a[0], out)
 
-    return single
+    return meshes.on_any_axes(single)
 
 
 def parse(

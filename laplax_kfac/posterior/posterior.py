@@ -25,6 +25,7 @@ from laplax_kfac.arguments import (
 )
 from laplax_kfac.blocks.blocks import BlockDiagonal, rotate_back
 from laplax_kfac.blocks.merging import add
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.posterior.prior import (
     PriorPrecision,
     Scalar,
@@ -45,10 +46,12 @@ class Posterior:
 
     precision: BlockDiagonal
 
+    @on_automatic_axes
     def covariance_mv(self, v: PyTree) -> PyTree:
         """Covariance times a pytree like the parameters."""
         return self.precision.map(jnp.reciprocal).mv(v)
 
+    @on_automatic_axes
     def scale_mv(self, v: PyTree) -> PyTree:
         """A square root of the covariance times ``v``: scale scale^T = covariance.
 
@@ -63,18 +66,22 @@ class Posterior:
             lambda out, x: out.astype(jnp.result_type(x)), precision.write(parts), v
         )
 
+    @on_automatic_axes
     def covariance_diagonal(self) -> PyTree:
         """Marginal variances, as a pytree like the parameters; 0 where frozen."""
         return self.precision.map(jnp.reciprocal).diagonal()
 
+    @on_automatic_axes
     def log_determinant(self) -> Float[Array, ""]:
         """Log-determinant of the *precision*."""
         return self.precision.log_determinant()
 
+    @on_automatic_axes
     def standard_deviation(self) -> PyTree:
         """Marginal standard deviations, as a pytree like the parameters; 0 where frozen."""
         return jax.tree.map(jnp.sqrt, self.covariance_diagonal())
 
+    @on_automatic_axes
     def penalty(self, params: PyTree, mean: PyTree) -> Float[Array, ""]:
         """``0.5 (params - mean)^T precision (params - mean)``: this posterior as the next prior.
 
@@ -92,6 +99,7 @@ class Posterior:
         return 0.5 * prior_distance(self.precision, self.precision, params, mean)
 
     @no_type_check
+    @on_automatic_axes
     def sample(
         self, key: Key[Array, ""], num_samples: int, mean: PyTree, *, start: int | Array = 0
     ) -> PyTree:
@@ -192,6 +200,7 @@ def as_prior(prior_prec: PriorPrecision | Posterior) -> PriorPrecision:
 
 
 @no_type_check
+@on_automatic_axes
 def make_posterior(
     curvature: BlockDiagonal,
     prior_prec: PriorPrecision | Posterior,

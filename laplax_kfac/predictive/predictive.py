@@ -13,6 +13,7 @@ from laplax_kfac.arguments import no_type_check
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import first_example, to_arrays
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.program import ModelFn
 from laplax_kfac.posterior.posterior import make_posterior
 from laplax_kfac.posterior.prior import PriorPrecision, Scalar
@@ -21,6 +22,7 @@ from laplax_kfac.predictive.linear_model import LinearModel
 
 
 @no_type_check
+@on_automatic_axes
 def predictive_covariance(
     curvature: BlockDiagonal,
     model_fn: ModelFn,
@@ -57,6 +59,7 @@ def predictive_covariance(
 
 
 @no_type_check
+@on_automatic_axes
 def predictive_variance(
     curvature: BlockDiagonal,
     model_fn: ModelFn,
@@ -91,6 +94,7 @@ def predictive_variance(
 
 
 @no_type_check
+@on_automatic_axes
 def joint_covariance(
     curvature: BlockDiagonal,
     model_fn: ModelFn,
