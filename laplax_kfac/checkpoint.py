@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 from laplax_kfac.arguments import no_type_check
 from laplax_kfac.bases import kind_of
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal
-from laplax_kfac.curvature.curvature import Curvature
+from laplax_kfac.curvature.curvature import Curvature, Origin
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.segments import Contiguous, Scattered, Segment
@@ -48,17 +48,23 @@ def save(path: str | os.PathLike[str], x: Curvature | Posterior) -> None:
 
     Raises:
         TypeError: If ``x`` is something else.
+        ValueError: If it holds NaN or infinity.
     """
     matrix = x.precision if isinstance(x, Posterior) else x
     if not isinstance(x, Curvature | Posterior):
         msg = f"`x` must be a Curvature or a Posterior, got {type(x).__name__}."
         raise TypeError(msg)
+    names = matrix.nonfinite_layers()
+    if names:
+        msg = f"`x` is not finite in the layers {names}: there is nothing to save. Compute it anew."
+        raise ValueError(msg)
     arrays: dict[str, np.ndarray] = {}
     header = {
         "format": FORMAT,
         "kind": type(x).__name__,
         "space": _space_to_json(matrix.space),
         "degree": getattr(matrix, "degree", 1),
+        "origin": asdict(x.origin) if isinstance(x, Curvature) and x.origin else None,
         "layers": [_layer_to_json(layer, k, arrays) for k, layer in enumerate(matrix.layers)],
         "sides": [[basis.kind.text for basis in block.sides] for block in matrix.blocks],
     }
@@ -112,7 +118,10 @@ def load(path: str | os.PathLike[str], params: PyTree | None = None) -> Any:
         blocks = tuple(_block(k, sides, file) for k, sides in enumerate(header["sides"]))
     if header["kind"] == "Posterior":
         return Posterior(BlockDiagonal(blocks, layers, space))
-    return Curvature(blocks, layers, space, header.get("degree", 1))
+    origin = header.get("origin")
+    if origin is not None:
+        origin = Origin(**{**origin, "input_ranks": tuple(origin["input_ranks"])})
+    return Curvature(blocks, layers, space, header.get("degree", 1), origin)
 
 
 def _block(k: int, sides: Sequence[str], file: Arrays) -> Block:

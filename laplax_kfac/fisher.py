@@ -22,8 +22,10 @@ from jaxtyping import Array, Float, Key, PyTree
 from laplax_kfac.arguments import require_choice
 from laplax_kfac.likelihood.pieces import floating, times
 from laplax_kfac.likelihood.record import Likelihood
+from laplax_kfac.summaries import summarised
 
 
+@summarised
 @dataclass(frozen=True)
 class FisherType:
     """One way to choose the vectors; the functions are for one example.
@@ -54,6 +56,7 @@ class FisherType:
     degree: int = 1
 
 
+@summarised
 @dataclass(frozen=True)
 class Columns:
     """The vectors that are pulled back for an example: those of a Fisher type for a loss.

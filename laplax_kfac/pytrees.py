@@ -6,6 +6,8 @@ from typing import TypeVar
 
 import jax
 
+from laplax_kfac import summaries
+
 Record = TypeVar("Record")
 
 
@@ -14,7 +16,7 @@ def register(cls: type[Record]) -> type[Record]:
 
     Unlike `jax.tree_util.register_dataclass`, putting a tree together again does not run
     ``__init__``: JAX does that with leaves that are no arrays, such as shapes and axes, while
-    annotations are of the arrays that we make records of.
+    annotations are of the arrays that we make records of. The class prints a summary of itself.
     """
     data = [f.name for f in fields(cls) if not f.metadata.get("static")]  # type: ignore[arg-type]
     static = [f.name for f in fields(cls) if f.metadata.get("static")]  # type: ignore[arg-type]
@@ -35,4 +37,4 @@ def register(cls: type[Record]) -> type[Record]:
         return record
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
+    return summaries.summarised(cls)

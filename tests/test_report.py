@@ -20,27 +20,32 @@ def report_of(name, **options):
 
 
 def rows_of(report):
-    """The printed table, by columns; cells are read by where the header says they begin."""
+    """The printed table, by columns; cells are read by where the header says they begin.
+
+    Reasons are in the place of the numbers that refer to them.
+    """
     lines = str(report).splitlines()
     header = lines[0]
     names = header.split()
     starts = [header.index(f"{n}") if k == 0 else header.index(f" {n}") + 1
               for k, n in enumerate(names)]  # fmt: skip
     ends = [*starts[1:], None]
-    body = lines[2 : 2 + len(report)]
-    return [
+    body = lines[2 : lines.index("")]
+    notes = dict(line.split(" ", 1) for line in lines if line.startswith("["))
+    rows = [
         {n: line[a:b].strip() for n, a, b in zip(names, starts, ends, strict=True)} for line in body
     ]
+    return [{**row, "why": notes[row["why"]] if row["why"] else ""} for row in rows]
 
 
 def test_columns():
     report = report_of("nnx_layer_norm")
     assert str(report).splitlines()[0].split() == [
-        "layer", "pattern", "block", "shape", "S", "stack", "params", "memory", "why"
+        "layer", "use", "block", "shape", "S", "stack", "params", "memory", "why"
     ]  # fmt: skip
     rows = rows_of(report)
     assert rows[0] == {
-        "layer": "lin", "pattern": "dense", "block": "kronecker", "shape": "4+1 x 5", "S": "1",
+        "layer": "lin", "use": "product", "block": "kronecker", "shape": "4+1 x 5", "S": "1",
         "stack": "1", "params": "25", "memory": "200 B", "why": "",
     }  # fmt: skip
     scale = rows[2]
@@ -62,7 +67,9 @@ def test_several_uses_are_told():
 @pytest.mark.parametrize("name", NAMES)
 def test_shares_are_those_of_all_parameters(name):
     report = report_of(name)
-    lines = str(report).splitlines()[3 + len(report) : -3]
+    kinds = ("kronecker ", "dense ", "diagonal ", "none ")
+    table = str(report).splitlines()
+    lines = [line for line in table[table.index("") :] if line.startswith(kinds)]
     counts = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in lines}
     shares = [float(line.split()[-1].rstrip("%")) for line in lines]
     _, params, *_ = models.by_name(name).make()
@@ -119,7 +126,7 @@ def test_total_memory_is_readable():
     assert line(249, 1) == "memory of the factors: 1 kB"
     assert line(10_000) == "memory of the factors: 40 kB"
     assert line(1_000_000, 500_000) == "memory of the factors: 6 MB"
-    assert line(10**12) == "memory of the factors: 4e+03 GB"
+    assert line(10**12) == "memory of the factors: 4 TB"
 
 
 def test_memory_of_the_whole_fit():
@@ -156,3 +163,65 @@ def test_example_may_be_numpy_or_a_pytree():
     assert [layer.name for layer in laplax_kfac.find_layers(model_fn, params, one)] == [
         "one", "out", "two"
     ]  # fmt: skip
+
+
+def repeated(names, size=3):
+    layer = report_of("mlp_without_bias")[0]
+    return [
+        laplax_kfac.Layer(
+            name, "dense", layer.params, "kronecker", size, 4, segments=layer.segments
+        )
+        for name in names
+    ]
+
+
+def test_repeated_layers_are_one_row():
+    names = [f"block_{k}/attention/query" for k in range(12)]
+    (row,) = rows_of(LayerReport(repeated(names), num_outputs=2))
+    assert row["layer"] == "block_*/attention/query (x 12)"
+    assert row["params"] == "144"
+    assert row["memory"] == "1.2 kB"
+
+
+def test_only_numbers_that_differ_are_masked_and_pairs_stay():
+    layers = [*repeated([f"h{k}/w2" for k in range(3)]), *repeated(["a1", "a2"])]
+    rows = rows_of(LayerReport(layers, num_outputs=2))
+    assert [row["layer"] for row in rows] == ["h*/w2 (x 3)", "a1", "a2"]
+
+
+def test_layers_of_other_shapes_are_rows_of_their_own():
+    layers = [*repeated(["l0", "l1", "l2"]), *repeated(["l3", "l4", "l5"], size=7)]
+    rows = rows_of(LayerReport(layers, num_outputs=2))
+    assert [(row["layer"], row["shape"]) for row in rows] == [
+        ("l* (x 3)", "3 x 4"), ("l* (x 3)", "7 x 4")
+    ]  # fmt: skip
+
+
+def test_legend_only_where_it_explains_something():
+    assert "stack:" in str(report_of("grouped_einsum"))
+    assert "S:" not in str(report_of("mlp_without_bias"))
+
+
+def test_advice_on_large_diagonals():
+    def model_fn(input, params):
+        return jnp.tanh(input * params["scale"]).reshape(-1, 4).sum(0) @ params["out"]
+
+    params = {"scale": jnp.ones(400), "out": jnp.ones((4, 3))}
+    report = laplax_kfac.find_layers(model_fn, params, jnp.ones(400))
+    (advice,) = report.advice()
+    assert "97% of the parameters have a diagonal" in advice
+    assert "'scale'" in advice
+    assert advice in str(report)
+    assert not report_of("mlp").advice()
+
+
+def test_advice_on_many_columns():
+    report = laplax_kfac.find_layers(
+        lambda input, params: params["e"][input] @ params["h"],
+        {"e": jax.ShapeDtypeStruct((32000, 2048), jnp.float32),
+         "h": jax.ShapeDtypeStruct((2048, 32000), jnp.float32)},
+        jax.ShapeDtypeStruct((128,), jnp.int32),
+    )  # fmt: skip
+    assert "71.4 TB" in str(report)
+    (advice,) = report.advice()
+    assert "sketches=32" in advice

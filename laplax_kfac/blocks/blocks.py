@@ -21,12 +21,12 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num, PyTree
+from jaxtyping import Array, Bool, Float, Num, PyTree
 
-from laplax_kfac import pytrees
+from laplax_kfac import jaxprs, machine, pytrees, summaries
 from laplax_kfac.bases import UNROTATED, Basis, Dense, Side
 from laplax_kfac.meshes import on_automatic_axes
-from laplax_kfac.parsing.layer import Layer
+from laplax_kfac.parsing.layer import Layer, Repeated
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.segments import Segment
 
@@ -101,6 +101,12 @@ def diagonal(block: Block) -> Float[Array, "*stack_and_axes"]:
 # -- all blocks of a model ---------------------------------------------------------------------
 
 
+@jax.jit
+def are_finite(arrays: Sequence[Num[Array, "..."]]) -> list[Bool[Array, ""]]:
+    """Whether all entries of each array are finite."""
+    return [jnp.all(jnp.isfinite(x)) for x in arrays]
+
+
 @pytrees.register
 @dataclass(frozen=True)
 class BlockDiagonal:
@@ -115,6 +121,21 @@ class BlockDiagonal:
     blocks: tuple[Block, ...]
     layers: tuple[Layer, ...] = field(metadata={"static": True})
     space: ParameterSpace = field(metadata={"static": True})
+
+    def summary_lines(self) -> list[str]:
+        """What printing shows: how many layers and parameters, and a line a layer."""
+        covered = [layer for layer in self.layers if not layer.frozen]
+        frozen = self.space.size - self.num_free()
+        heading = (
+            f"{type(self).__name__} of {len(covered)} layers, {self.num_free():,} parameters"
+            f"{f' ({frozen:,} frozen)' if frozen else ''}"
+        )
+        rows = [
+            (like.label, layer.block, layer.size_text, f"{layer.size:,} parameters")
+            for like in Repeated.among(covered)
+            for layer in like.layers[:1]
+        ]
+        return [heading, *summaries.aligned(rows)]
 
     def read(self, v: PyTree) -> list[Num[Array, "..."]]:
         """View a pytree like the parameters in every block: arrays of the blocks' shapes."""
@@ -136,6 +157,16 @@ class BlockDiagonal:
     def of_scaled_loss(self: Matrix, factor: Float[Array, ""] | float | int) -> Matrix:
         """The matrix of a loss that is so many times this one: as many times the matrix."""
         return self.map(lambda values: factor * values)
+
+    def nonfinite_layers(self) -> list[str]:
+        """Names of the layers with eigenvalues that are NaN or infinite; none while traced."""
+        covered = [(ly, b) for ly, b in zip(self.layers, self.blocks, strict=True) if not ly.frozen]
+        values = [block.eigenvalues for _, block in covered]
+        if jaxprs.is_traced(values):
+            return []
+        # NumPy has nothing to compile, and a CPU's arrays are its own.
+        finite = [np.isfinite(x).all() for x in values] if machine.on_cpu() else are_finite(values)
+        return [layer.name for (layer, _), flag in zip(covered, finite, strict=True) if not flag]
 
     def num_free(self) -> int:
         """Number of parameters that are not frozen."""

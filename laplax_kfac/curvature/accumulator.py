@@ -1,7 +1,8 @@
 """Streaming curvature: `init`, `update`, `merge` and `finalize`."""
 
+import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Unpack
 
@@ -9,8 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from laplax_kfac import factors, jaxprs, machine
-from laplax_kfac.arguments import no_type_check, positive_integer, require_weights
+from laplax_kfac import factors, jaxprs, machine, summaries
+from laplax_kfac.arguments import (
+    no_type_check,
+    positive_integer,
+    require_callable,
+    require_weights,
+    shown,
+)
 from laplax_kfac.caches import Cache
 from laplax_kfac.capture.batches import (
     Batch,
@@ -21,11 +28,14 @@ from laplax_kfac.capture.batches import (
     to_arrays,
     weighted_batch,
 )
-from laplax_kfac.curvature.curvature import Curvature
+from laplax_kfac.capture.left_out import without_left_out
+from laplax_kfac.capture.shards import Shards
+from laplax_kfac.curvature.curvature import Curvature, Origin
 from laplax_kfac.curvature.options import OptionKeywords, Options, Settings
 from laplax_kfac.curvature.passes import Arrays, Compiled, OfRecords, compiled_for, zeros_of
 from laplax_kfac.factors import Statistics, optimal_factors
 from laplax_kfac.factors.eigenvalue_correction import corrected_eigenvalues
+from laplax_kfac.faults import Context, Place, Placed, added
 from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.cache_keys import of_mesh
@@ -34,6 +44,7 @@ from laplax_kfac.parsing.program import ModelFn, parse
 KFOC_ITERATIONS = 30
 
 
+@summaries.summarised
 @dataclass(frozen=True)
 class Accumulator:
     """Streaming curvature: pure functions around `factors.Statistics`; made by `accumulator`.
@@ -76,10 +87,13 @@ class Accumulator:
             ValueError: If its arrays disagree about the number of examples, or a weight is not
                 finite or negative.
         """
+        require_statistics("state", state)
         if weights is not None:
             require_weights("weights", weights)
-        batch, weights = weighted_batch(to_arrays(as_batch(batch, "batch")), weights)
-        compiled, arrays = self._pass(batch, weights, state.num_updates)
+        given = to_arrays(as_batch(batch, "batch"))
+        examples, counts = weighted_batch(given, weights)
+        examples = without_left_out(examples, weights, given.get("weight"))
+        compiled, arrays = self._pass(examples, counts, state.num_updates)
         return _added(state, compiled, arrays)
 
     @on_automatic_axes
@@ -95,31 +109,63 @@ class Accumulator:
             state = _added(state, compiled, arrays, in_place=True)
         return factors.mirrored(state)
 
+    @no_type_check
     @on_automatic_axes
     def merge(self, first: Statistics, second: Statistics) -> Statistics:
         """Statistics of the data of both."""
+        require_statistics("first", first)
+        require_statistics("second", second)
         return factors.merge(first, second)
 
     @no_type_check
-    def parts(self, data: Iterable[object], batch_size: int) -> Iterator[WeightedBatch]:
+    def parts(self, data: Iterable[object], batch_size: int) -> Placed:
         """Split batches into parts of one size for `collect`, with weights 0 for padding.
 
         Args:
             data: Batches.
             batch_size: Most examples of a part.
         """
-        return even_batches(map(as_batch, data), positive_integer("batch_size", batch_size))
+        most = positive_integer("batch_size", batch_size)
+        return Placed(map(as_batch, data), lambda stream: even_batches(stream, most))
 
+    def check(self, state: Statistics, places: Sequence[Place] = ()) -> None:
+        """Refuse statistics of what is no target, or not finite; `finalize` does the same.
+
+        Args:
+            state: Statistics of the data.
+            places: Where the data of every update are from, for the error to say; of `parts`.
+
+        Raises:
+            ValueError: If there is such a thing.
+        """
+        affected = functools.partial(factors.nonfinite_layers, state)
+        state.faults.check(self.settings.nonfinite, Context(self.params, places, affected))
+
+    @no_type_check
     @on_automatic_axes
     def finalize(self, state: Statistics) -> Curvature:
         """The curvature of all data seen.
 
         Raises:
-            ValueError: If the state has seen no data.
+            ValueError: If the state has seen no data, or what was seen is no target, or not finite.
         """
+        require_statistics("state", state)
+        self.check(state)
         blocks = factors.finalize(state)
         assert state.space is not None
-        return Curvature(blocks, state.layers, state.space, self.settings.columns.fisher.degree)
+        degree = self.settings.columns.fisher.degree
+        return self.finite(Curvature(blocks, state.layers, state.space, degree, self.origin()))
+
+    def origin(self) -> Origin:
+        """What its curvatures are of, as far as it has seen the data itself."""
+        columns = self.settings.columns
+        ranks = {compiled.program.input_ranks for compiled in self.programs.values()}
+        loss = columns.likelihood.name.removeprefix("weighted ")
+        return Origin(
+            "" if loss.startswith("the callable") else loss,
+            columns.fisher.name,
+            ranks.pop() if len(ranks) == 1 else (),
+        )
 
     @no_type_check
     @on_automatic_axes
@@ -144,6 +190,7 @@ class Accumulator:
             ValueError: If the state has seen no data.
         """
         iterations = positive_integer("iterations", iterations)
+        require_statistics("state", state)
         factors.require_data(state)
         old_inputs, outputs = factors.kronecker_factors(state)
         for _ in range(iterations):
@@ -175,7 +222,23 @@ class Accumulator:
             replace(block, eigenvalues=m) if layer.block == "kronecker" else block
             for layer, block, m in zip(curvature.layers, curvature.blocks, moments, strict=True)
         )
-        return replace(curvature, blocks=blocks)
+        return self.finite(replace(curvature, blocks=blocks))
+
+    def finite(self, curvature: Curvature) -> Curvature:
+        """A curvature as it is, if it is finite: products of finite sums may be too large.
+
+        Raises:
+            ValueError: If it is not, unless numbers that are not finite are kept.
+        """
+        names = [] if self.settings.nonfinite == "keep" else curvature.nonfinite_layers()
+        if names:
+            msg = (
+                f"The curvature of the layers {names} is beyond the range of its floating-point "
+                "type, though inputs and gradients are finite: scale the inputs or the loss, "
+                "compute with jax_enable_x64, or pass nonfinite='keep' for a result with NaN."
+            )
+            raise ValueError(msg)
+        return curvature
 
     @on_automatic_axes
     def total(
@@ -188,6 +251,9 @@ class Accumulator:
                 records of some examples; compiled once for each shape of a batch.
             data: Batches with their weights.
             *operands: What else it takes.
+
+        Raises:
+            ValueError: If the data hold what is no target, or the sum is not finite.
         """
         total: PyTree = None
         for number, (batch, weights) in enumerate(weighted_batch(*part) for part in data):
@@ -197,10 +263,13 @@ class Accumulator:
                 total = zeros_of(shapes)
             if jaxprs.is_traced((arrays, operands)):
                 new = compiled.total(of_records, arrays, *operands)
-                total = jax.tree.map(jnp.add, total, new)
+                total = added(total, new)
             else:
                 total = compiled.add_total(of_records, total, arrays, *operands)
-        return total
+        found, faults = total
+        places = data.places if isinstance(data, Placed) else ()
+        faults.check(self.settings.nonfinite, Context(self.params, places))
+        return found
 
     def _pass(
         self, batch: Batch, weights: Float[Array, " N"], number: int | Int[Array, ""]
@@ -209,7 +278,8 @@ class Accumulator:
         compiled = self._compiled(batch)
         leaves, consts = jax.tree.leaves(self.params), compiled.program.consts
         number = jnp.asarray(number, jnp.uint32)
-        return compiled, Arrays(leaves, consts, batch, weights, self.settings.key, number)
+        shards = Shards.of(batch, leaves)
+        return compiled, Arrays(leaves, consts, batch, weights, self.settings.key, number, shards)
 
     def _compiled(self, batch: Batch) -> "Compiled":
         """The parsed model and its compiled statistics, for one shape of examples."""
@@ -229,9 +299,25 @@ class Accumulator:
             if not self.settings.columns.pull_back:
                 resolved = tuple(map(factors.without_cotangents, program.resolved))
                 program = replace(program, resolved=resolved)
+            self.settings.columns.likelihood.check(program.output, target)
             return compiled_for(self.model_fn, program, self.settings, target)
 
         return self.programs.get(shapes, make)
+
+
+@no_type_check
+def require_statistics(name: str, value: object) -> None:
+    """Refuse what is no state of an accumulator.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(value, Statistics):
+        msg = (
+            f"`{name}` must be a state of an accumulator, from its `init`, `update` or `merge`; "
+            f"found {shown(value)}."
+        )
+        raise TypeError(msg)
 
 
 def _added(
@@ -249,7 +335,7 @@ def _added(
         return _added(factors.mirrored(state), compiled, arrays)
     leaves, treedef = jax.tree.flatten(state)
     if jaxprs.is_traced((leaves, arrays)):  # nothing can be changed in place
-        leaves = list(map(jnp.add, leaves, jax.tree.leaves(statistics(arrays))))
+        leaves = jax.tree.leaves(added(state, statistics(arrays)))
     else:
         leaves = add(leaves, arrays)
     return jax.tree.unflatten(treedef, leaves)
@@ -287,4 +373,5 @@ def accumulator(
         ValueError: If an option has an unknown value.
         TypeError: If ``loss_fn`` is neither a name nor a callable, or an option is unknown.
     """
+    require_callable("model_fn", model_fn, "a function of `input` and `params`")
     return Accumulator(model_fn, params, Options.of(options, keywords).settings(loss_fn))

@@ -1,7 +1,7 @@
 """Data in, curvature out: `kfac`, `ekfac` and `kfoc`, loops over the `accumulator`."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Unpack
 
@@ -15,9 +15,11 @@ from laplax_kfac.arguments import (
     require_flags,
 )
 from laplax_kfac.capture.batches import (
+    Batch,
     Transform,
     WeightedBatch,
     batches,
+    even_batches,
     require_several_passes,
     same_number,
 )
@@ -25,6 +27,7 @@ from laplax_kfac.curvature.accumulator import KFOC_ITERATIONS, accumulator
 from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.curvature.options import OptionKeywords, Options
+from laplax_kfac.faults import Placed
 from laplax_kfac.fisher import fisher_type_of
 from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.meshes import on_automatic_axes
@@ -140,12 +143,16 @@ def kfac(
         require_several_passes(data, "`ekfac`" if passes.eigenvalue_correction else "`kfoc`")
     sizes: list[int] = []
 
-    def stream(description: str) -> Iterator[WeightedBatch]:
-        found = same_number(batches(data, passes.transform), sizes)
-        parts = accumulate.parts(found, batch_size)
-        return iter(tqdm(parts, desc=description, unit="batch", disable=not passes.progress))
+    def stream(description: str) -> Placed:
+        def split(found: Iterable[Batch]) -> Iterable[WeightedBatch]:
+            parts = even_batches(found, batch_size)
+            return tqdm(parts, desc=description, unit="batch", disable=not passes.progress)
 
-    state = accumulate.collect(stream("factors"))
+        return Placed(same_number(batches(data, passes.transform), sizes), split)
+
+    parts = stream("factors")
+    state = accumulate.collect(parts)
+    accumulate.check(state, parts.places)
     if passes.optimal_factors:
         again = functools.partial(stream, "optimal factors")
         iterations = positive_integer("iterations", passes.iterations)

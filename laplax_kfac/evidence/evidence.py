@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, PyTree
 from laplax_kfac import pytrees
 from laplax_kfac.arguments import no_type_check
 from laplax_kfac.blocks.blocks import BlockDiagonal
+from laplax_kfac.blocks.merging import require_curvature
 from laplax_kfac.evidence.fit import DataFit, require_fit
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.posterior.posterior import Posterior, as_prior, make_posterior
@@ -85,6 +86,7 @@ def log_marginal_likelihood(
             ``prior_prec`` is not positive.
         TypeError: If ``log_likelihood`` is no `DataFit`, or ``prior_prec`` is a function.
     """
+    require_curvature("curvature", curvature)
     require_fit(log_likelihood, noise_variance)
     fit = log_likelihood.log_likelihood(noise_variance)
     factor = log_likelihood.loss_factor(noise_variance)

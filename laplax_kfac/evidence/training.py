@@ -20,6 +20,7 @@ from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
     require_bounds,
+    require_callable,
     require_flags,
     require_positive,
 )
@@ -154,6 +155,8 @@ def marglik_training(
     require_flags(eigenvalue_correction=eigenvalue_correction, progress=progress)
     require_bounds(bounds)
     require_positive("hyper_learning_rate", hyper_learning_rate, shape=())
+    if transform is not None:
+        require_callable("transform", transform, "a function of one batch")
     if optimizer is not None and not hasattr(optimizer, "update"):
         msg = f"`optimizer` must be one of optax, such as optax.adam(1e-3); found {optimizer!r}."
         raise TypeError(msg)
@@ -167,8 +170,9 @@ def marglik_training(
     of_batch = fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data)
     passes = Passes(data, transform, batch_size, accumulate, of_batch, eigenvalue_correction)
 
-    curvature = passes.curvature_at(params)  # before any training: it says which layers there are
-    require_fit(passes.fit_at(params), noise_variance)
+    # Before any training: it says which layers there are, and what is wrong with the data.
+    curvature = passes.curvature_at(params, accumulate.settings.nonfinite)
+    require_fit(passes.fit_at(params, accumulate.settings.nonfinite), noise_variance)
     log_prior_determinant(as_prior(function(start["hyperparameters"])), curvature)
     num_examples = sum(float(jnp.sum(weights)) for _, weights in passes.stream())
     logs = jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from laplax_kfac import pytrees
 from laplax_kfac.arguments import no_type_check, require_positive
 from laplax_kfac.blocks.blocks import BlockDiagonal
+from laplax_kfac.blocks.merging import require_curvature
 from laplax_kfac.evidence.evidence import Evidence
 from laplax_kfac.evidence.fit import DataFit, require_fit
 from laplax_kfac.evidence.hill import DEFAULT_TOLERANCE, Hill, pushed
@@ -123,6 +124,8 @@ def tune(
             or out of bounds.
         TypeError: If ``log_likelihood`` is no `DataFit`.
     """
+    require_curvature("curvature", curvature)
+    curvature.space.require_like(params, "params")
     function, start = start_of(prior_prec, hyperparameters, noise_variance)
     require_fit(log_likelihood, noise_variance)
     steps = checked_steps(method, steps, bounds)
@@ -202,7 +205,8 @@ def _tuned(
         logs, trace, taken = climb(hill, logs, optimizer, steps)
     logs = pushed(hill, logs)
     gradient, best = jax.grad(value_and_evidence, has_aux=True)(logs)
-    converged = hill.is_top(logs, gradient)
+    # Comparisons with NaN are false, and the grid's derivative plays no part in its search.
+    converged = hill.is_top(logs, gradient) & jnp.isfinite(best.value)
     at_bound = unravel((hill.at_bound(logs) & jnp.isfinite(gradient)).astype(logs.dtype))
     values = jax.tree.map(jnp.exp, unravel(logs))
     return Tuned(

@@ -1,9 +1,10 @@
 """The public record of a layer: which parameters it holds and which curvature block it gets."""
 
 import math
+import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from laplax_kfac.bases import Dense, Diagonal, Kind, kind_of
@@ -87,6 +88,13 @@ class Layer:
         return matrix if self.stack == 1 else (self.stack, *matrix)
 
     @property
+    def size_text(self) -> str:
+        """Its size for tables: inputs (and 1 for a joint bias) by outputs, or how many numbers."""
+        if not self.is_matrix:
+            return str(self.size)
+        return f"{self.in_features}{'+1' if self.bias else ''} x {self.out_features}"
+
+    @property
     def kinds(self) -> tuple[Kind, ...]:
         """What the block's matrix may be along every axis of a vector in it: one kind a side."""
         if self.block == "kronecker":
@@ -115,6 +123,42 @@ class Layer:
     def first(self) -> int:
         """Id of the first parameter of its matrix."""
         return self.segments[0].first if self.size else 0
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Layers that differ in the numbers in their names alone, as those of a transformer's blocks.
+
+    Attributes:
+        name: Their name, with ``*`` for the numbers that differ.
+        layers: The layers, at least one.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+
+    @property
+    def label(self) -> str:
+        """Their name, and how many they are."""
+        return self.name if len(self.layers) == 1 else f"{self.name} (x {len(self.layers)})"
+
+    @classmethod
+    def among(cls, layers: Iterable[Layer]) -> "list[Repeated]":
+        """All layers, in the order of the first of their like; pairs are not joined."""
+        groups: dict[object, list[Layer]] = {}
+        for layer in layers:
+            masked = re.sub(r"\d+", "*", layer.name)
+            like = replace(layer, name=masked, params=(), segments=())
+            groups.setdefault((like, layer.is_matrix), []).append(layer)
+        found = []
+        for group in groups.values():
+            if len(group) < 3:
+                found += [cls(layer.name, (layer,)) for layer in group]
+                continue
+            parts = zip(*(re.split(r"(\d+)", layer.name) for layer in group), strict=True)
+            name = "".join(same[0] if len({*same}) == 1 else "*" for same in parts)
+            found.append(cls(name, tuple(group)))
+        return found
 
 
 def unique_names(layers: Sequence[Layer], space: ParameterSpace) -> list[str]:

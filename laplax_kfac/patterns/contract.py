@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from laplax_kfac.arguments import no_type_check
 from laplax_kfac.gram import Symmetric
+from laplax_kfac.summaries import summarised
 
 Operands = tuple[Any, ...]
 """The operands of an equation beside the weight: arrays, and scalars that a jaxpr holds itself."""
@@ -27,6 +28,7 @@ Moments = Callable[[Operands, Float[Array, " N"]], tuple[Symmetric, Array]]
 """(Other operands with examples in front, their weights) -> see `Pattern.moments`."""
 
 
+@summarised
 @dataclass(frozen=True)
 class Pattern:
     """How one primitive uses a weight; see the package's docstring for the contract.

@@ -24,7 +24,7 @@ from laplax_kfac.arguments import (
     require_positive,
 )
 from laplax_kfac.blocks.blocks import BlockDiagonal, rotate_back
-from laplax_kfac.blocks.merging import add
+from laplax_kfac.blocks.merging import add, require_curvature
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.posterior.prior import (
     PriorPrecision,
@@ -45,6 +45,11 @@ class Posterior:
     """
 
     precision: BlockDiagonal
+
+    def summary_lines(self) -> list[str]:
+        """What printing shows: the layers of the precision."""
+        heading, *lines = self.precision.summary_lines()
+        return [heading.replace(type(self.precision).__name__, type(self).__name__, 1), *lines]
 
     @on_automatic_axes
     def covariance_mv(self, v: PyTree) -> PyTree:
@@ -125,7 +130,7 @@ class Posterior:
         if not isinstance(start, jax.core.Tracer):
             start = positive_integer("start", start, least=0)
         precision = self.precision
-        leaves = precision.space.flatten(mean, name="params")
+        leaves = precision.space.flatten(mean, name="mean")
 
         together = max(1, machine.MACHINE.samples_together // precision.space.size)
         if "rbg" in str(jax.random.key_impl(key)):
@@ -224,6 +229,7 @@ def make_posterior(
             a factor is not positive and finite.
         TypeError: If one is no number.
     """
+    require_curvature("curvature", curvature)
     dtype = jnp.result_type(*(block.eigenvalues for block in curvature.blocks))
     require_positive("sigma_squared", sigma_squared, shape=(), dtype=dtype)
     require_positive("loss_scaling_factor", loss_scaling_factor, shape=(), dtype=dtype)

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.arguments import no_type_check
 from laplax_kfac.blocks.blocks import BlockDiagonal
-from laplax_kfac.capture.batches import first_example, to_arrays
+from laplax_kfac.capture.batches import first_example
+from laplax_kfac.curvature.matching import checked_inputs
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.program import ModelFn
@@ -51,9 +52,12 @@ def predictive_covariance(
         batch_size: Most inputs that are worked on at once; fewer if their Jacobians are large.
 
     Raises:
-        ValueError: If the curvature is of another model.
+        ValueError: If the curvature is of another model, other parameters, or examples of other
+            axes than ``inputs``; or if a number is not as it must be.
+        TypeError: If an argument is of an unsupported type.
     """
     posterior = make_posterior(curvature, prior_prec, sigma_squared=sigma_squared)
+    inputs = checked_inputs(curvature, params, inputs)["input"]
     model = LinearModel.of(posterior, model_fn, params, inputs, vmap_over_data=vmap_over_data)
     return Predictive(*model.spreads(batch_size, diagonal=False))
 
@@ -86,9 +90,12 @@ def predictive_variance(
         batch_size: Most inputs that are worked on at once.
 
     Raises:
-        ValueError: If the curvature is of another model.
+        ValueError: If the curvature is of another model, other parameters, or examples of other
+            axes than ``inputs``; or if a number is not as it must be.
+        TypeError: If an argument is of an unsupported type.
     """
     posterior = make_posterior(curvature, prior_prec, sigma_squared=sigma_squared)
+    inputs = checked_inputs(curvature, params, inputs)["input"]
     model = LinearModel.of(posterior, model_fn, params, inputs, vmap_over_data=vmap_over_data)
     return Marginals(*model.spreads(batch_size, diagonal=True))
 
@@ -126,12 +133,14 @@ def joint_covariance(
         Shape (N, C, M, C), with outputs raveled.
 
     Raises:
-        ValueError: If the curvature is of another model, or ``others`` are not like ``inputs``.
+        ValueError: As for `predictive_covariance`, and if ``others`` are not like ``inputs``.
+        TypeError: If an argument is of an unsupported type.
     """
     posterior = make_posterior(curvature, prior_prec, sigma_squared=sigma_squared)
+    inputs = checked_inputs(curvature, params, inputs)["input"]
     model = LinearModel.of(posterior, model_fn, params, inputs, vmap_over_data=vmap_over_data)
     if others is not None:
-        others = to_arrays({"input": others})["input"]
+        others = checked_inputs(curvature, params, others, "others")["input"]
         mine, theirs = (first_example({"input": x}) for x in (model.inputs, others))
         if _shapes(mine) != _shapes(theirs):
             msg = (

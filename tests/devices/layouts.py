@@ -177,6 +177,21 @@ def of_curvature(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     return compute
 
 
+def of_same_curvature(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    """For what depends on the signs of eigenvectors, which rounding decides."""
+
+    def compute(params: Any, data: Any) -> Any:
+        on_one = jax.tree.map(np.asarray, (params, data))
+        curvature = lk.kfac(model, *on_one, loss_fn=LOSS)
+        place = params["bias"].sharding
+        if isinstance(place, NamedSharding):
+            place = NamedSharding(place.mesh, P())
+            curvature = jax.tree.map(lambda x: jax.device_put(np.asarray(x), place), curvature)
+        return function(curvature, params, data)
+
+    return compute
+
+
 def predictives(curvature: lk.Curvature, params: Any, data: Any) -> Any:
     x = data[0][0]
     found = lk.predictive_covariance(curvature, model, params, x, prior_prec=2.0)
@@ -220,8 +235,8 @@ COMPUTED: dict[str, Callable[[Any, Any], Any]] = {
     "kfac_under_jit": under_jit,
     "ekfac_under_jit": functools.partial(under_jit, eigenvalue_correction=True),
     "predictives": of_curvature(predictives),
-    "sampled_functions": of_curvature(sampled_functions),
-    "samples": of_curvature(samples),
+    "sampled_functions": of_same_curvature(sampled_functions),
+    "samples": of_same_curvature(samples),
     "evidence": of_curvature(evidence),
     "relative_error": of_curvature(error),
 }

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,17 +28,21 @@ FAST = (["ekfac", "samples"], ["explicit_set", "fsdp_last_explicit"])
 TOLERANCES = {32: 1e-6, 64: 1e-12}
 
 
-@cache
-def errors(bits: int, computed: tuple[str, ...], layouts: tuple[str, ...]) -> dict[object, object]:
-    """Relative errors of some rows of the table."""
-    table = Path(__file__).with_name("layouts.py")
+def printed(script: str, *arguments: str) -> list[list[Any]]:
+    """What a script beside this file prints, a line of JSON a row."""
     found = subprocess.run(
-        [sys.executable, table, str(bits), ",".join(computed), ",".join(layouts)],
+        [sys.executable, Path(__file__).with_name(script), *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-3000:]
-    rows = [json.loads(line) for line in found.stdout.splitlines()]
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+@cache
+def errors(bits: int, computed: tuple[str, ...], layouts: tuple[str, ...]) -> dict[object, object]:
+    """Relative errors of some rows of the table."""
+    rows = printed("layouts.py", str(bits), ",".join(computed), ",".join(layouts))
     return {(name, layout): error for name, layout, error in rows}
 
 
@@ -60,3 +65,10 @@ def test_eight_devices_are_as_one(name: str, layout: str) -> None:
 def test_the_whole_table(name: str, layout: str, bits: int) -> None:
     found = errors(bits, (name,), tuple(LAYOUTS))
     require_small(found[name, layout], bits)
+
+
+def test_collectives_do_not_grow_with_batches_or_loops() -> None:
+    """The sums are added once, and parameters that are spread are gathered once, each leaf."""
+    for layout, found in printed("collectives.py"):
+        gathered = {} if layout == "automatic" else {"all-gather": 5}
+        assert found == {"all-reduce": 3, **gathered}, layout

@@ -323,12 +323,18 @@ def test_cross_entropy_pulls_back_one_column_less_than_classes(shape, rank):
     assert num_columns(likelihood, "type2", f, None, 1) == max(rank, 1)
 
 
-def test_a_single_class_has_no_curvature():
+@pytest.mark.parametrize("fisher_type", ["type2", "mc", "empirical", "forward_only"])
+def test_a_single_class_is_refused(fisher_type):
+    """A softmax over one class is constant: one logit is another loss."""
     data = np.ones((2, 3)), np.zeros(2, int)
-    found = laplax_kfac.kfac(
-        lambda input, params: input @ params, normal(3, 1), data, loss_fn="cross_entropy"
-    )
-    np.testing.assert_array_equal(found.to_dense(), np.zeros((3, 3)))
+    with pytest.raises(ValueError, match=r"shape \(1,\).*binary_cross_entropy"):
+        laplax_kfac.kfac(
+            lambda input, params: input @ params,
+            normal(3, 1),
+            data,
+            loss_fn="cross_entropy",
+            fisher_type=fisher_type,
+        )
 
 
 def test_extreme_logits_stay_finite_in_float32():
@@ -573,7 +579,8 @@ def test_means_in_place_of_sums_scale_the_curvature(loss_fn):
     if loss_fn == "mse":
         y = normal(4, 2, 3, seed=15)
     whole = laplax_kfac.kfac(gains, GAIN, (x, y), loss_fn=loss_fn).to_dense()
-    over_data = laplax_kfac.kfac(gains, GAIN, (x, y, np.full(4, 1 / 4)), loss_fn=loss_fn)
+    quarters = {"input": x, "target": y, "weight": np.full(4, 1 / 4)}
+    over_data = laplax_kfac.kfac(gains, GAIN, quarters, loss_fn=loss_fn)
     over_terms = laplax_kfac.kfac(
         gains, GAIN, (x, (y, np.full((4, 2), 1 / 2))), loss_fn=weighted(loss_fn)
     )

@@ -68,6 +68,8 @@ CASES = [
 
 # Primitives of other versions of JAX: this one has no function that makes them.
 ELSEWHERE = {"expand_dims", "copy_p"}
+NEWER = {"stack", "unstack"}
+"""Primitives that the oldest JAX that is supported does without."""
 
 
 def test_every_rule_has_a_case():
@@ -87,7 +89,10 @@ def test_rules_do_what_jax_does(case, scans):
         for n, k, shape in zip(sizes, offsets, case.shapes, strict=False)
     ]  # fmt: skip
     examples = [jnp.zeros(shape) for shape in case.shapes]
-    (eqn,) = jax.make_jaxpr(case.function)(*examples).eqns
+    eqns = jax.make_jaxpr(case.function)(*examples).eqns
+    if case.primitive in NEWER and case.primitive not in {e.primitive.name for e in eqns}:
+        pytest.skip("this JAX has no such primitive")
+    (eqn,) = eqns
     assert eqn.primitive.name == case.primitive
     found = INDEX_RULES[case.primitive](eqn, arrays)
     for place in np.ndindex(*scans):

@@ -231,3 +231,20 @@ def test_constants_that_are_being_traced_are_data():
         ("scale", "dense"),
         ("dense", "kronecker"),
     ]
+
+
+@pytest.mark.parametrize(
+    "model_fn",
+    [lambda x, params: x @ params, lambda params, input, scale: scale * input @ params],
+)
+def test_models_with_other_keywords_are_explained(model_fn):
+    message = r"must take the keywords `input` and `params`, .*Wrap it: `lambda input, params"
+    with pytest.raises(TypeError, match=message):
+        laplax_kfac.find_layers(model_fn, jnp.ones((3, 2)), jnp.ones(3))
+
+
+def test_models_with_further_defaults_are_taken():
+    partial = functools.partial(lambda scale, input, params: scale * input @ params, 2.0)
+    for model_fn in (partial, lambda input, params, scale=1.0: scale * input @ params):
+        layers = laplax_kfac.find_layers(model_fn, jnp.ones((3, 2)), jnp.ones(3))
+        assert [layer.block for layer in layers] == ["kronecker"]
