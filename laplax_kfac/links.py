@@ -21,6 +21,7 @@ from laplax_kfac.arguments import (
 )
 from laplax_kfac.bases import eigh
 from laplax_kfac.laplax_adapter import predictives
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.predictive.gaussians import Marginals, Predictive
 
 Link = Literal[
@@ -30,6 +31,7 @@ _INPUTS_TOGETHER = 64
 
 
 @no_type_check
+@on_automatic_axes
 def class_probabilities(
     predictive: Predictive | Marginals,
     link: Link = "probit",

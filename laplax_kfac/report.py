@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 from laplax_kfac.arguments import no_type_check, require_callable, shown
 from laplax_kfac.capture.capture import record_size
 from laplax_kfac.curvature.options import OptionKeywords, Options
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.independence import require_independent
 from laplax_kfac.parsing.layer import Layer, Repeated
 from laplax_kfac.parsing.program import ModelFn, parse
@@ -131,6 +132,7 @@ def memory(layer: Layer) -> int:
 
 
 @no_type_check
+@on_automatic_axes
 def find_layers(
     model_fn: ModelFn,
     params: PyTree,

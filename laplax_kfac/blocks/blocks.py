@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Num, PyTree
 
 from laplax_kfac import jaxprs, machine, pytrees, summaries
 from laplax_kfac.bases import UNROTATED, Basis, Dense, Side
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.layer import Layer, Repeated
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.segments import Segment
@@ -171,6 +172,7 @@ class BlockDiagonal:
         """Number of parameters that are not frozen."""
         return sum(layer.size for layer in self.layers if not layer.frozen)
 
+    @on_automatic_axes
     def mv(self, v: PyTree) -> PyTree:
         """Matrix-vector product.
 
@@ -186,6 +188,7 @@ class BlockDiagonal:
         parts = [apply(b, x) for b, x in zip(self.blocks, self.read(v), strict=True)]
         return jax.tree.map(lambda out, x: out.astype(jnp.result_type(x)), self.write(parts), v)
 
+    @on_automatic_axes
     def to_dense(self) -> Float[Array, "P P"]:
         """The whole matrix in laplax's flat order: `jax.tree.leaves`, each raveled."""
         dtype = jnp.result_type(*(b.eigenvalues for b in self.blocks))
@@ -199,14 +202,17 @@ class BlockDiagonal:
             dense = dense.at[ids[:, None], ids[None, :]].set(columns)
         return dense
 
+    @on_automatic_axes
     def diagonal(self) -> PyTree:
         """Diagonal of the matrix, as a pytree like the parameters."""
         return self.write([diagonal(b) for b in self.blocks])
 
+    @on_automatic_axes
     def trace(self) -> Float[Array, ""]:
         """Trace of the matrix."""
         return sum((jnp.sum(b.eigenvalues) for b in self.blocks), jnp.zeros(()))
 
+    @on_automatic_axes
     def quadratic_form(self, v: PyTree) -> Float[Array, ""]:
         """``v^T M v``, with M the matrix, on all but frozen parameters.
 
@@ -225,6 +231,7 @@ class BlockDiagonal:
                 total = total + jnp.sum(block.eigenvalues * jnp.abs(rotate(block, part)) ** 2)
         return total
 
+    @on_automatic_axes
     def log_determinant(self) -> Float[Array, ""]:
         """Logarithm of the determinant on all but frozen parameters; -inf if singular."""
         pairs = zip(self.blocks, self.layers, strict=True)

@@ -25,6 +25,7 @@ from laplax_kfac import jaxprs
 from laplax_kfac.arguments import no_type_check, shown
 from laplax_kfac.bases import Basis, Side, common_kind
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal, block_of_sides, rotate_back
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.layer import Layer
 
 Matrix = TypeVar("Matrix", bound=BlockDiagonal)
@@ -32,6 +33,7 @@ _ITERATIONS = 50
 
 
 @no_type_check
+@on_automatic_axes
 def merge(first: Matrix, second: BlockDiagonal) -> Matrix:
     """The sum of two curvatures of one model: of all data of both, with no prior in it.
 

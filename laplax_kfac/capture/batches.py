@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.arguments import no_type_check, require_weights, shown
 from laplax_kfac.capture.left_out import without_left_out
+from laplax_kfac.capture.shards import Shards
+from laplax_kfac.meshes import automatic
 
 Batch = dict[str, PyTree]
 Transform = Callable[[Any], object]
@@ -226,7 +228,7 @@ def same_number(stream: Iterable[Batch], earlier: list[int]) -> Iterator[Batch]:
 
 
 def to_arrays(batch: Batch, name: str = "data") -> Batch:
-    """Leaves as arrays; foreign ones (tensors of torch or tensorflow) through numpy.
+    """Leaves as arrays, with automatic axes; foreign ones (tensors of torch ...) through numpy.
 
     Args:
         batch: The batch.
@@ -240,7 +242,7 @@ def to_arrays(batch: Batch, name: str = "data") -> Batch:
 
 def _as_array(x: object, name: str) -> Array | np.ndarray:
     if isinstance(x, jax.Array):
-        return x
+        return automatic(x)
     reason = "it is not made of numbers"
     try:
         array = np.asarray(x)
@@ -288,12 +290,14 @@ def pad(batch: Batch, size: int) -> WeightedBatch:
     means one compilation.
     """
     missing = size - batch_size(batch)
+    examples, counts = _examples(batch), _counts(batch)
+    if not missing:
+        return examples, jnp.asarray(counts)
 
     def longer(x: Array | np.ndarray, end: Array | np.ndarray) -> Array | np.ndarray:
         join = np.concatenate if isinstance(x, np.ndarray) else jnp.concatenate
-        return join([x, *[end] * missing]) if missing else x
+        return join([x, *[end] * missing])
 
-    examples, counts = _examples(batch), _counts(batch)
     repeated = jax.tree.map(lambda x: longer(x, x[-1:]), examples)
     return repeated, jnp.asarray(longer(counts, np.zeros(1, counts.dtype)))
 
@@ -308,14 +312,18 @@ def even_batches(stream: Iterable[Batch], most: int) -> Iterator[WeightedBatch]:
         arrays = to_arrays(batch)
         count = batch_size(arrays)
         arrays |= without_left_out(_examples(arrays), arrays.get("weight"))
+        shards = Shards.of(_examples(arrays))
         if not size:
+            devices = shards.count if shards else 1
             size = math.ceil(count / math.ceil(count / most))
+            size = devices * math.ceil(size / devices)  # the same number for each
         if count == size:
             yield pad(arrays, size)
             continue
         for start in range(0, count, size):
             here = slice(start, start + size)
-            yield pad(jax.tree.map(operator.itemgetter(here), arrays), size)
+            examples, counts = pad(jax.tree.map(operator.itemgetter(here), arrays), size)
+            yield jax.tree.map(shards.place, examples) if shards else examples, counts
 
 
 def first_example(batch: Batch, part: str = "input") -> PyTree:

@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from laplax_kfac.capture.batches import Batch, batch_size
+from laplax_kfac.capture.batches import Batch
 from laplax_kfac.capture.evaluator import Inputs, run
 from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.capture.layer_io import Record
@@ -134,7 +134,7 @@ def capture_batch(
     batch: Batch,
     columns: Columns,
     *,
-    key: Key[Array, ""],
+    keys: Key[Array, " N"],
     window: tuple[Int[Array, ""], int] | None = None,
 ) -> list[Record]:
     """`capture` every example of a batch; the records' leaves get a leading axis N.
@@ -144,7 +144,7 @@ def capture_batch(
         values: Leaves of the parameters, and values of ``program.consts``.
         batch: The batch.
         columns: The vectors that are pulled back.
-        key: Random key.
+        keys: Random keys of the examples.
         window: The first column, and how many, if only some are pulled back; zeros beyond the last.
     """
 
@@ -161,7 +161,6 @@ def capture_batch(
         pulled = vectors if columns.pull_back else None
         return capture(program, values, x, pulled, by_units=by_units, sequential=sequential)[1]
 
-    keys = jax.random.split(key, batch_size(batch))
     return map_examples(one, (batch["input"], batch["target"], keys))
 
 

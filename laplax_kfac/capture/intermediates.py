@@ -13,6 +13,7 @@ from laplax_kfac.capture.capture import capture_batch
 from laplax_kfac.capture.layer_io import LayerIO
 from laplax_kfac.fisher import Columns, fisher_type_of
 from laplax_kfac.likelihood.named import Loss, resolve_likelihood
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.grouping import Resolved
 from laplax_kfac.parsing.program import ModelFn, parse
 
@@ -44,6 +45,7 @@ class LayerRecord:
 
 
 @no_type_check
+@on_automatic_axes
 def intermediates_and_gradients(
     model_fn: ModelFn,
     params: PyTree,
@@ -78,7 +80,7 @@ def intermediates_and_gradients(
     require_callable("model_fn", model_fn, "a function of `input` and `params`")
     require_flags(vmap_over_data=vmap_over_data)
     batch = to_arrays(as_batch(data))
-    batch_size(batch)
+    size = batch_size(batch)
     program = parse(
         model_fn, params, first_example(batch), vmap_over_data=vmap_over_data,
     )  # fmt: skip
@@ -87,7 +89,7 @@ def intermediates_and_gradients(
         ([jnp.asarray(leaf) for leaf in jax.tree.leaves(params)], program.consts),
         batch,
         Columns(resolve_likelihood(loss_fn), fisher_type_of("empirical")),
-        key=jax.random.key(0),
+        keys=jax.random.split(jax.random.key(0), size),
     )
     return {
         resolved.layer.name: LayerRecord.of(resolved, record)

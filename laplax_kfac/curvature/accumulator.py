@@ -30,6 +30,7 @@ from laplax_kfac.capture.batches import (
     weighted_batch,
 )
 from laplax_kfac.capture.left_out import without_left_out
+from laplax_kfac.capture.shards import Shards
 from laplax_kfac.curvature import identity
 from laplax_kfac.curvature.curvature import Curvature, Origin
 from laplax_kfac.curvature.keeping import EIGENVALUES, FACTORS, NOBODY, Keeper, applied
@@ -39,6 +40,7 @@ from laplax_kfac.factors import Statistics, optimal_factors
 from laplax_kfac.factors.eigenvalue_correction import corrected_eigenvalues
 from laplax_kfac.faults import Context, Place, Placed, added
 from laplax_kfac.likelihood.named import Loss
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.cache_keys import of_mesh
 from laplax_kfac.parsing.independence import require_independent
 from laplax_kfac.parsing.layout import ParameterSpace
@@ -77,6 +79,7 @@ class Accumulator:
         return factors.empty_statistics()
 
     @no_type_check
+    @on_automatic_axes
     def update(
         self, state: Statistics, batch: object, weights: Float[Array, " N"] | None = None
     ) -> Statistics:
@@ -104,6 +107,7 @@ class Accumulator:
         return _added(state, compiled, arrays)
 
     @no_type_check
+    @on_automatic_axes
     def collect(self, data: Iterable[WeightedBatch], keeper: Keeper = NOBODY) -> Statistics:
         """Statistics of all data: updates from the first, but in place.
 
@@ -141,6 +145,7 @@ class Accumulator:
             yield part
 
     @no_type_check
+    @on_automatic_axes
     def merge(self, first: Statistics, second: Statistics) -> Statistics:
         """Statistics of the data of both."""
         require_statistics("first", first)
@@ -172,6 +177,7 @@ class Accumulator:
         state.faults.check(self.settings.nonfinite, Context(self.params, places, affected))
 
     @no_type_check
+    @on_automatic_axes
     def finalize(self, state: Statistics) -> Curvature:
         """The curvature of all data seen.
 
@@ -197,6 +203,7 @@ class Accumulator:
         )
 
     @no_type_check
+    @on_automatic_axes
     def optimise(
         self,
         state: Statistics,
@@ -252,6 +259,7 @@ class Accumulator:
         return self.finalize(factors.with_kronecker_factors(state, inputs, outputs))
 
     @no_type_check
+    @on_automatic_axes
     def correct(
         self, curvature: Curvature, data: Iterable[WeightedBatch], keeper: Keeper = NOBODY
     ) -> Curvature:
@@ -287,6 +295,7 @@ class Accumulator:
             raise ValueError(msg)
         return curvature
 
+    @on_automatic_axes
     def total(
         self,
         of_records: OfRecords,
@@ -332,7 +341,8 @@ class Accumulator:
         compiled = self._compiled(batch)
         leaves, consts = jax.tree.leaves(self.params), compiled.program.consts
         number = jnp.asarray(number, jnp.uint32)
-        return compiled, Arrays(leaves, consts, batch, weights, self.settings.key, number)
+        shards = Shards.of(batch, leaves)
+        return compiled, Arrays(leaves, consts, batch, weights, self.settings.key, number, shards)
 
     def _compiled(self, batch: Batch) -> "Compiled":
         """The parsed model and its compiled statistics, for one shape of examples."""

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from laplax_kfac import pytrees
 from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.blocks.blocks import BlockDiagonal
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.posterior.posterior import make_posterior
 from laplax_kfac.posterior.prior import PriorPrecision, Scalar
 
@@ -51,6 +52,7 @@ class Curvature(BlockDiagonal):
         return self.map(lambda values: factor**self.degree * values)
 
     @no_type_check
+    @on_automatic_axes
     def inverse_mv(
         self, v: PyTree, *, prior_prec: PriorPrecision, noise_variance: Scalar | None = None
     ) -> PyTree:
@@ -58,6 +60,7 @@ class Curvature(BlockDiagonal):
         return make_posterior(self, prior_prec, noise_variance=noise_variance).covariance_mv(v)
 
     @no_type_check
+    @on_automatic_axes
     def logdet(
         self, *, prior_prec: PriorPrecision, noise_variance: Scalar | None = None
     ) -> Float[Array, ""]:
@@ -65,6 +68,7 @@ class Curvature(BlockDiagonal):
         return make_posterior(self, prior_prec, noise_variance=noise_variance).log_determinant()
 
     @no_type_check
+    @on_automatic_axes
     def sample(
         self,
         key: Key[Array, ""],

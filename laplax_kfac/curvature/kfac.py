@@ -29,6 +29,7 @@ from laplax_kfac.curvature.options import OptionKeywords, Options
 from laplax_kfac.faults import Placed
 from laplax_kfac.fisher import fisher_type_of
 from laplax_kfac.likelihood.named import Loss
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.program import ModelFn
 
 
@@ -116,6 +117,7 @@ class _Passes:
 
 
 @no_type_check
+@on_automatic_axes
 def kfac(
     model_fn: ModelFn,
     params: PyTree,

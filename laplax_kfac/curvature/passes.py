@@ -19,6 +19,7 @@ from laplax_kfac.capture.batches import batch_size as size_of
 from laplax_kfac.capture.capture import capture_batch
 from laplax_kfac.capture.checks import all_finite, faults_of
 from laplax_kfac.capture.layer_io import Record
+from laplax_kfac.capture.shards import Shards
 from laplax_kfac.curvature.memory import (
     columns_at_once,
     examples_at_once,
@@ -35,6 +36,8 @@ from laplax_kfac.parsing.cache_keys import kept, of_function, of_mesh, of_progra
 from laplax_kfac.parsing.program import ModelFn, Program
 
 OfRecords = Callable[..., PyTree]
+Part = tuple[Batch, Float[Array, " n"], Key[Array, " n"]]
+"""Some examples, their weights, and a random key for each."""
 SUMS = Fault("sums", NOT_FINITE)
 
 
@@ -146,7 +149,10 @@ def _of_loss(program: Program, settings: Settings, target: PyTree) -> Hashable:
 
 
 class Arrays(NamedTuple):
-    """What a pass over a batch works on; arguments, so that nothing is compiled in."""
+    """What a pass over a batch works on; arguments, so that nothing is compiled in.
+
+    How the batch is spread over devices is one that what is compiled depends on.
+    """
 
     leaves: list[Array]
     consts: list[ArrayLike]
@@ -154,6 +160,7 @@ class Arrays(NamedTuple):
     weights: Float[Array, " N"]
     key: Key[Array, ""]
     number: UInt[Array, ""]
+    shards: Shards | None = None
 
     def faults(
         self, program: Program, settings: Settings, wrong: dict[Fault, Bool[Array, ""]]
@@ -214,18 +221,18 @@ def _summed(
             are zeros with all columns of an example but the first.
         record_bytes: Memory for what this needs of one example, for a number of columns.
     """
-    leaves, consts, batch, weights, key, number = arrays
-    key = jax.random.fold_in(key, number)
-    size, columns = size_of(batch), num_columns_of(program, settings.columns, batch)
+    leaves, consts, batch, weights, key, number, shards = arrays
+    keys = jax.random.split(jax.random.fold_in(key, number), size_of(batch))
+    columns = num_columns_of(program, settings.columns, batch)
     at_once = columns_at_once(program, settings.columns.fisher, columns)
 
-    def sums(part: tuple[Batch, Float[Array, " n"], Key[Array, ""]]) -> PyTree:
-        batch, weights, key = part
+    def sums(leaves: list[Array], part: Part) -> PyTree:
+        batch, weights, keys = part
 
         def of_window(first: Int[Array, ""] | None) -> PyTree:
             records = capture_batch(
                 program, (leaves, consts), batch, settings.columns,
-                key=key, window=None if first is None else (first, at_once),
+                keys=keys, window=None if first is None else (first, at_once),
             )  # fmt: skip
             return of_records(
                 records, weights, weights if first is None else weights * (first == 0)
@@ -235,11 +242,28 @@ def _summed(
             return of_window(None)
         return sum_over(of_window, jnp.arange(0, columns, at_once))
 
-    parts = math.ceil(size / examples_at_once(program, record_bytes(at_once)))
+    def of_share(leaves: list[Array], share: Part) -> PyTree:
+        most = examples_at_once(program, record_bytes(at_once))
+        return sum_in_turn(functools.partial(sums, leaves), share, most)
+
+    whole = batch, weights, keys
+    if shards is not None:
+        try:
+            return shards.sum(functools.partial(of_share, shards.gathered(leaves)), whole)
+        except NotImplementedError:  # a primitive of the model that cannot be vmapped
+            pass
+    return of_share(leaves, whole)
+
+
+def sum_in_turn(function: Callable[[Part], PyTree], examples: Part, most: int) -> PyTree:
+    """Sum a function over examples, no more than so many of them at once."""
+    batch, weights, keys = examples
+    size = len(weights)
+    parts = math.ceil(size / most)
     if parts == 1:
-        return sums((batch, weights, key))
+        return function(examples)
     each = math.ceil(size / parts)
-    padded, _ = pad(batch, each * parts)
+    padded, _ = pad({**batch, "key": keys}, each * parts)
     weights = jnp.concatenate([weights, jnp.zeros(each * parts - size, weights.dtype)])
     split = jax.tree.map(lambda x: x.reshape(parts, each, *x.shape[1:]), (padded, weights))
-    return sum_over(sums, (*split, jax.random.split(key, parts)))
+    return sum_over(lambda part: function((part[0], part[1], part[0]["key"])), split)

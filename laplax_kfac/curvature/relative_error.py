@@ -26,6 +26,7 @@ from laplax_kfac.curvature.matching import parse_like
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.curvature.options import Options
 from laplax_kfac.likelihood.named import Loss
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.grouping import Resolved
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
@@ -68,6 +69,7 @@ class RelativeError:
 
 
 @no_type_check
+@on_automatic_axes
 def relative_error(
     curvature: BlockDiagonal,
     model_fn: ModelFn,

@@ -24,6 +24,7 @@ from laplax_kfac.arguments import no_type_check
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.blocks.merging import require_curvature
 from laplax_kfac.evidence.fit import DataFit, require_fit
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.posterior.posterior import Posterior, as_prior, make_posterior, prior_mean_of
 from laplax_kfac.posterior.prior import (
     Hyperparameters,
@@ -56,6 +57,7 @@ class Evidence:
 
 
 @no_type_check
+@on_automatic_axes
 def log_marginal_likelihood(
     curvature: BlockDiagonal,
     params: PyTree,

@@ -31,6 +31,7 @@ from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.faults import NONFINITE, NOT_FINITE, Context, Fault, Faults, Placed, added
 from laplax_kfac.likelihood.named import Loss, resolve_likelihood
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.independence import require_independent
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.program import ModelFn, per_example
@@ -73,6 +74,7 @@ FitOfBatch = Callable[[PyTree, Batch, Float[Array, " N"], UInt[Array, ""]], tupl
 
 
 @no_type_check
+@on_automatic_axes
 def data_fit(
     model_fn: ModelFn,
     params: PyTree,

@@ -45,6 +45,7 @@ from laplax_kfac.evidence.problem import (
 )
 from laplax_kfac.evidence.steps import Target, evidence_step, trainable, training_step
 from laplax_kfac.likelihood.named import Loss
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.program import ModelFn
 from laplax_kfac.posterior.posterior import as_prior
 from laplax_kfac.posterior.prior import (
@@ -85,6 +86,7 @@ class Trained(Hyperparameters):
 
 
 @no_type_check
+@on_automatic_axes
 def marglik_training(
     model_fn: ModelFn,
     params: PyTree,

@@ -43,6 +43,7 @@ from laplax_kfac.evidence.search import (
     coarse,
     search_grid,
 )
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.posterior.posterior import as_prior
 from laplax_kfac.posterior.prior import (
     Hyperparameters,
@@ -86,6 +87,7 @@ class Tuned(Hyperparameters):
 
 
 @no_type_check
+@on_automatic_axes
 def tune(
     curvature: BlockDiagonal,
     params: PyTree,

@@ -11,7 +11,7 @@ from jax.extend.core import Jaxpr
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-from laplax_kfac import jaxprs
+from laplax_kfac import jaxprs, meshes
 from laplax_kfac.parsing.biases import Bias
 from laplax_kfac.parsing.grouping import Resolved, resolve
 from laplax_kfac.parsing.layer import Layer
@@ -67,13 +67,13 @@ class Program:
 def per_example(model_fn: ModelFn, *, vmap_over_data: bool) -> Callable[[PyTree, PyTree], PyTree]:
     """The model as a function of (params, one example without a batch axis)."""
     if vmap_over_data:
-        return functools.partial(call, model_fn, batched=False)
+        return meshes.on_any_axes(functools.partial(call, model_fn, batched=False))
 
     def single(params: PyTree, x: PyTree) -> PyTree:
         out = call(model_fn, params, jax.tree.map(lambda a: a[None], x), batched=True)
         return jax.tree.map(lambda a: a[0], out)
 
-    return single
+    return meshes.on_any_axes(single)
 
 
 def parse(

@@ -25,6 +25,7 @@ from laplax_kfac.arguments import (
 )
 from laplax_kfac.blocks.blocks import BlockDiagonal, rotate_back
 from laplax_kfac.blocks.merging import add, require_curvature
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.posterior.prior import (
     Hyperparameters,
     PriorPrecision,
@@ -54,10 +55,12 @@ class Posterior:
         heading, *lines = self.precision.summary_lines()
         return [heading.replace(type(self.precision).__name__, type(self).__name__, 1), *lines]
 
+    @on_automatic_axes
     def covariance_mv(self, v: PyTree) -> PyTree:
         """Covariance times a pytree like the parameters."""
         return self.precision.map(jnp.reciprocal).mv(v)
 
+    @on_automatic_axes
     def scale_mv(self, v: PyTree) -> PyTree:
         """A square root of the covariance times ``v``: scale scale^T = covariance.
 
@@ -72,18 +75,22 @@ class Posterior:
             lambda out, x: out.astype(jnp.result_type(x)), precision.write(parts), v
         )
 
+    @on_automatic_axes
     def covariance_diagonal(self) -> PyTree:
         """Marginal variances, as a pytree like the parameters; 0 where frozen."""
         return self.precision.map(jnp.reciprocal).diagonal()
 
+    @on_automatic_axes
     def to_dense(self) -> Float[Array, "P P"]:
         """The covariance, in laplax's flat order: `jax.tree.leaves`, each raveled; 0 if frozen."""
         return self.precision.map(jnp.reciprocal).to_dense()
 
+    @on_automatic_axes
     def log_determinant(self) -> Float[Array, ""]:
         """Log-determinant of the *precision*."""
         return self.precision.log_determinant()
 
+    @on_automatic_axes
     def log_prob(self, params: PyTree, mean: PyTree = None) -> Float[Array, ""]:
         """Log-density at some parameters; frozen ones have no part in it.
 
@@ -97,10 +104,12 @@ class Posterior:
         volume = self.log_determinant() - self.precision.num_free() * math.log(2 * math.pi)
         return 0.5 * volume - self.penalty(params, mean)
 
+    @on_automatic_axes
     def standard_deviation(self) -> PyTree:
         """Marginal standard deviations, as a pytree like the parameters; 0 where frozen."""
         return jax.tree.map(jnp.sqrt, self.covariance_diagonal())
 
+    @on_automatic_axes
     def penalty(self, params: PyTree, mean: PyTree = None) -> Float[Array, ""]:
         """``0.5 (params - mean)^T precision (params - mean)``: this posterior as the next prior.
 
@@ -135,6 +144,7 @@ class Posterior:
         return self.mean if given is None else given
 
     @no_type_check
+    @on_automatic_axes
     def sample(
         self,
         key: Key[Array, ""],
@@ -253,6 +263,7 @@ def prior_mean_of(prior_prec: PriorPrecision | Posterior, prior_mean: PyTree) ->
 
 
 @no_type_check
+@on_automatic_axes
 def make_posterior(
     curvature: BlockDiagonal,
     prior_prec: PriorPrecision | Posterior,

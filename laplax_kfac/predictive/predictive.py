@@ -14,6 +14,7 @@ from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import first_example
 from laplax_kfac.curvature.matching import checked_inputs
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.program import ModelFn
 from laplax_kfac.posterior.posterior import make_posterior
 from laplax_kfac.posterior.prior import PriorPrecision, Scalar
@@ -22,6 +23,7 @@ from laplax_kfac.predictive.linear_model import LinearModel
 
 
 @no_type_check
+@on_automatic_axes
 def predictive_covariance(
     curvature: BlockDiagonal,
     model_fn: ModelFn,
@@ -66,6 +68,7 @@ def predictive_covariance(
 
 
 @no_type_check
+@on_automatic_axes
 def predictive_variance(
     curvature: BlockDiagonal,
     model_fn: ModelFn,
@@ -107,6 +110,7 @@ def predictive_variance(
 
 
 @no_type_check
+@on_automatic_axes
 def joint_covariance(
     curvature: BlockDiagonal,
     model_fn: ModelFn,

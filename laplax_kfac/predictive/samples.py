@@ -26,6 +26,7 @@ from laplax_kfac.capture.batches import first_example
 from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.curvature.matching import checked_inputs
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
+from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing import cache_keys as fingerprint
 from laplax_kfac.parsing.program import ModelFn, per_example
 from laplax_kfac.posterior.posterior import Posterior, make_posterior
@@ -34,6 +35,7 @@ from laplax_kfac.predictive.jacobians import in_chunks, num_that_fit
 
 
 @no_type_check
+@on_automatic_axes
 def predictive_samples(
     curvature: BlockDiagonal,
     model_fn: ModelFn,

@@ -244,9 +244,8 @@ def test_no_gradient_of_a_kronecker_layer_is_formed(make, fisher_type):
     def captured(leaves, inputs):
         batch = {"input": inputs, "target": targets}
         columns = Columns(resolve_likelihood("mse"), fisher_type_of(fisher_type), mc_samples=2)
-        return capture_batch(
-            program, (leaves, program.consts), batch, columns, key=jax.random.key(0)
-        )
+        keys = jax.random.split(jax.random.key(0), N)
+        return capture_batch(program, (leaves, program.consts), batch, columns, keys=keys)
 
     def gradients(leaves, inputs):
         return oracles.per_example_gradients(
