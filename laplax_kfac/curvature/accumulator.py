@@ -21,8 +21,8 @@ from laplax_kfac.capture.batches import (
     to_arrays,
     weighted_batch,
 )
+from laplax_kfac.curvature import identity
 from laplax_kfac.curvature.curvature import Curvature
-from laplax_kfac.curvature.identity import of_fit
 from laplax_kfac.curvature.keeping import EIGENVALUES, FACTORS, NOBODY, Keeper, applied
 from laplax_kfac.curvature.options import OptionKeywords, Options, Settings
 from laplax_kfac.curvature.passes import Arrays, Compiled, OfRecords, compiled_for, zeros_of
@@ -77,7 +77,7 @@ class Accumulator:
         """
         batch, weights = weighted_batch(to_arrays(as_batch(batch)), weights)
         compiled, arrays = self._pass(batch, weights, state.num_updates)
-        return compiled.added(state, arrays)
+        return _added(state, compiled, arrays)
 
     def collect(self, data: Iterable[WeightedBatch], keeper: Keeper = NOBODY) -> Statistics:
         """Statistics of all data: updates from the first, but in place.
@@ -94,18 +94,26 @@ class Accumulator:
             return [tiles, jax.eval_shape(factors.mirrored, tiles)]
 
         def step(state: Statistics, number: int, part: WeightedBatch) -> Statistics:
-            compiled, arrays = self._pass(*weighted_batch(*part), number)
-            return compiled.added(state, arrays, in_place=True)
+            return _added(state, *self._pass(*weighted_batch(*part), number), in_place=True)
 
-        def identity(part: WeightedBatch) -> dict[str, str]:
-            compiled, arrays = self._pass(*weighted_batch(*part), 0)
-            return of_fit(compiled.program, self.settings, arrays, keeper.choices)
-
-        data = keeper.recognised(data, identity)
+        if keeper.path is not None:
+            data = self._recognised(data, keeper)
         if keeper.stage > FACTORS:
             return forms(next(iter(data)))[1]
         keeper.begin(FACTORS, None)
         return factors.mirrored(keeper.total(data, self.init(), step, forms))
+
+    def _recognised(self, data: Iterable[WeightedBatch], keeper: Keeper) -> Iterator[WeightedBatch]:
+        """The data, if the keeper knows their first batch, and the model, from an earlier fit."""
+        for number, part in enumerate(data):
+            if number == 0:
+                compiled, arrays = self._pass(*weighted_batch(*part), 0)
+                if jaxprs.is_traced(arrays):
+                    msg = "`checkpoint` needs values: call `kfac` outside of jit, grad and vmap."
+                    raise ValueError(msg)
+                program = compiled.program
+                keeper.recognise(identity.of_fit(program, self.settings, arrays, keeper.choices))
+            yield part
 
     def merge(self, first: Statistics, second: Statistics) -> Statistics:
         """Statistics of the data of both."""
@@ -153,6 +161,8 @@ class Accumulator:
             ValueError: If the state has seen no data.
         """
         factors.require_data(state)
+        if keeper.stage == EIGENVALUES:  # these are over: what comes next knows what they gave
+            return applied(self.finalize, state)
 
         def start(state: Statistics) -> PyTree:
             inputs, outputs = factors.kronecker_factors(state)
@@ -259,6 +269,33 @@ class Accumulator:
             return compiled_for(self.model_fn, program, self.settings, target)
 
         return self.programs.get(shapes, make)
+
+
+def _added(
+    state: Statistics, compiled: Compiled, arrays: "Arrays", *, in_place: bool = False
+) -> Statistics:
+    """A state and the statistics of one batch more."""
+    statistics, add = compiled.whole_statistics, compiled.add
+    if in_place:
+        statistics, add = compiled.statistics, compiled.add_in_place
+    new = compiled.shapes(statistics, arrays)
+    if not state.layers:
+        state = zeros_of(new)
+    factors.require_same_blocks(state, new)
+    if in_place and not _have_one_form(state, new):  # those of images of another size may differ
+        return _added(factors.mirrored(state), compiled, arrays)
+    leaves, treedef = jax.tree.flatten(state)
+    if jaxprs.is_traced((leaves, arrays)):  # nothing can be changed in place
+        leaves = list(map(jnp.add, leaves, jax.tree.leaves(statistics(arrays))))
+    else:
+        leaves = add(leaves, arrays)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _have_one_form(first: Statistics, second: Statistics) -> bool:
+    """Whether sums of two statistics can be added entry by entry."""
+    ours, theirs = (jax.tree.map(lambda x: x.shape, s.sums) for s in (first, second))
+    return bool(ours == theirs)
 
 
 @no_type_check

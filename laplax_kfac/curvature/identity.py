@@ -49,13 +49,7 @@ def of_fit(
         settings: What is pulled back.
         arrays: The first batch, the parameters and the constants.
         choices: What else decides about the numbers.
-
-    Raises:
-        ValueError: If values are not known.
     """
-    if jaxprs.is_traced(arrays):
-        msg = "`checkpoint` needs values: call `kfac` outside of jit, grad and vmap."
-        raise ValueError(msg)
     columns = settings.columns
     kind = columns.fisher.name, columns.mc_samples, columns.sketches, settings.kfac_approx
     loss: list[object] = [None]

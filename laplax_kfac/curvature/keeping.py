@@ -7,7 +7,7 @@ that were seen and drops them, and goes on: it adds up the same numbers in the s
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -93,23 +93,6 @@ class Keeper:
     def stage(self) -> int:
         """The pass that an earlier fit was in."""
         return FACTORS if self.found is None else int(self.found.header["stage"])
-
-    def recognised(
-        self, data: Iterable[WeightedBatch], identity: Callable[[WeightedBatch], dict[str, str]]
-    ) -> Iterator[WeightedBatch]:
-        """The data, if an earlier fit was of the same.
-
-        Args:
-            data: Batches.
-            identity: What the fit is of, from the first batch.
-
-        Raises:
-            ValueError: If the file is of another fit.
-        """
-        for number, part in enumerate(data):
-            if number == 0 and self.path is not None:
-                self.recognise(identity(part))
-            yield part
 
     def recognise(self, identity: dict[str, str]) -> None:
         """Compare what this fit is of, known with the first batch, with what is in the file.

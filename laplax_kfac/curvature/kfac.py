@@ -19,7 +19,7 @@ from laplax_kfac.capture.batches import (
 )
 from laplax_kfac.curvature.accumulator import KFOC_ITERATIONS, accumulator
 from laplax_kfac.curvature.curvature import Curvature
-from laplax_kfac.curvature.keeping import EIGENVALUES, Keeper, applied
+from laplax_kfac.curvature.keeping import Keeper, applied
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.curvature.options import OptionKeywords, Options
 from laplax_kfac.fisher import fisher_type_of
@@ -154,7 +154,7 @@ def kfac(
         return iter(tqdm(parts, desc=description, unit="batch", disable=not passes.progress))
 
     state = accumulate.collect(stream("factors"), keeper)
-    if passes.optimal_factors and keeper.stage < EIGENVALUES:
+    if passes.optimal_factors:
         again = functools.partial(stream, "optimal factors")
         iterations = positive_integer("iterations", passes.iterations)
         found = accumulate.optimise(state, again, iterations=iterations, keeper=keeper)
