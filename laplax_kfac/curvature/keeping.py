@@ -53,7 +53,7 @@ class Keeper:
     now: tuple[int, PyTree] = (FACTORS, None)
 
     @classmethod
-    def of(cls, path: Any, every: int | None, choices: Mapping[str, object]) -> "Keeper":
+    def of(cls, path: Any, every: object, choices: Mapping[str, object]) -> "Keeper":
         """A keeper, with what an earlier fit left in the file.
 
         Raises:

@@ -140,9 +140,12 @@ def read(path: object, name: str = "path") -> Archive:
     """
     target = file_path(name, path)
     found = regular(name, target)
+    if found is None:
+        msg = f"`{name}` ({path}): there is no such file."
+        raise FileNotFoundError(msg)
     foreign = f"`{name}` ({path}) was not written by laplax_kfac.save, or is not all of the file."
     with target.open("rb") as stream:
-        if found is None or not zipfile.is_zipfile(stream):
+        if not zipfile.is_zipfile(stream):
             raise ValueError(foreign)
         size = os.fstat(stream.fileno()).st_size
         with damaged(path, name), zipfile.ZipFile(stream) as archive:

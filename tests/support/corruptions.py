@@ -92,7 +92,7 @@ def corrupted(data: bytes, seed: int) -> tuple[str, bytes]:
     return change.__name__, bytes(change(Bytes(data), rng))
 
 
-def forged(path: Path, change: Callable[[Any, dict[str, Any]], None]) -> Path:
+def forged(path: Path, change: Callable[[Any, dict[str, Any]], Any]) -> Path:
     """A file whose header and arrays were changed, with the checksums that they then have."""
     file = files.read(path)
     header, arrays = dict(file.header), dict(file.arrays)
