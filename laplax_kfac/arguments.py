@@ -148,14 +148,20 @@ def require_positive(
 
 
 def require_weights(name: str, value: object) -> None:
-    """Refuse weights that are known and negative, infinite or no numbers.
+    """Refuse weights that are negative, infinite or no numbers.
+
+    The values of arrays of JAX are looked at by the pass over the data, not here: it would wait for
+    them with every batch.
 
     Raises:
         ValueError: If one is.
         TypeError: If these are no numbers.
     """
-    mask = getattr(value, "dtype", None) == np.bool_
-    known = None if mask else numbers(name, value, shape=None)
+    if getattr(value, "dtype", None) == np.bool_:
+        return
+    if isinstance(value, jax.Array):
+        value = jax.ShapeDtypeStruct(value.shape, value.dtype)
+    known = numbers(name, value, shape=None)
     if known is not None and not (np.isfinite(known) & (known >= 0)).all():
         wrong = known[~(np.isfinite(known) & (known >= 0))]
         found = f"{wrong.size} that are not, such as {wrong.ravel()[0]}"
@@ -180,7 +186,7 @@ def numbers(name: str, value: object, *, shape: tuple[int, ...] | None) -> np.nd
         TypeError: If they are none: text, a boolean, an object.
     """
     where = name if "`" in name else f"`{name}`"
-    traced = isinstance(value, jax.core.Tracer)
+    traced = isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct)
     found: Any = value if traced else as_numpy(value)
     kind = "none" if found is None else found.dtype.kind
     if kind not in "iuf" and not (found is not None and jnp.issubdtype(found.dtype, jnp.floating)):

@@ -33,6 +33,10 @@ class Cache(Generic[Made]):
             self._made.popitem(last=False)
         return made
 
+    def values(self) -> list[Made]:
+        """All that is kept."""
+        return list(self._made.values())
+
     def clear(self) -> None:
         """Forget everything."""
         self._made.clear()

@@ -112,6 +112,19 @@ def upper_tiles(matrix: Symmetric) -> Symmetric:
     )
 
 
+def first_rows(matrix: Symmetric) -> list[Float[Array, "..."]]:
+    """The first row of a matrix in any form, or of the products that its tiles are sums of.
+
+    In a sum of products x x^T it is NaN or infinite wherever an x is, for zero times NaN is NaN.
+    """
+    if isinstance(matrix, UpperTiles):
+        return [tile[..., 0, :] for tile in matrix.rows[0]]
+    if isinstance(matrix, SharedTiles):
+        border = [] if matrix.border is None else [matrix.border]
+        return [*(x[..., 0, :, :] for x in matrix.products), *border]
+    return [matrix[..., 0, :]]
+
+
 def bordered(matrix: Symmetric, border: Float[Array, "*stack _"]) -> Symmetric:
     """A matrix with one more column and row; the last entry is that on the diagonal."""
     if isinstance(matrix, SharedTiles):

@@ -5,7 +5,11 @@ were measured on x86 CPUs with 2 to 16 cores, in float32; accelerators have thei
 one is named.
 """
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -105,3 +109,25 @@ MACHINE = Machine()
 def on_cpu() -> bool:
     """Whether arrays are worked on by a CPU unless they say otherwise."""
     return jax.default_backend() == "cpu"
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Let OpenBLAS work with one thread, where threadpoolctl is installed to tell it so.
+
+    JAX's LAPACK is SciPy's, whose threads wait for each other by spinning: a decomposition takes
+    several times as long on two threads as on one as soon as anything else runs on the machine.
+    """
+    pools = thread_pools()
+    with contextlib.nullcontext() if pools is None else pools.limit(limits=1, user_api="blas"):
+        yield
+
+
+@functools.cache
+def thread_pools() -> Any:
+    """The libraries of the process that have threads; SciPy's is loaded with JAX."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return None
+    return ThreadpoolController()

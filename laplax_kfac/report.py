@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import jax
 from jaxtyping import PyTree
 
-from laplax_kfac.arguments import no_type_check
+from laplax_kfac.arguments import no_type_check, require_callable, shown
 from laplax_kfac.capture.capture import record_size
 from laplax_kfac.curvature.options import OptionKeywords, Options
 from laplax_kfac.parsing.layer import Layer, Repeated
@@ -154,12 +154,24 @@ def find_layers(
     Raises:
         ValueError: If the model uses parameters inside a while loop, or has no parameters, or if
             some have no Kronecker form and their fallback is ``"error"``.
+        TypeError: If the model fails on the example, or the example is not made of arrays.
     """
+    require_callable("model_fn", model_fn, "a function of `input` and `params`")
     chosen = Options.of(options, keywords)
     vmap_over_data = chosen.vmap_over_data
 
     def shape_of(x: Any) -> jax.ShapeDtypeStruct:
-        found = jax.typeof(x)
+        try:
+            found = jax.typeof(x)
+        except TypeError as error:
+            msg = f"`example_input` must be made of arrays, found {shown(x)}."
+            raise TypeError(msg) from error
+        if not vmap_over_data and not found.shape:
+            msg = (
+                "With `vmap_over_data=False` `example_input` must be a batch, with an axis of "
+                "examples in front; found a single number."
+            )
+            raise ValueError(msg)
         return jax.ShapeDtypeStruct(found.shape if vmap_over_data else found.shape[1:], found.dtype)
 
     program = parse(

@@ -11,7 +11,8 @@ import laplax_kfac
 
 ROOT = Path(laplax_kfac.__file__).parent
 ORDER = [
-    "arguments", "summaries", "pytrees", "machine", "caches", "jaxprs", "gram", "patterns", "bases",
+    "arguments", "summaries", "pytrees", "machine", "caches", "files", "jaxprs", "gram",
+    "faults", "patterns", "bases",
     "parsing", "blocks", "likelihood", "fisher", "capture", "factors", "posterior", "curvature",
     "evidence", "predictive", "laplax_adapter",
 ]  # fmt: skip

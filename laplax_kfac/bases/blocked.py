@@ -131,6 +131,10 @@ class Blocked(Kind):
             found.append(total.reshape(-1, blocks, *total.shape[1:]))
         return tuple(found)
 
+    def edge(self, total: Blocks) -> list[Float[Array, "..."]]:
+        """The first row of every block."""
+        return [block[..., 0, :] for block in total]
+
     def times(self, x: Features, total: Blocks, axis: int | None = None) -> Features:
         """Products of the blocks with their vectors."""
         return rotated(x, total, self.size, axis)

@@ -129,6 +129,10 @@ class Kind(ABC):
         """The sum with all its entries, where some were left out while it grew."""
         return total
 
+    def edge(self, total: Sum) -> list[Float[Array, "..."]]:
+        """Some entries of a sum: NaN or infinite wherever a vector was; all of them by default."""
+        return jax.tree.leaves(total)
+
     def inner(self, first: Sum, second: Sum) -> Float[Array, " stack"]:
         """Inner products ``trace(first second)`` of finished sums."""
         pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)

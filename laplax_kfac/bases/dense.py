@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from laplax_kfac import pytrees
 from laplax_kfac.bases.contract import Basis, Features, Kind, Side, Sum
 from laplax_kfac.bases.eigh import Eigh
-from laplax_kfac.gram import Symmetric, Tiled, upper_tiles, weighted_product, whole
+from laplax_kfac.gram import Symmetric, Tiled, first_rows, upper_tiles, weighted_product, whole
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -90,6 +90,10 @@ class Dense(Kind):
     def aligned(self, total: Sum) -> Sum:
         """By the tiles that a product has."""
         return upper_tiles(total) if isinstance(total, Tiled) else total
+
+    def edge(self, total: Sum) -> list[Float[Array, "..."]]:
+        """The first row."""
+        return first_rows(total)
 
     def finished(self, total: Sum) -> Sum:
         """The whole matrix."""

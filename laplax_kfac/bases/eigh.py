@@ -1,4 +1,11 @@
-"""Eigendecompositions of positive semi-definite matrices, alone and of many at once."""
+"""Eigendecompositions of positive semi-definite matrices, alone and of many at once.
+
+Rounding moves every eigenvalue by about eps times the largest one. Where that is large beside a
+prior precision, as with raw pixels, eigenvalues of a null space would count as curvature. So those
+that rounding may have made are zero. On a CPU matrices are decomposed in double precision, whatever
+they are in: small eigenvalues, such as those of features on another scale, are then as good as the
+sums over the data are. LAPACK takes up to twice the time for it, once for all of the data.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -8,24 +15,40 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from laplax_kfac import machine
+from laplax_kfac import jaxprs, machine
 
 Eigh = tuple[Float[Array, "... _"], Float[Array, "... _ _"]]
-"""Eigenvalues, clipped at zero, and eigenvectors in the columns of a matrix."""
+"""Eigenvalues, zero where rounding made them, and eigenvectors in the columns of a matrix."""
 
 
 def eigh(matrix: Float[Array, "*stack n n"]) -> Eigh:
-    """Eigenvalues, clipped at zero, and eigenvectors of a positive semi-definite matrix."""
-    eigenvalues, vectors = _eigh(0.5 * (matrix + matrix.swapaxes(-1, -2)))
-    return jnp.clip(eigenvalues, 0.0), vectors
+    """Eigenvalues and eigenvectors of a positive semi-definite matrix, up to rounding.
+
+    In double precision where that is enabled. The least eigenvalue, if it is negative, tells by how
+    much rounding has moved them: all up to twice as large are set to zero.
+    """
+    wide = matrix.astype(jax.dtypes.canonicalize_dtype(jnp.float64))
+    values, vectors = _eigh(0.5 * (wide + wide.swapaxes(-1, -2)))
+    rounding = jax.lax.stop_gradient(jnp.clip(-values[..., :1], 0.0))
+    values = jnp.where(values <= 2 * rounding, 0.0, values)  # NaN stays
+    return values.astype(matrix.dtype), vectors.astype(matrix.dtype)
 
 
 def eigh_each(matrices: Sequence[Float[Array, "... _ _"]]) -> list[Eigh]:
     """`eigh` of several matrices: wide ones one after the other, small ones in one program.
 
-    Of a program, a CPU decomposes several at the same time, and the threads of LAPACK, which has
-    work for all of them in one wide matrix, wait for each other: up to twice the processor time.
+    On a CPU each has one thread, whatever else runs on the machine: see `machine.one_blas_thread`.
+    Of one program, a CPU decomposes several at the same time, whose threads would wait for each
+    other where nothing limits them: up to twice the processor time for wide matrices.
     """
+    if jaxprs.is_traced((matrices, jnp.zeros(()))) or not machine.on_cpu():
+        return decompose_each(matrices)
+    with jax.enable_x64(True), machine.one_blas_thread():
+        return jax.block_until_ready(decompose_each(matrices))
+
+
+def decompose_each(matrices: Sequence[Float[Array, "... _ _"]]) -> list[Eigh]:
+    """`eigh_each`, with the precision and the threads that are set around it."""
     most = machine.MACHINE.decomposed_together
     small = iter(_eigh_of_small([x for x in matrices if x.shape[-1] <= most]))
     return [next(small) if x.shape[-1] <= most else _eigh_of_wide(x) for x in matrices]

@@ -21,9 +21,9 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num, PyTree
+from jaxtyping import Array, Bool, Float, Num, PyTree
 
-from laplax_kfac import pytrees, summaries
+from laplax_kfac import jaxprs, machine, pytrees, summaries
 from laplax_kfac.bases import UNROTATED, Basis, Dense, Side
 from laplax_kfac.parsing.layer import Layer, Repeated
 from laplax_kfac.parsing.layout import ParameterSpace
@@ -100,6 +100,12 @@ def diagonal(block: Block) -> Float[Array, "*stack_and_axes"]:
 # -- all blocks of a model ---------------------------------------------------------------------
 
 
+@jax.jit
+def are_finite(arrays: Sequence[Num[Array, "..."]]) -> list[Bool[Array, ""]]:
+    """Whether all entries of each array are finite."""
+    return [jnp.all(jnp.isfinite(x)) for x in arrays]
+
+
 @pytrees.register
 @dataclass(frozen=True)
 class BlockDiagonal:
@@ -150,6 +156,16 @@ class BlockDiagonal:
     def of_scaled_loss(self: Matrix, factor: Float[Array, ""] | float | int) -> Matrix:
         """The matrix of a loss that is so many times this one: as many times the matrix."""
         return self.map(lambda values: factor * values)
+
+    def nonfinite_layers(self) -> list[str]:
+        """Names of the layers with eigenvalues that are NaN or infinite; none while traced."""
+        covered = [(ly, b) for ly, b in zip(self.layers, self.blocks, strict=True) if not ly.frozen]
+        values = [block.eigenvalues for _, block in covered]
+        if jaxprs.is_traced(values):
+            return []
+        # NumPy has nothing to compile, and a CPU's arrays are its own.
+        finite = [np.isfinite(x).all() for x in values] if machine.on_cpu() else are_finite(values)
+        return [layer.name for (layer, _), flag in zip(covered, finite, strict=True) if not flag]
 
     def num_free(self) -> int:
         """Number of parameters that are not frozen."""

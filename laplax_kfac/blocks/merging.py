@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from laplax_kfac import jaxprs
-from laplax_kfac.arguments import no_type_check
+from laplax_kfac.arguments import no_type_check, shown
 from laplax_kfac.bases import Basis, Side, common_kind
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal, block_of_sides, rotate_back
 from laplax_kfac.parsing.layer import Layer
@@ -53,17 +53,10 @@ def merge(first: Matrix, second: BlockDiagonal) -> Matrix:
 
     Raises:
         TypeError: If one is no curvature.
-        ValueError: If the layers differ, or one of them alone is an empirical Fisher matrix.
+        ValueError: If the layers differ, the losses, or the Fisher types.
     """
-    for curvature in (first, second):
-        if not isinstance(curvature, BlockDiagonal):
-            msg = (
-                "`merge` takes two curvatures, as `kfac`, `ekfac` and `accumulator(...).finalize` "
-                f"return them; found {type(curvature).__name__}. States of an accumulator have "
-                "its own `merge`; a posterior holds its prior, so merge curvatures and make one "
-                "posterior of the sum."
-            )
-            raise TypeError(msg)
+    require_curvature("first", first)
+    require_curvature("second", second)
     degrees = [getattr(curvature, "degree", 1) for curvature in (first, second)]
     if degrees[0] != degrees[1]:
         msg = (
@@ -72,7 +65,38 @@ def merge(first: Matrix, second: BlockDiagonal) -> Matrix:
             "variance could scale their sum. Fit both with the same `fisher_type`."
         )
         raise ValueError(msg)
+    for what in ("loss", "fisher_type"):
+        ours, theirs = (getattr(getattr(m, "origin", None), what, "") for m in (first, second))
+        if ours and theirs and ours != theirs:
+            msg = (
+                f"`first` and `second` must be curvatures of one `{what}`, found {ours!r} and "
+                f"{theirs!r}: their sum is the curvature of neither. Fit both with the same."
+            )
+            raise ValueError(msg)
     return add(first, second)
+
+
+@no_type_check
+def require_curvature(name: str, value: object) -> None:
+    """Refuse what is no curvature.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if isinstance(value, BlockDiagonal):
+        return
+    hint = ""
+    if hasattr(value, "precision"):
+        hint = " A posterior holds its prior, too: pass the curvature that it was made of."
+    elif hasattr(value, "sums"):
+        hint = " Of a state of an accumulator, `finalize` makes one."
+    elif isinstance(value, tuple):
+        hint = " `laplax.laplace` returns a function and the curvature: pass the second."
+    msg = (
+        f"`{name}` must be a curvature, as `kfac`, `ekfac` and `accumulator(...).finalize` return "
+        f"it; found {shown(value)}.{hint}"
+    )
+    raise TypeError(msg)
 
 
 def add(first: Matrix, second: BlockDiagonal) -> Matrix:

@@ -14,7 +14,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from laplax_kfac.arguments import no_type_check, require_weights
+from laplax_kfac.arguments import no_type_check, require_weights, shown
+from laplax_kfac.capture.left_out import without_left_out
 
 Batch = dict[str, PyTree]
 Transform = Callable[[Any], object]
@@ -49,7 +50,7 @@ def as_batch(batch: object, name: str = "data") -> Batch:
         return _of_mapping(batch, name)
     if isinstance(batch, tuple | list):
         if len(batch) == 2:
-            return {"input": batch[0], "target": batch[1]}
+            return _of_mapping({"input": batch[0], "target": batch[1]}, name)
         msg = (
             f"A batch of `{name}` must be (input, target), found a {type(batch).__name__} of "
             f"{len(batch)}."
@@ -85,6 +86,12 @@ def _of_mapping(batch: Mapping[Any, Any], name: str) -> Batch:
             )
             raise ValueError(msg)
     parts = {"input": batch["input"], "target": batch["target"]}
+    for part, values in parts.items():
+        if values is None:
+            msg = (
+                f"The {part} of a batch of `{name}` is None: a batch is (input, target), of arrays."
+            )
+            raise ValueError(msg)
     weight = batch.get("weight")
     if weight is None:
         return parts
@@ -99,6 +106,7 @@ def _of_mapping(batch: Mapping[Any, Any], name: str) -> Batch:
     return {**parts, "weight": weight}
 
 
+@no_type_check
 def weighted_batch(batch: Batch, weights: ArrayLike | None = None) -> WeightedBatch:
     """Split a batch into its examples and what each counts.
 
@@ -108,7 +116,14 @@ def weighted_batch(batch: Batch, weights: ArrayLike | None = None) -> WeightedBa
 
     Raises:
         ValueError: If the arrays, or ``weights``, disagree about the number of examples.
+        TypeError: If it is no such batch.
     """
+    if not isinstance(batch, Mapping):
+        msg = (
+            "`data` must be batches with their weights here, as `Accumulator.parts` makes them of "
+            f"batches; found {shown(batch)} as a batch."
+        )
+        raise TypeError(msg)
     counts = _counts(batch)
     if weights is None:
         return _examples(batch), jnp.asarray(counts)
@@ -210,16 +225,20 @@ def same_number(stream: Iterable[Batch], earlier: list[int]) -> Iterator[Batch]:
         raise ValueError(msg)
 
 
-def to_arrays(batch: Batch) -> Batch:
+def to_arrays(batch: Batch, name: str = "data") -> Batch:
     """Leaves as arrays; foreign ones (tensors of torch or tensorflow) through numpy.
+
+    Args:
+        batch: The batch.
+        name: The argument that it comes from, for errors.
 
     Raises:
         TypeError: If numpy cannot read a leaf as numbers.
     """
-    return jax.tree.map(_as_array, batch)
+    return jax.tree.map(lambda x: _as_array(x, name), batch)
 
 
-def _as_array(x: object) -> Array | np.ndarray:
+def _as_array(x: object, name: str) -> Array | np.ndarray:
     if isinstance(x, jax.Array):
         return x
     reason = "it is not made of numbers"
@@ -231,14 +250,18 @@ def _as_array(x: object) -> Array | np.ndarray:
         if array.dtype.kind not in "OUSMm":
             return array
     msg = (
-        f"A batch holds a {type(x).__name__}, which numpy cannot read ({reason}); convert it by "
+        f"`{name}` holds {shown(x)}, which numpy cannot read as numbers ({reason}); convert it by "
         "`transform`, or in the loader."
     )
     raise TypeError(msg)
 
 
-def batch_size(batch: Batch) -> int:
+def batch_size(batch: Batch, name: str = "data") -> int:
     """Number of examples.
+
+    Args:
+        batch: The batch.
+        name: The argument that it comes from, for errors.
 
     Raises:
         ValueError: If the leaves disagree about it, or it is zero.
@@ -248,12 +271,12 @@ def batch_size(batch: Batch) -> int:
     if len(found) != 1 or () in found:
         msg = (
             f"All arrays of a batch need the same leading axis, found leading axes {sizes}: every "
-            "array of `data` has an entry for each example."
+            f"array of `{name}` has an entry for each example."
         )
         raise ValueError(msg)
     ((size,),) = found
     if size == 0:
-        msg = "A batch has no examples: its arrays have a leading axis of length 0."
+        msg = f"A batch has no examples: arrays of `{name}` have a leading axis of length 0."
         raise ValueError(msg)
     return int(size)
 
@@ -284,6 +307,7 @@ def even_batches(stream: Iterable[Batch], most: int) -> Iterator[WeightedBatch]:
     for batch in stream:
         arrays = to_arrays(batch)
         count = batch_size(arrays)
+        arrays |= without_left_out(_examples(arrays), arrays.get("weight"))
         if not size:
             size = math.ceil(count / math.ceil(count / most))
         if count == size:

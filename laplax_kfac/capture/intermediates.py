@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac import pytrees
-from laplax_kfac.arguments import no_type_check, require_flags
-from laplax_kfac.capture.batches import as_batch, first_example, to_arrays
+from laplax_kfac.arguments import no_type_check, require_callable, require_flags
+from laplax_kfac.capture.batches import as_batch, batch_size, first_example, to_arrays
 from laplax_kfac.capture.capture import capture_batch
 from laplax_kfac.capture.layer_io import LayerIO
 from laplax_kfac.fisher import Columns, fisher_type_of
@@ -75,8 +75,10 @@ def intermediates_and_gradients(
         TypeError: If ``data`` is not one batch.
         ValueError: If the batch, the loss or the model is not of a supported form.
     """
+    require_callable("model_fn", model_fn, "a function of `input` and `params`")
     require_flags(vmap_over_data=vmap_over_data)
     batch = to_arrays(as_batch(data))
+    batch_size(batch)
     program = parse(
         model_fn, params, first_example(batch), vmap_over_data=vmap_over_data,
     )  # fmt: skip

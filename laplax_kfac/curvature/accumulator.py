@@ -1,7 +1,8 @@
 """Streaming curvature: `init`, `update`, `merge` and `finalize`."""
 
+import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Unpack
 
@@ -10,7 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from laplax_kfac import factors, jaxprs, machine, summaries
-from laplax_kfac.arguments import no_type_check, positive_integer, require_weights
+from laplax_kfac.arguments import (
+    no_type_check,
+    positive_integer,
+    require_callable,
+    require_weights,
+    shown,
+)
+from laplax_kfac.blocks.merging import require_curvature
 from laplax_kfac.caches import Cache
 from laplax_kfac.capture.batches import (
     Batch,
@@ -21,13 +29,18 @@ from laplax_kfac.capture.batches import (
     to_arrays,
     weighted_batch,
 )
-from laplax_kfac.curvature.curvature import Curvature
+from laplax_kfac.capture.left_out import without_left_out
+from laplax_kfac.curvature import identity
+from laplax_kfac.curvature.curvature import Curvature, Origin
+from laplax_kfac.curvature.keeping import EIGENVALUES, FACTORS, NOBODY, Keeper, applied
 from laplax_kfac.curvature.options import OptionKeywords, Options, Settings
 from laplax_kfac.curvature.passes import Arrays, Compiled, OfRecords, compiled_for, zeros_of
 from laplax_kfac.factors import Statistics, optimal_factors
 from laplax_kfac.factors.eigenvalue_correction import corrected_eigenvalues
+from laplax_kfac.faults import Context, Place, Placed, added
 from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.parsing.cache_keys import of_mesh
+from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.program import ModelFn, parse
 
 KFOC_ITERATIONS = 30
@@ -50,7 +63,12 @@ class Accumulator:
     )
 
     def at(self, params: PyTree) -> "Accumulator":
-        """The same at other parameters of the same shapes; nothing is traced or compiled anew."""
+        """The same at other parameters of the same shapes; nothing is traced or compiled anew.
+
+        Raises:
+            ValueError: If they have other shapes, or another structure.
+        """
+        ParameterSpace.of(self.params).require_like(params, "params")
         return replace(self, params=params)  # with the same programs
 
     def init(self) -> Statistics:
@@ -75,47 +93,107 @@ class Accumulator:
             ValueError: If its arrays disagree about the number of examples, or a weight is not
                 finite or negative.
         """
+        require_statistics("state", state)
         if weights is not None:
             require_weights("weights", weights)
-        batch, weights = weighted_batch(to_arrays(as_batch(batch, "batch")), weights)
-        compiled, arrays = self._pass(batch, weights, state.num_updates)
+        given = to_arrays(as_batch(batch, "batch"))
+        examples, counts = weighted_batch(given, weights)
+        examples = without_left_out(examples, weights, given.get("weight"))
+        compiled, arrays = self._pass(examples, counts, state.num_updates)
         return _added(state, compiled, arrays)
 
-    def collect(self, data: Iterable[WeightedBatch]) -> Statistics:
+    @no_type_check
+    def collect(self, data: Iterable[WeightedBatch], keeper: Keeper = NOBODY) -> Statistics:
         """Statistics of all data: updates from the first, but in place.
 
         Args:
             data: Batches with their weights, such as `parts` of data.
+            keeper: Keeps what is summed up; if it was in a later pass already, the statistics are
+                shapes alone.
         """
-        state = self.init()
-        for number, part in enumerate(data):
-            compiled, arrays = self._pass(*weighted_batch(*part), number)
-            state = _added(state, compiled, arrays, in_place=True)
-        return factors.mirrored(state)
 
+        def forms(part: WeightedBatch) -> list[Statistics]:
+            compiled, arrays = self._pass(*weighted_batch(*part), 0)
+            tiles = compiled.shapes(compiled.statistics, arrays)
+            return [tiles, jax.eval_shape(factors.mirrored, tiles)]
+
+        def step(state: Statistics, number: int, part: WeightedBatch) -> Statistics:
+            return _added(state, *self._pass(*weighted_batch(*part), number), in_place=True)
+
+        if keeper.path is not None:
+            data = self._recognised(data, keeper)
+        if keeper.stage > FACTORS:
+            return forms(next(iter(data)))[1]
+        keeper.begin(FACTORS, None)
+        return factors.mirrored(keeper.total(data, self.init(), step, forms))
+
+    def _recognised(self, data: Iterable[WeightedBatch], keeper: Keeper) -> Iterator[WeightedBatch]:
+        """The data, if the keeper knows their first batch, and the model, from an earlier fit."""
+        for number, part in enumerate(data):
+            if number == 0:
+                compiled, arrays = self._pass(*weighted_batch(*part), 0)
+                if jaxprs.is_traced(arrays):
+                    msg = "`checkpoint` needs values: call `kfac` outside of jit, grad and vmap."
+                    raise ValueError(msg)
+                program = compiled.program
+                keeper.recognise(identity.of_fit(program, self.settings, arrays, keeper.choices))
+            yield part
+
+    @no_type_check
     def merge(self, first: Statistics, second: Statistics) -> Statistics:
         """Statistics of the data of both."""
+        require_statistics("first", first)
+        require_statistics("second", second)
         return factors.merge(first, second)
 
     @no_type_check
-    def parts(self, data: Iterable[object], batch_size: int) -> Iterator[WeightedBatch]:
+    def parts(self, data: Iterable[object], batch_size: int) -> Placed:
         """Split batches into parts of one size for `collect`, with weights 0 for padding.
 
         Args:
             data: Batches.
             batch_size: Most examples of a part.
         """
-        return even_batches(map(as_batch, data), positive_integer("batch_size", batch_size))
+        most = positive_integer("batch_size", batch_size)
+        return Placed(map(as_batch, data), lambda stream: even_batches(stream, most))
 
+    def check(self, state: Statistics, places: Sequence[Place] = ()) -> None:
+        """Refuse statistics of what is no target, or not finite; `finalize` does the same.
+
+        Args:
+            state: Statistics of the data.
+            places: Where the data of every update are from, for the error to say; of `parts`.
+
+        Raises:
+            ValueError: If there is such a thing.
+        """
+        affected = functools.partial(factors.nonfinite_layers, state)
+        state.faults.check(self.settings.nonfinite, Context(self.params, places, affected))
+
+    @no_type_check
     def finalize(self, state: Statistics) -> Curvature:
         """The curvature of all data seen.
 
         Raises:
-            ValueError: If the state has seen no data.
+            ValueError: If the state has seen no data, or what was seen is no target, or not finite.
         """
+        require_statistics("state", state)
+        self.check(state)
         blocks = factors.finalize(state)
         assert state.space is not None
-        return Curvature(blocks, state.layers, state.space, self.settings.columns.fisher.degree)
+        degree = self.settings.columns.fisher.degree
+        return self.finite(Curvature(blocks, state.layers, state.space, degree, self.origin()))
+
+    def origin(self) -> Origin:
+        """What its curvatures are of, as far as it has seen the data itself."""
+        columns = self.settings.columns
+        ranks = {compiled.program.input_ranks for compiled in self.programs.values()}
+        loss = columns.likelihood.name.removeprefix("weighted ")
+        return Origin(
+            "" if loss.startswith("the callable") else loss,
+            columns.fisher.name,
+            ranks.pop() if len(ranks) == 1 else (),
+        )
 
     @no_type_check
     def optimise(
@@ -124,6 +202,7 @@ class Accumulator:
         passes: Callable[[], Iterable[WeightedBatch]],
         *,
         iterations: int = KFOC_ITERATIONS,
+        keeper: Keeper = NOBODY,
     ) -> Curvature:
         """The curvature with the Kronecker products nearest to the exact blocks (Frobenius norm).
 
@@ -134,21 +213,35 @@ class Accumulator:
             state: Statistics of the data.
             passes: Gives the same batches with their weights, at every call.
             iterations: Most steps.
+            keeper: Keeps what is summed up.
 
         Raises:
             ValueError: If the state has seen no data.
         """
         iterations = positive_integer("iterations", iterations)
+        require_statistics("state", state)
+        require_callable("passes", passes, "a function that returns the batches anew")
         factors.require_data(state)
-        old_inputs, outputs = factors.kronecker_factors(state)
-        for _ in range(iterations):
-            new = self.total(optimal_factors.over_outputs, passes(), outputs)
-            inputs = optimal_factors.over_squared_norms(state.layers, new, outputs, 0)
-            new = self.total(optimal_factors.over_inputs, passes(), inputs)
+        if keeper.stage == EIGENVALUES:  # these are over: what comes next knows what they gave
+            return applied(self.finalize, state)
+
+        def start(state: Statistics) -> PyTree:
+            inputs, outputs = factors.kronecker_factors(state)
+            return state, inputs, inputs, outputs
+
+        known = applied(start, state)
+        for number in range(max(1, keeper.stage), 2 * iterations + 1):
+            state, old, inputs, outputs = known = keeper.begin(number, known)
+            if number % 2:
+                new = self.total(optimal_factors.over_outputs, passes(), outputs, keeper=keeper)
+                inputs = optimal_factors.over_squared_norms(state.layers, new, outputs, 0)
+                known = state, old, inputs, outputs
+                continue
+            new = self.total(optimal_factors.over_inputs, passes(), inputs, keeper=keeper)
             outputs = optimal_factors.over_squared_norms(state.layers, new, inputs, 1)
-            if optimal_factors.same_directions(state.layers, old_inputs, inputs):
+            if optimal_factors.same_directions(state.layers, old, inputs):
                 break
-            old_inputs = inputs
+            known = state, inputs, inputs, outputs
         else:
             msg = (
                 f"`kfoc` stopped after {iterations} steps before the factors had settled: they are "
@@ -157,22 +250,48 @@ class Accumulator:
             warnings.warn(msg, stacklevel=3)
         return self.finalize(factors.with_kronecker_factors(state, inputs, outputs))
 
-    def correct(self, curvature: Curvature, data: Iterable[WeightedBatch]) -> Curvature:
+    @no_type_check
+    def correct(
+        self, curvature: Curvature, data: Iterable[WeightedBatch], keeper: Keeper = NOBODY
+    ) -> Curvature:
         """Replace the eigenvalues of Kronecker blocks by exact second moments in their bases.
 
         Args:
             curvature: The curvature of the same data.
             data: The same batches with their weights, once more.
+            keeper: Keeps what is summed up.
         """
-        moments = self.total(corrected_eigenvalues, data, curvature.blocks)
+        require_curvature("curvature", curvature)
+        curvature = keeper.begin(EIGENVALUES, curvature)
+        moments = self.total(corrected_eigenvalues, data, curvature.blocks, keeper=keeper)
         blocks = tuple(
             replace(block, eigenvalues=m) if layer.block == "kronecker" else block
             for layer, block, m in zip(curvature.layers, curvature.blocks, moments, strict=True)
         )
-        return replace(curvature, blocks=blocks)
+        return self.finite(replace(curvature, blocks=blocks))
+
+    def finite(self, curvature: Curvature) -> Curvature:
+        """A curvature as it is, if it is finite: products of finite sums may be too large.
+
+        Raises:
+            ValueError: If it is not, unless numbers that are not finite are kept.
+        """
+        names = [] if self.settings.nonfinite == "keep" else curvature.nonfinite_layers()
+        if names:
+            msg = (
+                f"The curvature of the layers {names} is beyond the range of its floating-point "
+                "type, though inputs and gradients are finite: scale the inputs or the loss, "
+                "compute with jax_enable_x64, or pass nonfinite='keep' for a result with NaN."
+            )
+            raise ValueError(msg)
+        return curvature
 
     def total(
-        self, of_records: OfRecords, data: Iterable[WeightedBatch], *operands: PyTree
+        self,
+        of_records: OfRecords,
+        data: Iterable[WeightedBatch],
+        *operands: PyTree,
+        keeper: Keeper = NOBODY,
     ) -> PyTree:
         """Sum a function of the layers' records over the data.
 
@@ -181,19 +300,29 @@ class Accumulator:
                 records of some examples; compiled once for each shape of a batch.
             data: Batches with their weights.
             *operands: What else it takes.
+            keeper: Keeps what is summed up.
+
+        Raises:
+            ValueError: If the data hold what is no target, or the sum is not finite.
         """
-        total: PyTree = None
-        for number, (batch, weights) in enumerate(weighted_batch(*part) for part in data):
-            compiled, arrays = self._pass(batch, weights, number)
+
+        def forms(part: WeightedBatch) -> list[PyTree]:
+            compiled, arrays = self._pass(*weighted_batch(*part), 0)
+            return [jax.eval_shape(compiled.total, of_records, arrays, *operands)]
+
+        def step(total: PyTree, number: int, part: WeightedBatch) -> PyTree:
+            compiled, arrays = self._pass(*weighted_batch(*part), number)
             if total is None:
-                shapes = jax.eval_shape(compiled.total, of_records, arrays, *operands)
-                total = zeros_of(shapes)
+                total = zeros_of(forms(part)[0])
             if jaxprs.is_traced((arrays, operands)):
                 new = compiled.total(of_records, arrays, *operands)
-                total = jax.tree.map(jnp.add, total, new)
-            else:
-                total = compiled.add_total(of_records, total, arrays, *operands)
-        return total
+                return added(total, new)
+            return compiled.add_total(of_records, total, arrays, *operands)
+
+        found, faults = keeper.total(data, None, step, forms)
+        places = data.places if isinstance(data, Placed) else ()
+        faults.check(self.settings.nonfinite, Context(self.params, places))
+        return found
 
     def _pass(
         self, batch: Batch, weights: Float[Array, " N"], number: int | Int[Array, ""]
@@ -222,9 +351,25 @@ class Accumulator:
             if not self.settings.columns.pull_back:
                 resolved = tuple(map(factors.without_cotangents, program.resolved))
                 program = replace(program, resolved=resolved)
+            self.settings.columns.likelihood.check(program.output, target)
             return compiled_for(self.model_fn, program, self.settings, target)
 
         return self.programs.get(shapes, make)
+
+
+@no_type_check
+def require_statistics(name: str, value: object) -> None:
+    """Refuse what is no state of an accumulator.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(value, Statistics):
+        msg = (
+            f"`{name}` must be a state of an accumulator, from its `init`, `update` or `merge`; "
+            f"found {shown(value)}."
+        )
+        raise TypeError(msg)
 
 
 def _added(
@@ -242,7 +387,7 @@ def _added(
         return _added(factors.mirrored(state), compiled, arrays)
     leaves, treedef = jax.tree.flatten(state)
     if jaxprs.is_traced((leaves, arrays)):  # nothing can be changed in place
-        leaves = list(map(jnp.add, leaves, jax.tree.leaves(statistics(arrays))))
+        leaves = jax.tree.leaves(added(state, statistics(arrays)))
     else:
         leaves = add(leaves, arrays)
     return jax.tree.unflatten(treedef, leaves)
@@ -280,4 +425,5 @@ def accumulator(
         ValueError: If an option has an unknown value.
         TypeError: If ``loss_fn`` is neither a name nor a callable, or an option is unknown.
     """
+    require_callable("model_fn", model_fn, "a function of `input` and `params`")
     return Accumulator(model_fn, params, Options.of(options, keywords).settings(loss_fn))

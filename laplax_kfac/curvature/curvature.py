@@ -11,6 +11,21 @@ from laplax_kfac.posterior.posterior import make_posterior
 from laplax_kfac.posterior.prior import PriorPrecision, Scalar
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a curvature was computed of.
+
+    Attributes:
+        loss: Name of the likelihood; empty where it is a callable, of which nothing is known.
+        fisher_type: The Fisher type.
+        input_ranks: How many axes the arrays of an example have; empty where examples differ.
+    """
+
+    loss: str
+    fisher_type: str
+    input_ranks: tuple[int, ...] = ()
+
+
 @pytrees.register
 @dataclass(frozen=True)
 class Curvature(BlockDiagonal):
@@ -25,9 +40,11 @@ class Curvature(BlockDiagonal):
     Attributes:
         degree: Power of the loss that it scales with: 2 for an empirical Fisher matrix, a sum of
             products of gradients; 1 for all others.
+        origin: What it was computed of; None if that is not known.
     """
 
     degree: int = field(default=1, metadata={"static": True})
+    origin: Origin | None = field(default=None, metadata={"static": True})
 
     def of_scaled_loss(self, factor: Float[Array, ""] | float | int) -> "Curvature":
         """The curvature of a loss that is so many times this one."""
@@ -73,5 +90,6 @@ class Curvature(BlockDiagonal):
                 the curvature.
         """
         name, number = ("num_samples", num_samples) if n is None else ("n", n)
+        self.space.require_like(params, "params")
         posterior = make_posterior(self, prior_prec, noise_variance=noise_variance)
         return posterior.sample(key, positive_integer(name, number), params)

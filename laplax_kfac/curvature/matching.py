@@ -4,9 +4,12 @@ import glob
 from dataclasses import replace
 from typing import Any
 
+import jax
 from jaxtyping import PyTree
 
+from laplax_kfac.arguments import no_type_check
 from laplax_kfac.blocks.blocks import BlockDiagonal
+from laplax_kfac.capture.batches import Batch, batch_size, first_example, to_arrays
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.program import ModelFn, Program, parse
 from laplax_kfac.parsing.selection import CurvatureKind, Fallback, Selection
@@ -46,6 +49,45 @@ def parse_like(
         f"{[layer.name for layer in program.layers]}."
     )
     raise ValueError(msg)
+
+
+@no_type_check
+def checked_inputs(
+    curvature: BlockDiagonal, params: PyTree, inputs: PyTree, name: str = "inputs"
+) -> Batch:
+    """New inputs of a model with a curvature, as a batch.
+
+    Args:
+        curvature: The curvature.
+        params: The parameters of the model.
+        inputs: The inputs, with an axis of examples in front.
+        name: The argument that they come from.
+
+    Raises:
+        ValueError: If the parameters are not those of the curvature, or the inputs are no batch, or
+            have other axes than the examples that the curvature is of.
+        TypeError: If the inputs are not made of numbers.
+    """
+    curvature.space.require_like(params, "params")
+    batch = to_arrays({"input": inputs}, name)
+    batch_size(batch, name)
+    origin = getattr(curvature, "origin", None)
+    found = tuple(x.ndim for x in jax.tree.leaves(first_example(batch)))
+    if origin and origin.input_ranks and found != origin.input_ranks:
+        msg = (
+            f"`{name}` must have an axis of examples in front, and behind it the axes of the "
+            f"examples that the curvature is of: {axes(origin.input_ranks)} an example, found "
+            f"{axes(found)}."
+        )
+        raise ValueError(msg)
+    return batch
+
+
+def axes(ranks: tuple[int, ...]) -> str:
+    """Numbers of axes in words."""
+    if len(ranks) == 1:
+        return f"{ranks[0]} {'axis' if ranks[0] == 1 else 'axes'}"
+    return f"{len(ranks)} arrays with {', '.join(map(str, ranks))} axes"
 
 
 def _with_sides_of(curvature: BlockDiagonal, program: Program) -> Program:

@@ -17,6 +17,7 @@ from laplax_kfac.arguments import (
     require_key,
 )
 from laplax_kfac.factors import KFAC_APPROXIMATIONS, KfacApprox
+from laplax_kfac.faults import NONFINITE
 from laplax_kfac.fisher import Columns, fisher_type_of
 from laplax_kfac.likelihood.named import Loss, resolve_likelihood
 from laplax_kfac.parsing.layer import Layer
@@ -46,6 +47,7 @@ class OptionKeywords(TypedDict, total=False):
     factor_kinds: str | Mapping[str, Any] | None
     separate_weight_and_bias: bool
     vmap_over_data: bool
+    nonfinite: str
 
 
 @no_type_check
@@ -85,6 +87,9 @@ class Options:
             rows that data pick and for very wide factors.
         separate_weight_and_bias: Whether biases get blocks of their own.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
+        nonfinite: ``"error"`` refuses data, parameters or a model that make the curvature NaN or
+            infinite, at the end of the pass, and names the first batch and the layers; ``"keep"``
+            returns it as it is.
 
     Raises:
         ValueError: If an option has an unknown value, or two exclude each other. When the model
@@ -104,6 +109,7 @@ class Options:
     factor_kinds: str | Mapping[str, Any] | None = None
     separate_weight_and_bias: bool = False
     vmap_over_data: bool = True
+    nonfinite: str = "error"
 
     def __post_init__(self) -> None:
         self.selection()
@@ -115,6 +121,7 @@ class Options:
         for _, value in self._approximations():
             require_choice("kfac_approx", value, KFAC_APPROXIMATIONS)
         positive_integer("mc_samples", self.mc_samples)
+        require_choice("nonfinite", self.nonfinite, NONFINITE)
         if self.sketches is not None:
             positive_integer("sketches", self.sketches)
             if not fisher.takes_sketches:
@@ -180,6 +187,7 @@ class Options:
             tuple((k, cast(KfacApprox, v)) for k, v in self._approximations()),
             self.selection(),
             self.vmap_over_data,
+            self.nonfinite,
         )
 
     def _approximations(self) -> list[tuple[str, str]]:
@@ -198,6 +206,7 @@ class Settings:
         kfac_approx: Pairs of a pattern of layers' names and the treatment of weight sharing.
         selection: Which parameters are covered, and which blocks they get.
         vmap_over_data: Whether the model takes one example or a batch.
+        nonfinite: Whether numbers that are not finite are an error, or are kept.
     """
 
     columns: Columns
@@ -205,6 +214,7 @@ class Settings:
     kfac_approx: tuple[tuple[str, KfacApprox], ...]
     selection: Selection
     vmap_over_data: bool
+    nonfinite: str
 
     def kfac_approx_for(self, layer: Layer) -> KfacApprox:
         """The treatment of weight sharing in a layer: that of the first pattern it matches."""

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt
 
 from laplax_kfac import factors, machine
 from laplax_kfac.caches import Cache
 from laplax_kfac.capture.batches import Batch, pad
 from laplax_kfac.capture.batches import batch_size as size_of
 from laplax_kfac.capture.capture import capture_batch
+from laplax_kfac.capture.checks import all_finite, faults_of
 from laplax_kfac.capture.layer_io import Record
 from laplax_kfac.curvature.memory import (
     columns_at_once,
@@ -28,11 +29,13 @@ from laplax_kfac.curvature.memory import (
 from laplax_kfac.curvature.options import Settings
 from laplax_kfac.factors import Statistics
 from laplax_kfac.factors.gradients import sum_over
+from laplax_kfac.faults import NOT_FINITE, Fault, Faults, added
 from laplax_kfac.likelihood.named import NAMED
 from laplax_kfac.parsing.cache_keys import kept, of_function, of_mesh, of_program
 from laplax_kfac.parsing.program import ModelFn, Program
 
 OfRecords = Callable[..., PyTree]
+SUMS = Fault("sums", NOT_FINITE)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Compiled:
             not be used again.
         whole_statistics: Arrays -> the statistics of one batch.
         add: (leaves of these, arrays) -> leaves with one batch more.
-        total: (function, arrays, *operands) -> sum of a function of the records of one batch.
+        total: (function, arrays, *operands) -> sum of a function of the records of one batch, and
+            the `Faults` of the batch.
         add_total: (function, total, arrays, *operands) -> the total, in place, with a batch more.
         known_shapes: What `shapes` has found so far; a loop over batches asks with every one.
     """
@@ -76,12 +80,14 @@ class Compiled:
         total = jax.jit(functools.partial(_total, program, settings), static_argnums=0)
 
         def add(of: Callable[..., PyTree], leaves: list[Array], arrays: "Arrays") -> list[Array]:
-            return list(map(jnp.add, leaves, jax.tree.leaves(of(arrays))))
+            new = of(arrays)
+            old = jax.tree.unflatten(jax.tree.structure(new), leaves)
+            return jax.tree.leaves(added(old, new))
 
         def add_total(
             of_records: OfRecords, old: PyTree, arrays: "Arrays", *operands: PyTree
         ) -> PyTree:
-            return jax.tree.map(jnp.add, old, total(of_records, arrays, *operands))
+            return added(old, total(of_records, arrays, *operands))
 
         return cls(
             program,
@@ -111,16 +117,15 @@ def compiled_for(
 
 def _of_loss(program: Program, settings: Settings, target: PyTree) -> Hashable:
     """Equal for losses with the same vectors to pull back; they may be other functions."""
-    columns = settings.columns
-    if not columns.pull_back:
-        return None
+    columns, faults = settings.columns, settings.columns.likelihood.faults
     if any(columns.likelihood is known for known in NAMED.values()):
         return columns.likelihood.name
 
-    def vectors(f: PyTree, y: PyTree, key: Key[Array, ""]) -> PyTree:
-        return columns.vectors(key, f, y)
+    def used(f: PyTree, y: PyTree, key: Key[Array, ""]) -> PyTree:
+        vectors = columns.vectors(key, f, y) if columns.pull_back else ()
+        return vectors, faults(f, y) if faults else {}
 
-    return of_function(vectors, program.output, target, settings.key)
+    return of_function(used, program.output, target, settings.key)
 
 
 class Arrays(NamedTuple):
@@ -133,6 +138,13 @@ class Arrays(NamedTuple):
     key: Key[Array, ""]
     number: UInt[Array, ""]
 
+    def faults(
+        self, program: Program, settings: Settings, wrong: dict[Fault, Bool[Array, ""]]
+    ) -> dict[Fault, Bool[Array, ""]]:
+        """What is wrong with the batch, and with what was made of it; see `faults_of`."""
+        likelihood = settings.columns.likelihood
+        return faults_of(likelihood, program.output, self.batch, self.weights, wrong)
+
 
 def zeros_of(shapes: PyTree) -> PyTree:
     """Arrays of zeros; made without JAX, which compiles a program for every shape."""
@@ -141,11 +153,13 @@ def zeros_of(shapes: PyTree) -> PyTree:
 
 def _total(
     program: Program, settings: Settings, of_records: OfRecords, arrays: Arrays, *operands: PyTree
-) -> PyTree:
+) -> tuple[PyTree, Faults]:
     def sums(records: list[Record], weights: Float[Array, " n"], _: Float[Array, " n"]) -> PyTree:
         return of_records(program.resolved, records, weights, *operands)
 
-    return _summed(program, settings, arrays, sums, functools.partial(record_bytes, program))
+    total = _summed(program, settings, arrays, sums, functools.partial(record_bytes, program))
+    found = arrays.faults(program, settings, {SUMS: ~all_finite(total)})
+    return total, Faults.of_batch(found, arrays.number)
 
 
 def _statistics(program: Program, settings: Settings, arrays: Arrays) -> Statistics:
@@ -158,7 +172,10 @@ def _statistics(program: Program, settings: Settings, arrays: Arrays) -> Statist
     formed = functools.partial(formed_bytes, program, settings)
     total = _summed(program, settings, arrays, sums, formed)
     count, updates = jnp.sum(arrays.weights), jnp.ones((), jnp.int32)
-    return Statistics(count, updates, total, program.layers, program.space)
+    edges = [factors.edge(*of) for of in zip(program.layers, total, strict=True)]
+    found = arrays.faults(program, settings, {SUMS: ~all_finite(edges)})
+    faults = Faults.of_batch(found, arrays.number)
+    return Statistics(count, updates, total, program.layers, program.space, faults)
 
 
 def _summed(

@@ -13,10 +13,12 @@ from laplax_kfac import pytrees
 from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
+    require_callable,
     require_flags,
     require_key,
 )
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal, apply
+from laplax_kfac.blocks.merging import require_curvature
 from laplax_kfac.capture.batches import batches, even_batches, first_example
 from laplax_kfac.capture.layer_io import ParameterIO, Record
 from laplax_kfac.curvature.accumulator import Accumulator
@@ -101,6 +103,9 @@ def relative_error(
         ValueError: If the curvature is of another model, or a number is no positive integer.
         TypeError: If an argument is of an unsupported type.
     """
+    require_curvature("curvature", curvature)
+    require_callable("model_fn", model_fn, "a function of `input` and `params`")
+    curvature.space.require_like(params, "params")
     num_probes = positive_integer("num_probes", num_probes)
     batch_size = positive_integer("batch_size", batch_size)
     require_flags(vmap_over_data=vmap_over_data)

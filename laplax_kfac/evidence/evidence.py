@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, PyTree
 from laplax_kfac import pytrees
 from laplax_kfac.arguments import no_type_check
 from laplax_kfac.blocks.blocks import BlockDiagonal
+from laplax_kfac.blocks.merging import require_curvature
 from laplax_kfac.evidence.fit import DataFit, require_fit
 from laplax_kfac.posterior.posterior import Posterior, as_prior, make_posterior, prior_mean_of
 from laplax_kfac.posterior.prior import (
@@ -85,6 +86,7 @@ def log_marginal_likelihood(
             ``prior_prec`` is not positive.
         TypeError: If ``log_likelihood`` is no `DataFit`, or ``prior_prec`` is a function.
     """
+    require_curvature("curvature", curvature)
     prior_prec, noise_variance = Hyperparameters.split(prior_prec, noise_variance)
     prior_mean = prior_mean_of(prior_prec, prior_mean)
     require_fit(log_likelihood, noise_variance)

@@ -2,26 +2,33 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, UInt
 
 from laplax_kfac import pytrees
 from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
+    require_callable,
+    require_choice,
     require_flags,
     require_positive,
 )
-from laplax_kfac.capture.batches import Batch, Transform, batches, even_batches
+from laplax_kfac.capture.batches import Batch, Transform, batches, even_batches, first_example
+from laplax_kfac.capture.checks import all_finite, faults_of
 from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
+from laplax_kfac.faults import NONFINITE, NOT_FINITE, Context, Fault, Faults, Placed, added
 from laplax_kfac.likelihood.named import Loss, resolve_likelihood
+from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.program import ModelFn, per_example
 from laplax_kfac.posterior.prior import Scalar
+
+LOSSES = Fault("losses", NOT_FINITE)
 
 
 @pytrees.register
@@ -53,6 +60,10 @@ class DataFit:
         return 1.0 / (2 * noise_variance) if noise_variance is not None else 1.0
 
 
+FitOfBatch = Callable[[PyTree, Batch, Float[Array, " N"], UInt[Array, ""]], tuple[DataFit, Faults]]
+"""(params, batch, weights of its examples, its number) -> its fit, and its faults."""
+
+
 @no_type_check
 def data_fit(
     model_fn: ModelFn,
@@ -63,6 +74,7 @@ def data_fit(
     vmap_over_data: bool = True,
     batch_size: int = DEFAULT_BATCH_SIZE,
     transform: Transform | None = None,
+    nonfinite: str = "error",
 ) -> DataFit:
     """Sum the loss over the data, in one streaming pass.
 
@@ -75,33 +87,55 @@ def data_fit(
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
         batch_size: Most examples that are worked on at once.
         transform: Applied to every batch first.
+        nonfinite: ``"error"`` refuses a loss that is NaN or infinite, and names the first batch;
+            ``"keep"`` returns it as it is.
 
     Raises:
-        ValueError: If ``batch_size`` is no positive integer, or the data, the model or the loss is
-            not of a supported form.
+        ValueError: If ``batch_size`` is no positive integer, the data, the model or the loss is
+            not of a supported form, the data hold what is no target, or the loss is not finite.
         TypeError: If an argument is of an unsupported type.
     """
+    require_choice("nonfinite", nonfinite, NONFINITE)
     require_flags(vmap_over_data=vmap_over_data)
     batch_size = positive_integer("batch_size", batch_size)
-    compiled = jax.jit(fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data))
-    stream = even_batches(batches(data, transform), batch_size)
-    return summed_fit(compiled(params, batch, weights) for batch, weights in stream)
+    require_callable("model_fn", model_fn, "a function of `input` and `params`")
+    ParameterSpace.of(params)
+    if transform is not None:
+        require_callable("transform", transform, "a function of one batch")
+    of_batch = jax.jit(fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data))
+    parts = Placed(batches(data, transform), lambda stream: even_batches(stream, batch_size))
+    found = summed_fit(of_batch, params, parts, nonfinite)
+    count = found.num_outputs
+    if not isinstance(count, jax.core.Tracer) and float(count) == 0:
+        msg = "All weights in `data` are zero: there is nothing to fit."
+        raise ValueError(msg)
+    return found
 
 
-def summed_fit(parts: Iterable[DataFit]) -> DataFit:
-    """The fit to the data of all parts."""
-    return functools.reduce(functools.partial(jax.tree.map, jnp.add), parts)
+def summed_fit(of_batch: FitOfBatch, params: PyTree, parts: Placed, nonfinite: str) -> DataFit:
+    """The fit to the data of all parts; see `data_fit`."""
+    found = (of_batch(params, *part, jnp.uint32(number)) for number, part in enumerate(parts))
+    fit, faults = functools.reduce(added, found)
+    faults.check(nonfinite, Context(params, parts.places))
+    return fit
 
 
 @no_type_check
-def fit_of_batch(
-    model_fn: ModelFn, loss_fn: Loss, *, vmap_over_data: bool
-) -> Callable[[PyTree, Batch, Float[Array, " N"]], DataFit]:
-    """The fit to one batch, as a function of the parameters, the batch, and weights of examples."""
+def fit_of_batch(model_fn: ModelFn, loss_fn: Loss, *, vmap_over_data: bool) -> FitOfBatch:
+    """The fit to one batch, and its faults.
+
+    A function of the parameters, the batch, the weights of its examples, and its number.
+    """
     likelihood = resolve_likelihood(loss_fn)
     single = per_example(model_fn, vmap_over_data=vmap_over_data)
 
-    def fit(params: PyTree, batch: Batch, weights: Float[Array, " N"]) -> DataFit:
+    def fit(
+        params: PyTree, batch: Batch, weights: Float[Array, " N"], number: UInt[Array, ""]
+    ) -> tuple[DataFit, Faults]:
+        x, y = (first_example(batch, part) for part in ("input", "target"))
+        output = jax.eval_shape(single, params, x)
+        likelihood.check(output, y)
+
         def one(example: tuple[PyTree, PyTree], *, sequential: bool = False) -> tuple[Array, Array]:
             del sequential  # one example has nothing to vmap
             x, y = example
@@ -109,8 +143,10 @@ def fit_of_batch(
             return likelihood.loss(out, y), likelihood.num_outputs(out, y)
 
         losses, sizes = map_examples(one, (batch["input"], batch["target"]))
-        squared = likelihood.squared_error
-        return DataFit(jnp.sum(losses * weights), jnp.sum(sizes * weights), squared)
+        counted = jnp.where(weights == 0, 0.0, losses * weights)
+        total = DataFit(jnp.sum(counted), jnp.sum(sizes * weights), likelihood.squared_error)
+        found = faults_of(likelihood, output, batch, weights, {LOSSES: ~all_finite(counted)})
+        return total, Faults.of_batch(found, number)
 
     return fit
 

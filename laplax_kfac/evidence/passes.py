@@ -1,15 +1,14 @@
 """When the evidence is computed during training, and the passes over the data that it takes."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.capture.batches import (
-    Batch,
     Transform,
     WeightedBatch,
     batches,
@@ -19,7 +18,8 @@ from laplax_kfac.capture.batches import (
 from laplax_kfac.capture.batches import batch_size as size_of
 from laplax_kfac.curvature.accumulator import Accumulator
 from laplax_kfac.curvature.curvature import Curvature
-from laplax_kfac.evidence.fit import DataFit, summed_fit
+from laplax_kfac.evidence.fit import DataFit, FitOfBatch, summed_fit
+from laplax_kfac.faults import Placed
 
 
 @no_type_check
@@ -68,7 +68,7 @@ class Passes:
         transform: Applied to every batch first.
         batch_size: Most examples of a batch.
         accumulate: The accumulator of the curvature.
-        of_batch: (params, batch, weights) -> the fit to one batch.
+        of_batch: (params, batch, weights, number) -> the fit to one batch, and its faults.
         eigenvalue_correction: Whether the curvature is EKFAC.
     """
 
@@ -76,15 +76,16 @@ class Passes:
     transform: Transform | None
     batch_size: int
     accumulate: Accumulator
-    of_batch: Callable[[PyTree, Batch, Float[Array, " N"]], DataFit]
+    of_batch: FitOfBatch
     eigenvalue_correction: bool
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "of_batch", jax.jit(self.of_batch))
 
-    def stream(self) -> Iterable[WeightedBatch]:
+    def stream(self) -> Placed:
         """The batches with their weights."""
-        return even_batches(batches(self.data, self.transform), self.batch_size)
+        found = batches(self.data, self.transform)
+        return Placed(found, lambda stream: even_batches(stream, self.batch_size))
 
     def shuffled(self, key: Key[Array, ""]) -> Iterable[WeightedBatch]:
         """Those of one epoch: of a single batch in a new order, of an iterable as they come."""
@@ -95,12 +96,16 @@ class Passes:
         order = np.asarray(jax.random.permutation(key, size_of(arrays)))
         return even_batches([jax.tree.map(lambda x: x[order], arrays)], self.batch_size)
 
-    def curvature_at(self, params: PyTree) -> Curvature:
-        """The curvature at some parameters."""
-        here = self.accumulate.at(params)
-        curvature = here.finalize(here.collect(self.stream()))
+    def curvature_at(self, params: PyTree, nonfinite: str = "keep") -> Curvature:
+        """The curvature at some parameters; those of a run that diverges are kept as they are."""
+        settings = replace(self.accumulate.settings, nonfinite=nonfinite)
+        here = replace(self.accumulate.at(params), settings=settings)
+        parts = self.stream()
+        state = here.collect(parts)
+        here.check(state, parts.places)
+        curvature = here.finalize(state)
         return here.correct(curvature, self.stream()) if self.eigenvalue_correction else curvature
 
-    def fit_at(self, params: PyTree) -> DataFit:
+    def fit_at(self, params: PyTree, nonfinite: str = "keep") -> DataFit:
         """The fit at some parameters."""
-        return summed_fit(self.of_batch(params, *part) for part in self.stream())
+        return summed_fit(self.of_batch, params, self.stream(), nonfinite)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from laplax_kfac.capture.batches import WeightedBatch
 from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.evidence.evidence import Evidence
-from laplax_kfac.evidence.fit import DataFit
+from laplax_kfac.evidence.fit import FitOfBatch
 from laplax_kfac.evidence.problem import PriorFunction, Problem
 from laplax_kfac.posterior.posterior import as_prior, prior_mean_of
 from laplax_kfac.posterior.prior import Scalar, prior_distance
@@ -51,7 +51,7 @@ class Target(NamedTuple):
 
 def training_step(
     optimizer: optax.GradientTransformation,
-    of_batch: Callable[..., DataFit],
+    of_batch: FitOfBatch,
     function: PriorFunction,
 ) -> Callable[..., tuple[PyTree, PyTree, Array]]:
     """One step of the optimizer on a batch."""
@@ -60,11 +60,12 @@ def training_step(
         moving: PyTree, params: PyTree, part: WeightedBatch, target: Target
     ) -> Float[Array, ""]:
         params, (batch, weights) = completed(moving, params), part
-        fit = of_batch(params, batch, weights).log_likelihood(target.values.get("noise_variance"))
+        fit, _ = of_batch(params, batch, weights, jnp.uint32(0))
+        likelihood = fit.log_likelihood(target.values.get("noise_variance"))
         prior = function(target.values["hyperparameters"])
         mean = prior_mean_of(prior, target.prior_mean)
         distance = prior_distance(as_prior(prior), target.curvature, params, mean)
-        return -fit / jnp.sum(weights) + 0.5 * distance / target.num_examples
+        return -likelihood / jnp.sum(weights) + 0.5 * distance / target.num_examples
 
     with_extras = optax.with_extra_args_support(optimizer)
 

@@ -20,6 +20,7 @@ from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
     require_bounds,
+    require_callable,
     require_flags,
     require_positive,
 )
@@ -33,6 +34,7 @@ from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.evidence.evidence import Evidence
 from laplax_kfac.evidence.fit import fit_of_batch, require_fit
 from laplax_kfac.evidence.hill import DEFAULT_TOLERANCE
+from laplax_kfac.evidence.notices import warn_of_frozen
 from laplax_kfac.evidence.passes import Passes, Schedule
 from laplax_kfac.evidence.problem import (
     DEFAULT_BOUNDS,
@@ -157,12 +159,14 @@ def marglik_training(
     require_flags(eigenvalue_correction=eigenvalue_correction, progress=progress)
     require_bounds(bounds)
     require_positive("hyper_learning_rate", hyper_learning_rate, shape=())
+    if transform is not None:
+        require_callable("transform", transform, "a function of one batch")
     if optimizer is not None and not hasattr(optimizer, "update"):
         msg = f"`optimizer` must be one of optax, such as optax.adam(1e-3); found {optimizer!r}."
         raise TypeError(msg)
     require_several_passes(data, "`marglik_training`")
     function, start = start_of(prior_prec, hyperparameters, noise_variance)
-    check_start(start, bounds)
+    check_start(start, bounds, "hyperparameters" if callable(prior_prec) else "prior_prec")
     key = jax.random.key(0) if key is None else key
     accumulate = accumulator(
         model_fn, params, loss_fn=loss_fn, key=key, vmap_over_data=vmap_over_data, **options
@@ -170,8 +174,11 @@ def marglik_training(
     of_batch = fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data)
     passes = Passes(data, transform, batch_size, accumulate, of_batch, eigenvalue_correction)
 
-    curvature = passes.curvature_at(params)  # before any training: it says which layers there are
-    require_fit(passes.fit_at(params), start.get("noise_variance"))
+    noise_variance = start.get("noise_variance")
+    # Before any training: it says which layers there are, and what is wrong with the data.
+    curvature = passes.curvature_at(params, accumulate.settings.nonfinite)
+    require_fit(passes.fit_at(params, accumulate.settings.nonfinite), noise_variance)
+    warn_of_frozen(curvature, noise_variance if hyper_steps else None)
     log_prior_determinant(as_prior(function(start["hyperparameters"])), curvature)
     num_examples = sum(float(jnp.sum(weights)) for _, weights in passes.stream())
     logs = jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)

@@ -15,9 +15,11 @@ from laplax_kfac.factors.sums import (
     KroneckerSums,
     ParameterSums,
     Statistics,
+    edge,
     empty_statistics,
     merge,
     mirrored,
+    nonfinite_layers,
     require_same_blocks,
 )
 from laplax_kfac.factors.to_blocks import (
@@ -29,7 +31,7 @@ from laplax_kfac.factors.to_blocks import (
 
 __all__ = [
     "KFAC_APPROXIMATIONS", "KfacApprox", "KroneckerSums", "ParameterSums", "Statistics",
-    "batch_sums", "empty_statistics", "finalize", "kronecker_factors", "merge", "mirrored",
-    "needs_inputs", "require_data", "require_same_blocks", "with_kronecker_factors",
-    "without_cotangents",
+    "batch_sums", "edge", "empty_statistics", "finalize", "kronecker_factors", "merge", "mirrored",
+    "needs_inputs", "nonfinite_layers", "require_data", "require_same_blocks",
+    "with_kronecker_factors", "without_cotangents",
 ]  # fmt: skip

@@ -13,12 +13,13 @@ are sums, so they may be accumulated in any order, over any split of the data.
 
 from dataclasses import dataclass, field, replace
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from laplax_kfac import pytrees
 from laplax_kfac.bases import Sum
+from laplax_kfac.faults import Faults, added
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
 
@@ -65,6 +66,7 @@ class Statistics:
         sums: Sums of every layer.
         layers: The layers.
         space: Structure of the parameters.
+        faults: What is wrong with the data so far, and which sums are not finite.
     """
 
     num_examples: Float[Array, ""]
@@ -72,6 +74,7 @@ class Statistics:
     sums: tuple[Sums, ...]
     layers: tuple[Layer, ...] = field(metadata={"static": True})
     space: ParameterSpace | None = field(metadata={"static": True})
+    faults: Faults = field(default_factory=Faults.none)
 
 
 def empty_statistics() -> Statistics:
@@ -87,15 +90,17 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
     """
     if first.layers and second.layers:
         require_same_blocks(first, second)
-        sums = jax.tree.map(jnp.add, first.sums, second.sums)
+        sums, faults = added((first.sums, first.faults), (second.sums, second.faults))
     else:
-        sums = first.sums or second.sums
+        seen = first if first.layers else second
+        sums, faults = seen.sums, seen.faults
     return Statistics(
         first.num_examples + second.num_examples,
         first.num_updates + second.num_updates,
         sums,
         first.layers or second.layers,
         first.space or second.space,
+        faults,
     )
 
 
@@ -109,6 +114,26 @@ def require_same_blocks(first: Statistics, second: Statistics) -> None:
     if ours != theirs or first.space != second.space:
         msg = "`merge` needs statistics of one model; the layers of these two differ."
         raise ValueError(msg)
+    if first.faults.of != second.faults.of:
+        msg = "`merge` needs statistics of one loss; what these two take as targets differs."
+        raise ValueError(msg)
+
+
+def edge(layer: Layer, sums: Sums) -> list[Float[Array, "..."]]:
+    """Some entries of a layer's sums: NaN or infinite wherever what was summed was."""
+    if isinstance(sums, KroneckerSums):
+        inputs, outputs = layer.kinds
+        return [*inputs.edge(sums.inputs), *outputs.edge(sums.outputs)]
+    return [] if sums is None else layer.kinds[0].edge(sums.gradients)
+
+
+def nonfinite_layers(statistics: Statistics) -> list[str]:
+    """Names of the layers whose sums are not finite."""
+    return [
+        layer.name
+        for layer, sums in zip(statistics.layers, statistics.sums, strict=True)
+        if not all(np.isfinite(x).all() for x in edge(layer, sums))
+    ]
 
 
 def mirrored(statistics: Statistics) -> Statistics:

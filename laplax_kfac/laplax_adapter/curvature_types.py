@@ -7,7 +7,7 @@ from typing import TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from laplax_kfac.arguments import require_positive
+from laplax_kfac.arguments import listed, nearest, no_type_check, require_positive, shown
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.curvature.kfac import ekfac, kfac, kfoc
@@ -18,6 +18,8 @@ from laplax_kfac.posterior.prior import Scalar, log_prior
 CURVATURE_TYPES: dict[str, Callable[..., Curvature]] = {"kfac": kfac, "ekfac": ekfac, "kfoc": kfoc}
 
 PriorArguments: TypeAlias = Mapping[str, PyTree]
+PRIOR_ARGUMENTS = ("prior_prec", "sigma_squared", "sigma")
+"""Those of laplax's dictionary that anyone reads; ``sigma`` belongs to its marginal likelihood."""
 Flat: TypeAlias = Float[Array, " P"]
 
 
@@ -67,12 +69,42 @@ class CurvatureType:
         return curvature.map(lambda eigenvalues: factor * eigenvalues)
 
 
+def require_prior_arguments(prior_arguments: object) -> None:
+    """Refuse prior arguments that lack the prior precision, or that nobody reads.
+
+    Raises:
+        TypeError: If they are no dictionary.
+        ValueError: If there are such.
+    """
+    if not isinstance(prior_arguments, Mapping):
+        msg = (
+            "`prior_arguments` must be a dictionary such as {'prior_prec': 1.0}, found "
+            f"{shown(prior_arguments)}."
+        )
+        raise TypeError(msg)
+    unknown = [name for name in prior_arguments if name not in PRIOR_ARGUMENTS]
+    if unknown or "prior_prec" not in prior_arguments:
+        near = "".join(nearest(name, PRIOR_ARGUMENTS) for name in unknown[:1])
+        msg = (
+            "`prior_arguments` must have the key 'prior_prec', and may have "
+            f"{listed(PRIOR_ARGUMENTS[1:])}; found {listed(prior_arguments)}.{near}"
+        )
+        raise ValueError(msg)
+
+
+@no_type_check
 def curvature_to_precision(
     curv_estimate: Curvature,
     prior_arguments: PriorArguments,
     loss_scaling_factor: Scalar | int = 1.0,
 ) -> BlockDiagonal:
-    """Posterior precision ``(sigma_squared * curvature + prior_prec) / loss_scaling_factor``."""
+    """Posterior precision ``(sigma_squared * curvature + prior_prec) / loss_scaling_factor``.
+
+    Raises:
+        TypeError: If the prior arguments are no dictionary.
+        ValueError: If one is missing, unknown, or not as `make_posterior` takes it.
+    """
+    require_prior_arguments(prior_arguments)
     return make_posterior(
         curv_estimate,
         prior_arguments["prior_prec"],

@@ -76,6 +76,7 @@ class LazyProduct:
         return getattr(self.product, name)
 
 
+@no_type_check
 def lazy_ggn(
     original: Callable[..., Product],
     model_fn: ModelFn,

@@ -1,11 +1,20 @@
 """Likelihoods of counts."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from laplax_kfac.likelihood.analytic import analytic
-from laplax_kfac.likelihood.pieces import like_output, one_array, one_target_like, real
+from laplax_kfac.likelihood.pieces import (
+    like_output,
+    one_array,
+    one_target_like,
+    only,
+    real,
+    target_like,
+)
 from laplax_kfac.likelihood.record import Likelihood
 
 
@@ -30,4 +39,9 @@ def poisson() -> Likelihood:
         rate = jnp.exp(log_rate(f))
         return like_output(f, rate - jax.random.poisson(key, rate).astype(rate.dtype))
 
-    return analytic("poisson", losses, product, sample_gradient)
+    def faults(f: PyTree, y: PyTree) -> dict[str, PyTree]:
+        counts = target_like(jax.tree.leaves(f)[0], only(y))
+        text = "counts that are negative, NaN or infinite; those of `poisson` are 0, 1, 2, ..."
+        return {text: ~((counts >= 0) & (counts < jnp.inf))}
+
+    return replace(analytic("poisson", losses, product, sample_gradient), faults=faults)

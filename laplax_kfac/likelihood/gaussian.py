@@ -10,11 +10,15 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key, Num, PyTree
 
+from laplax_kfac.arguments import no_type_check, require_positive
+from laplax_kfac.faults import NOT_FINITE
 from laplax_kfac.likelihood.analytic import analytic
 from laplax_kfac.likelihood.pieces import (
     like_output,
+    nonfinite_targets,
     one_array,
     one_target_like,
+    only,
     real,
     target_like,
 )
@@ -34,7 +38,8 @@ def squared_error() -> Likelihood:
     def sample_gradient(key: Key[Array, ""], f: PyTree) -> PyTree:
         return product(f, _normal_like(key, f))
 
-    return replace(analytic("mse", losses, product, sample_gradient), squared_error=True)
+    found = analytic("mse", losses, product, sample_gradient)
+    return replace(found, faults=nonfinite_targets, squared_error=True)
 
 
 def _normal_like(key: Key[Array, ""], f: PyTree) -> PyTree:
@@ -42,6 +47,7 @@ def _normal_like(key: Key[Array, ""], f: PyTree) -> PyTree:
     return unravel(jax.random.normal(key, flat.shape, flat.dtype))
 
 
+@no_type_check
 def gaussian(noise_variance: float | Num[Array | np.ndarray, "..."]) -> Likelihood:
     """A Gaussian around the output, of known variance; any pytree of outputs.
 
@@ -52,11 +58,10 @@ def gaussian(noise_variance: float | Num[Array | np.ndarray, "..."]) -> Likeliho
         noise_variance: Positive; a scalar, or an array that broadcasts to the output.
 
     Raises:
-        ValueError: If it is not positive.
+        ValueError: If it is not positive and finite.
+        TypeError: If it is no number.
     """
-    if not isinstance(noise_variance, jax.core.Tracer) and not np.all(noise_variance > 0):
-        msg = f"`noise_variance` must be positive, found {noise_variance}."
-        raise ValueError(msg)
+    require_positive("noise_variance", noise_variance)
 
     def like(x: Float[Array, "..."]) -> Float[Array, "..."]:
         return jnp.broadcast_to(jnp.asarray(noise_variance, x.dtype), x.shape)
@@ -76,7 +81,7 @@ def gaussian(noise_variance: float | Num[Array | np.ndarray, "..."]) -> Likeliho
     def sample_gradient(key: Key[Array, ""], f: PyTree) -> PyTree:
         return product(f, _normal_like(key, f))
 
-    return analytic("gaussian", losses, product, sample_gradient)
+    return replace(analytic("gaussian", losses, product, sample_gradient), faults=nonfinite_targets)
 
 
 def heteroscedastic_gaussian() -> Likelihood:
@@ -118,4 +123,10 @@ def heteroscedastic_gaussian() -> Likelihood:
         parts = [-jnp.exp(-0.5 * log_variance) * z, 0.5 * (1 - z**2)]
         return like_output(f, jnp.concatenate(parts, axis=-1))
 
-    return analytic(name, losses, product, sample_gradient)
+    def faults(f: PyTree, y: PyTree) -> dict[str, PyTree]:
+        shape = jax.tree.leaves(f)[0].shape
+        mean = jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // 2), jnp.float32)
+        (flags,) = nonfinite_targets(mean, only(y)).values()
+        return {NOT_FINITE: jnp.any(flags, axis=-1)}
+
+    return replace(analytic(name, losses, product, sample_gradient), faults=faults)

@@ -9,6 +9,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num, PyTree, Shaped
 
+from laplax_kfac.faults import NOT_FINITE
+
 LossFunction = Callable[[PyTree, PyTree], PyTree]
 """(output, target) of one example -> loss terms."""
 
@@ -85,13 +87,21 @@ def only(y: PyTree) -> Any:
     return leaves[0]
 
 
-def target_like(output: Float[Array | np.ndarray, "..."], target: Any) -> Shaped[Array, "..."]:
+def target_like(
+    output: Array | np.ndarray | jax.ShapeDtypeStruct, target: Any
+) -> Shaped[Array, "..."]:
     """A target in the shape of the output; axes of length one may be missing, or too many."""
     found, wanted = jnp.shape(target), output.shape
     if [n for n in found if n != 1] != [n for n in wanted if n != 1]:
         msg = f"targets must have the shape of the output, {wanted} an example; found {found}."
         raise ValueError(msg)
     return jnp.asarray(target).reshape(wanted)
+
+
+def nonfinite_targets(f: PyTree, y: PyTree) -> dict[str, PyTree]:
+    """Targets of the shape of the output that are NaN or infinite: faults of a `Likelihood`."""
+    finite = jax.tree.map(lambda a, b: jnp.isfinite(target_like(a, b)), f, y)
+    return {NOT_FINITE: jax.tree.map(jnp.logical_not, finite)}
 
 
 def one_target_like(output: Float[Array, "..."], y: PyTree) -> Float[Array, "..."]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from laplax_kfac.arguments import no_type_check, require_callable
 from laplax_kfac.likelihood.differentiation import differentiated
 from laplax_kfac.likelihood.pieces import LossFunction, gradient_of, real, times, total_of
 from laplax_kfac.summaries import summarised
@@ -34,6 +35,10 @@ class Likelihood:
             cost that does not grow with their number; None combines the columns of the root.
         weights: (f, y) -> what each term counts, in the shape of the terms or of their leading
             axes; None counts each once. The functions above are those of terms that count once.
+        faults: (f, y) -> what is wrong with the values of a target: a text that says what, and what
+            to do -> an array of booleans in the shape of the terms, or of their leading axes. The
+            texts are the same for all targets; of the output only the shape and dtype are known.
+            None finds fault with none.
         squared_error: Whether the loss is the squared error, so that it is the likelihood of a
             Gaussian whose noise variance the evidence may choose.
     """
@@ -44,9 +49,11 @@ class Likelihood:
     sample_gradient: Callable[[Key[Array, ""], PyTree], PyTree] | None = None
     sketch: Callable[[Key[Array, ""], PyTree, PyTree], PyTree] | None = None
     weights: Callable[[PyTree, PyTree], PyTree] | None = None
+    faults: Callable[[PyTree, PyTree], dict[str, PyTree]] | None = None
     squared_error: bool = False
 
     @classmethod
+    @no_type_check
     def from_log_prob(
         cls,
         name: str,
@@ -70,7 +77,14 @@ class Likelihood:
         Raises:
             ValueError: When called, if ``log_prob`` returns an array of another shape than the
                 leading axes of the output.
+            TypeError: If a function cannot be called.
         """
+        for argument, function in (
+            ("log_prob", log_prob),
+            ("sample", sample or log_prob),
+            ("hessian_root", hessian_root or log_prob),
+        ):
+            require_callable(argument, function, "a function of one example")
 
         def losses(f: PyTree, y: PyTree) -> Float[Array, "*terms"]:
             value = -jnp.asarray(log_prob(real(f), y))
@@ -99,6 +113,33 @@ class Likelihood:
         """The loss of an example: the weighted sum of its terms."""
         terms = self.losses(f, y)
         return total_of(terms if self.weights is None else times(self.weights(f, y), terms))
+
+    def check(self, f: PyTree, y: PyTree) -> None:
+        """Refuse shapes and dtypes that do not fit each other; values are not looked at.
+
+        Args:
+            f: Output of an example, or its ``jax.ShapeDtypeStruct``.
+            y: Its target, likewise.
+
+        Raises:
+            ValueError: If the loss cannot be computed for them.
+        """
+        leaves = jax.tree.leaves((f, y))
+        shapes = [jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree) for tree in (f, y)]
+        found = f"for outputs {shapes[0]} and targets {shapes[1]} an example"
+        if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in leaves):
+            msg = f"A loss ({self.name}) needs real outputs and targets; found {found[4:]}."
+            raise ValueError(msg)
+        try:
+            jax.eval_shape(self.loss, f, y)
+        except ValueError as error:
+            if "`" in str(error):
+                raise
+            msg = f"`loss_fn` ({self.name}) cannot be computed {found}: {error}"
+            raise ValueError(msg) from error
+        except TypeError as error:
+            msg = f"`loss_fn` ({self.name}) cannot be computed {found}: {error}"
+            raise ValueError(msg) from error
 
     def gradient(self, f: PyTree, y: PyTree) -> PyTree:
         """Gradient of the loss in the model's output at the observed target."""

@@ -12,6 +12,8 @@ from laplax_kfac.likelihood.named import resolve_likelihood
 from laplax_kfac.likelihood.pieces import floating, times
 from laplax_kfac.likelihood.record import Likelihood
 
+WEIGHTS = "weights of terms that are negative, NaN or infinite; a term counts w >= 0"
+
 
 @no_type_check
 def weighted(loss_fn: Any) -> Likelihood:
@@ -44,6 +46,14 @@ def weighted(loss_fn: Any) -> Likelihood:
         _check_weights(given, jax.eval_shape(base.losses, f, y))
         return given if own is None else times(given, jax.tree.map(floating, own(f, y)))
 
+    def faults(f: PyTree, y: PyTree) -> dict[str, PyTree]:
+        """Those of terms that count, and of the weights."""
+        y, given = _target_and_weights(y)
+        negative = jax.tree.map(lambda w: ~((w >= 0) & (w < jnp.inf)), given)
+        found = {} if base.faults is None else base.faults(f, y)
+        counted = {text: times(given, flags) for text, flags in found.items()}
+        return {**counted, WEIGHTS: negative}
+
     return replace(
         base,
         name=f"weighted {base.name}",
@@ -51,6 +61,7 @@ def weighted(loss_fn: Any) -> Likelihood:
         hessian_root=lambda f, y: root(f, target(y)),
         sketch=None if sketch is None else lambda key, f, y: sketch(key, f, target(y)),
         weights=weights,
+        faults=faults,
     )
 
 

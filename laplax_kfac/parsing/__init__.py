@@ -8,6 +8,8 @@ layer, every example and every cotangent at the output,
 
 The steps, a module each, and the records between them:
 
+    model
+      |  model_calls     calls by laplax's convention; what is wrong where one fails
     jaxpr
       |  walk            index tracing (`values`, `index_rules`, `pullbacks`); rules of equations
       |                  (`arithmetic`, `biases`, `control_flow`), one `steps.Step` each

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num, PyTree, Shaped
 
+from laplax_kfac.arguments import listed, shown
 from laplax_kfac.parsing.segments import Contiguous, Scattered, Segment
 from laplax_kfac.summaries import aligned, summarised
 
@@ -100,14 +101,59 @@ class ParameterSpace:
             ValueError: If its structure or a shape differs from the parameters'.
         """
         leaves, treedef = jax.tree.flatten(tree)
-        shapes = tuple(tuple(jnp.shape(leaf)) for leaf in leaves)
+        shapes = tuple(tuple(np.shape(leaf)) for leaf in leaves)
         if treedef != self.treedef or shapes != self.shapes:
+            self.require_like(tree, name)
             msg = (
                 f"`{name}` must be a pytree with the structure and shapes of `params`: expected "
                 f"{self.treedef} with shapes {self.shapes}, found {treedef} with shapes {shapes}."
             )
             raise ValueError(msg)
         return [jnp.asarray(leaf) for leaf in leaves]
+
+    def require_like(self, tree: PyTree, name: str) -> None:
+        """Refuse a pytree with leaves at other places, or of other shapes, than the parameters.
+
+        Args:
+            tree: The pytree.
+            name: The argument that it comes from.
+
+        Raises:
+            ValueError: If it is one.
+            TypeError: If a leaf is no number and no array.
+        """
+        leaves, treedef = jax.tree.flatten(tree)
+        shapes = tuple(getattr(leaf, "shape", None) for leaf in leaves)
+        if shapes == self.shapes and treedef == self.treedef:
+            return
+        with_paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+        for path, leaf in with_paths:
+            if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+                msg = f"`{name}` must hold arrays, found {shown(leaf)} at {_slashed(path)!r}."
+                raise TypeError(msg)
+        found = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in with_paths}
+        if found == dict(zip(self.paths, self.shapes, strict=True)):
+            return
+        found = {_slashed(path): np.shape(leaf) for path, leaf in with_paths}
+        wanted = dict(zip(self.names, self.shapes, strict=True))
+        differences = [
+            f"{what} {listed(paths)}"
+            for what, paths in (
+                ("missing are", [path for path in wanted if path not in found]),
+                ("unknown are", [path for path in found if path not in wanted]),
+            )
+            if paths
+        ]
+        differences += [
+            f"{path!r} has shape {found[path]}, not {shape}"
+            for path, shape in wanted.items()
+            if path in found and found[path] != shape
+        ][:3]
+        msg = (
+            f"`{name}` must be a pytree with the structure and shapes of `params`, the parameters "
+            f"that the curvature is of: {'; '.join(differences) or 'containers differ'}."
+        )
+        raise ValueError(msg)
 
     def unflatten(self, leaves: Sequence[Array]) -> PyTree:
         """The pytree with these leaves."""

@@ -1,6 +1,6 @@
 """From a model to its program: the traced jaxpr, and the layers found in it."""
 
-import inspect
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,13 +16,13 @@ from laplax_kfac.parsing.biases import Bias
 from laplax_kfac.parsing.grouping import Resolved, resolve
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
+from laplax_kfac.parsing.model_calls import ModelFn as ModelFn
+from laplax_kfac.parsing.model_calls import call
 from laplax_kfac.parsing.selection import Selection
 from laplax_kfac.parsing.steps import Scope
 from laplax_kfac.parsing.uses import Fallback, Findings, Use
 from laplax_kfac.parsing.values import PARAMETERS, Symbolic, Value, constant
 from laplax_kfac.parsing.walk import walk
-
-ModelFn = Callable[..., PyTree]
 
 ALL = Selection()
 
@@ -57,40 +57,20 @@ class Program:
         """The layers, ordered by their first parameter."""
         return tuple(r.layer for r in self.resolved)
 
-
-def require_model(model_fn: ModelFn) -> None:
-    """Refuse a model that cannot be called by our keywords, as far as its signature is known.
-
-    Raises:
-        TypeError: If it cannot.
-    """
-    try:
-        signature = inspect.signature(model_fn)
-    except (TypeError, ValueError):  # no function of Python's; the call itself will tell
-        return
-    try:
-        signature.bind(input=None, params=None)
-    except TypeError as error:
-        msg = (
-            "`model_fn` is called as model_fn(input=..., params=...), with these names, but this "
-            f"one takes {signature}: {error}. Wrap it, such as `lambda input, params: "
-            'net.apply(params, input)`; see the documentation\'s page "Your model".'
-        )
-        raise TypeError(msg) from error
+    @property
+    def input_ranks(self) -> tuple[int, ...]:
+        """How many axes the arrays of the example have."""
+        before = len(self.consts) + len(self.space.shapes)
+        return tuple(map(jaxprs.ndim, self.jaxpr.invars[before:]))
 
 
 def per_example(model_fn: ModelFn, *, vmap_over_data: bool) -> Callable[[PyTree, PyTree], PyTree]:
-    """The model as a function of (params, one example without a batch axis).
-
-    Raises:
-        TypeError: If the model takes no arguments of the names ``input`` and ``params``.
-    """
-    require_model(model_fn)
+    """The model as a function of (params, one example without a batch axis)."""
     if vmap_over_data:
-        return lambda params, x: model_fn(input=x, params=params)
+        return functools.partial(call, model_fn, batched=False)
 
     def single(params: PyTree, x: PyTree) -> PyTree:
-        out = model_fn(input=jax.tree.map(lambda a: a[None], x), params=params)
+        out = call(model_fn, params, jax.tree.map(lambda a: a[None], x), batched=True)
         return jax.tree.map(lambda a: a[0], out)
 
     return single
@@ -116,6 +96,7 @@ def parse(
     Raises:
         ValueError: If parameters are used inside a while loop, if there are none, if some have no
             Kronecker form and their fallback is ``"error"``, or if a pattern matches none.
+        TypeError: If the model fails on the example, or its output has no derivative.
     """
     space = ParameterSpace.of(params)
     trainable = [jnp.issubdtype(dtype, jnp.inexact) for dtype in space.dtypes]

@@ -24,7 +24,7 @@ from laplax_kfac.arguments import (
     require_positive,
 )
 from laplax_kfac.blocks.blocks import BlockDiagonal, rotate_back
-from laplax_kfac.blocks.merging import add
+from laplax_kfac.blocks.merging import add, require_curvature
 from laplax_kfac.posterior.prior import (
     Hyperparameters,
     PriorPrecision,
@@ -171,7 +171,7 @@ class Posterior:
             raise ValueError(msg)
         precision = self.precision
         mean = self.mean_or(mean if params is None else params)
-        leaves = precision.space.flatten(mean, name="params")
+        leaves = precision.space.flatten(mean, name="mean")
 
         together = max(1, machine.MACHINE.samples_together // precision.space.size)
         if "rbg" in str(jax.random.key_impl(key)):
@@ -282,6 +282,7 @@ def make_posterior(
             factor is not positive and finite, or if the noise is given twice.
         TypeError: If one is no number.
     """
+    require_curvature("curvature", curvature)
     dtype = jnp.result_type(*(block.eigenvalues for block in curvature.blocks))
     prior_prec, noise_variance = Hyperparameters.split(prior_prec, noise_variance)
     factor = loss_factor(sigma_squared, noise_variance, dtype)

@@ -7,8 +7,7 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac import jaxprs
-from laplax_kfac.arguments import no_type_check, require_flags
-from laplax_kfac.capture.batches import batch_size as size_of
+from laplax_kfac.arguments import no_type_check, require_callable, require_flags
 from laplax_kfac.capture.batches import first_example, to_arrays
 from laplax_kfac.curvature.matching import parse_like
 from laplax_kfac.parsing.program import ModelFn, Program
@@ -51,10 +50,10 @@ class LinearModel:
             ValueError: If the model, the parameters or the inputs are not those of the posterior.
             TypeError: If an argument is of an unsupported type.
         """
+        require_callable("model_fn", model_fn, "a function of `input` and `params`")
         require_flags(vmap_over_data=vmap_over_data)
         precision = posterior.precision
-        batch = to_arrays({"input": inputs})
-        size_of(batch)
+        batch = to_arrays({"input": inputs}, "inputs")
         program = parse_like(
             precision, model_fn, params, first_example(batch), vmap_over_data=vmap_over_data
         )

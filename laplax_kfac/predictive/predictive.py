@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.arguments import no_type_check
 from laplax_kfac.blocks.blocks import BlockDiagonal
-from laplax_kfac.capture.batches import first_example, to_arrays
+from laplax_kfac.capture.batches import first_example
+from laplax_kfac.curvature.matching import checked_inputs
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.parsing.program import ModelFn
 from laplax_kfac.posterior.posterior import make_posterior
@@ -51,11 +52,14 @@ def predictive_covariance(
         batch_size: Most inputs that are worked on at once; fewer if their Jacobians are large.
 
     Raises:
-        ValueError: If the curvature is of another model.
+        ValueError: If the curvature is of another model, other parameters, or examples of other
+            axes than ``inputs``; or if a number is not as it must be.
+        TypeError: If an argument is of an unsupported type.
     """
     posterior = make_posterior(
         curvature, prior_prec, noise_variance=noise_variance, sigma_squared=sigma_squared
     )
+    inputs = checked_inputs(curvature, params, inputs)["input"]
     model = LinearModel.of(posterior, model_fn, params, inputs, vmap_over_data=vmap_over_data)
     mean, covariance = model.spreads(batch_size, diagonal=False)
     return Predictive(model.in_output_shape(mean), covariance)
@@ -90,11 +94,14 @@ def predictive_variance(
         batch_size: Most inputs that are worked on at once.
 
     Raises:
-        ValueError: If the curvature is of another model.
+        ValueError: If the curvature is of another model, other parameters, or examples of other
+            axes than ``inputs``; or if a number is not as it must be.
+        TypeError: If an argument is of an unsupported type.
     """
     posterior = make_posterior(
         curvature, prior_prec, noise_variance=noise_variance, sigma_squared=sigma_squared
     )
+    inputs = checked_inputs(curvature, params, inputs)["input"]
     model = LinearModel.of(posterior, model_fn, params, inputs, vmap_over_data=vmap_over_data)
     return Marginals(*map(model.in_output_shape, model.spreads(batch_size, diagonal=True)))
 
@@ -133,14 +140,16 @@ def joint_covariance(
         Shape (N, C, M, C), with outputs raveled.
 
     Raises:
-        ValueError: If the curvature is of another model, or ``others`` are not like ``inputs``.
+        ValueError: As for `predictive_covariance`, and if ``others`` are not like ``inputs``.
+        TypeError: If an argument is of an unsupported type.
     """
     posterior = make_posterior(
         curvature, prior_prec, noise_variance=noise_variance, sigma_squared=sigma_squared
     )
+    inputs = checked_inputs(curvature, params, inputs)["input"]
     model = LinearModel.of(posterior, model_fn, params, inputs, vmap_over_data=vmap_over_data)
     if others is not None:
-        others = to_arrays({"input": others})["input"]
+        others = checked_inputs(curvature, params, others, "others")["input"]
         mine, theirs = (first_example({"input": x}) for x in (model.inputs, others))
         if _shapes(mine) != _shapes(theirs):
             msg = (

@@ -16,13 +16,15 @@ from laplax_kfac import jaxprs, machine
 from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
+    require_callable,
     require_flags,
     require_key,
 )
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import batch_size as size_of
-from laplax_kfac.capture.batches import first_example, to_arrays
+from laplax_kfac.capture.batches import first_example
 from laplax_kfac.capture.examples import map_examples
+from laplax_kfac.curvature.matching import checked_inputs
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.parsing import cache_keys as fingerprint
 from laplax_kfac.parsing.program import ModelFn, per_example
@@ -78,12 +80,12 @@ def predictive_samples(
     num_samples = positive_integer("num_samples", num_samples)
     batch_size = positive_integer("batch_size", batch_size)
     require_key("key", key)
+    require_callable("model_fn", model_fn, "a function of `input` and `params`")
     require_flags(linearised=linearised, vmap_over_data=vmap_over_data)
     posterior = make_posterior(
         curvature, prior_prec, noise_variance=noise_variance, sigma_squared=sigma_squared
     )
-    curvature.space.flatten(params, name="params")
-    batch = to_arrays({"input": inputs})
+    batch = checked_inputs(curvature, params, inputs)
     function = per_example(model_fn, vmap_over_data=vmap_over_data)
     jaxpr, consts, _ = jaxprs.trace(function, params, first_example(batch))
     each = min(

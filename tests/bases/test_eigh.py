@@ -22,6 +22,44 @@ def test_eigenvalues_of_a_semidefinite_matrix_are_never_negative():
         assert eigh(noisy)[0].min() == 0
 
 
+def raw(case):
+    """Features that are far from zero, or on scales far apart; the first of fewer examples."""
+    rng = np.random.default_rng(0)
+    if case == "fewer examples":
+        return rng.normal(size=(30, 60)) + 50.0
+    if case == "zero features":
+        return np.where(np.arange(40) % 2, 100.0 + 20.0 * rng.normal(size=(90, 40)), 0.0)
+    return rng.normal(size=(90, 12)) * np.geomspace(1e-3, 1e4, 12)
+
+
+@pytest.mark.parametrize("most", [512, 4], ids=["together", "wide"])
+@pytest.mark.parametrize("case", ["fewer examples", "zero features", "scales"])
+def test_single_precision_is_enough_for_raw_features(case, most, monkeypatch):
+    monkeypatch.setattr(machine, "MACHINE", machine.Machine(decomposed_together=most))
+    features = raw(case).astype(np.float32)
+    singular = np.linalg.svd(features.astype(np.float64), compute_uv=False)
+    with jax.enable_x64(False):
+        x = jnp.asarray(features)
+        product = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
+        ((values, vectors),) = eigh_each([product])
+        assert values.dtype == vectors.dtype == jnp.float32
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(len(vectors)), atol=1e-5)
+    for prior_prec in (1e-2, 1.0, 100.0):
+        expected = np.sum(np.log1p(singular**2 / prior_prec))
+        found = np.sum(np.log1p(np.asarray(values, np.float64) / prior_prec))
+        np.testing.assert_allclose(found, expected, rtol=5e-3)
+
+
+def test_what_rounding_made_of_a_null_space_is_zero_in_single_precision():
+    features = raw("fewer examples").astype(np.float32)
+    singular = np.linalg.svd(features.astype(np.float64), compute_uv=False)
+    with jax.enable_x64(False):
+        x = jnp.asarray(features)
+        values, _ = jax.jit(lambda x: eigh(x.T @ x))(x)  # nothing but single precision here
+    assert np.sum(np.asarray(values) > 0) <= len(x)
+    np.testing.assert_allclose(values[-20:], singular[::-1][-20:] ** 2, rtol=0.05)
+
+
 def test_small_matrices_of_one_width_are_decomposed_together_in_a_program(monkeypatch):
     monkeypatch.setattr(machine, "MACHINE", machine.Machine(decomposed_together=4))
     matrices = [jnp.asarray(x) for x in (A, AS, P, 2 * A, B)]

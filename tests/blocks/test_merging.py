@@ -204,5 +204,5 @@ def test_what_is_no_curvature_is_refused(what):
         "posterior": laplax_kfac.make_posterior(first, 1.0),
         "statistics": laplax_kfac.accumulator(model_fn, params, loss_fn="mse").init(),
     }
-    with pytest.raises(TypeError, match=f"takes two curvatures.*found {what.title()}"):
+    with pytest.raises(TypeError, match=f"`second` must be a curvature.*found a {what.title()}"):
         laplax_kfac.merge(first, others[what])

@@ -222,11 +222,11 @@ def test_foreign_tensors_are_read_through_numpy():
     [
         (
             TorchTensor(RuntimeError("Can't call numpy()")),
-            r"holds a TorchTensor, which numpy cannot read \(Can't call numpy",
+            r"`data` holds a TorchTensor, which numpy cannot read as numbers \(Can't call numpy",
         ),
         (TorchTensor(TypeError("Got unsupported ScalarType BFloat16")), "unsupported ScalarType"),
         (object(), "holds a object, .* not made of numbers"),
-        (np.asarray(["a", "b"]), "holds a ndarray, .* not made of numbers"),
+        (np.asarray(["a", "b"]), r"holds \['a', 'b'\] \(an array of .* not made of numbers"),
     ],
     ids=["with gradient", "bfloat16", "object", "strings"],
 )

@@ -232,6 +232,36 @@ def test_a_gaussian_of_known_variance_needs_none_in_the_evidence(noise_variance)
     np.testing.assert_allclose(found, expected, rtol=1e-8)
 
 
+@pytest.mark.parametrize("case", ["far from zero", "scales"])
+def test_single_precision_is_enough_for_raw_inputs(case):
+    random, params = np.random.default_rng(0), most_probable((20, 60), 1.0, 0.5)
+    params = jax.tree.map(lambda p: 0.01 * p, params)
+    x = random.normal(size=(20, 60)) + 50.0 if case == "far from zero" else None
+    if x is None:
+        x = random.normal(size=(200, 60)) * np.geomspace(1e-2, 1e4, 60)
+    y = random.normal(size=(len(x), OUTPUTS))
+    found: dict[bool, Any] = {}
+    for double in (False, True):
+        with jax.enable_x64(double):
+            at = jax.tree.map(lambda v: jnp.asarray(v, float), (params, (x, y)))
+            matrix = laplax_kfac.kfac(linear, *at, loss_fn="mse")
+            fit = laplax_kfac.data_fit(linear, *at, loss_fn="mse")
+            found[double] = [
+                (
+                    laplax_kfac.log_marginal_likelihood(
+                        matrix, at[0], log_likelihood=fit, prior_prec=prior
+                    ).complexity,
+                    laplax_kfac.predictive_variance(
+                        matrix, linear, *(at[0], at[1][0][:5]), prior_prec=prior
+                    ).variance.mean(),
+                )
+                for prior in (1e-2, 1.0)
+            ]
+    np.testing.assert_allclose(
+        np.asarray(found[False], np.float64), np.asarray(found[True]), rtol=1e-2
+    )
+
+
 @pytest.mark.parametrize("noise_variance", [0.05, 0.1, 0.5, 4.0])
 def test_an_empirical_fisher_matrix_scales_with_the_square_of_the_loss(noise_variance):
     x, features, y = regression(TALL)

@@ -250,7 +250,7 @@ def test_tuning_by_layer_raises_the_evidence_on_handwritten_digits():
         fit = fit_of_batch(model_fn, "cross_entropy", vmap_over_data=True)
         batch = {"input": x, "target": y}
         norm = sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
-        return fit(params, batch, jnp.ones(len(x))).loss + 0.5 * norm
+        return fit(params, batch, jnp.ones(len(x)), jnp.uint32(0))[0].loss + 0.5 * norm
 
     @jax.jit
     def descend(params):

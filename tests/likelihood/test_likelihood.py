@@ -323,12 +323,18 @@ def test_cross_entropy_pulls_back_one_column_less_than_classes(shape, rank):
     assert num_columns(likelihood, "type2", f, None, 1) == max(rank, 1)
 
 
-def test_a_single_class_has_no_curvature():
+@pytest.mark.parametrize("fisher_type", ["type2", "mc", "empirical", "forward_only"])
+def test_a_single_class_is_refused(fisher_type):
+    """A softmax over one class is constant: one logit is another loss."""
     data = np.ones((2, 3)), np.zeros(2, int)
-    found = laplax_kfac.kfac(
-        lambda input, params: input @ params, normal(3, 1), data, loss_fn="cross_entropy"
-    )
-    np.testing.assert_array_equal(found.to_dense(), np.zeros((3, 3)))
+    with pytest.raises(ValueError, match=r"shape \(1,\).*binary_cross_entropy"):
+        laplax_kfac.kfac(
+            lambda input, params: input @ params,
+            normal(3, 1),
+            data,
+            loss_fn="cross_entropy",
+            fisher_type=fisher_type,
+        )
 
 
 def test_extreme_logits_stay_finite_in_float32():
@@ -876,7 +882,7 @@ def test_bfloat16_outputs_of_a_log_probability_are_computed_in_float32():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: lik.gaussian(0.0), "`noise_variance` must be positive, found 0.0"),
+        (lambda: lik.gaussian(0.0), "`noise_variance` must be positive and finite; found 0.0"),
         (lambda: lik.gaussian(np.asarray([1.0, -1.0])), "`noise_variance` must be positive"),
         (lambda: lik.categorical(label_smoothing=1.0), r"must be in \[0, 1\), found 1.0"),
         (lambda: lik.bernoulli(label_smoothing=-0.1), r"must be in \[0, 1\), found -0.1"),

@@ -238,7 +238,7 @@ def test_constants_that_are_being_traced_are_data():
     [lambda x, params: x @ params, lambda params, input, scale: scale * input @ params],
 )
 def test_models_with_other_keywords_are_explained(model_fn):
-    message = r"called as model_fn\(input=..., params=...\), with these names, .* Wrap it"
+    message = r"must take the keywords `input` and `params`, .*Wrap it: `lambda input, params"
     with pytest.raises(TypeError, match=message):
         laplax_kfac.find_layers(model_fn, jnp.ones((3, 2)), jnp.ones(3))
 

@@ -296,13 +296,19 @@ def test_sampled_functions_have_the_joint_covariance():
 
 
 def test_a_curvature_of_another_model_is_refused():
-    curvature, *_, inputs = mlp()
-    other, params, *_ = models.by_name("mlp_without_bias").make()
+    curvature, _, params, inputs = mlp()
+    other, others, *_ = models.by_name("mlp_without_bias").make()
+
+    def without_layers(input, params):
+        return input[:1] * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
     for function in (predictive_covariance, predictive_variance, joint_covariance):
         with pytest.raises(ValueError, match="`curvature` is of another model: it has the layers"):
-            function(curvature, other, params, inputs, prior_prec=1.0)
+            function(curvature, without_layers, params, inputs, prior_prec=1.0)
+        with pytest.raises(ValueError, match="`params` must be a pytree with the structure"):
+            function(curvature, other, others, inputs, prior_prec=1.0)
     with pytest.raises(ValueError, match="`params` must be a pytree with the structure"):
-        predictive_samples(curvature, other, params, inputs, jax.random.key(0), 2, prior_prec=1.0)
+        predictive_samples(curvature, other, others, inputs, jax.random.key(0), 2, prior_prec=1.0)
 
 
 def test_other_inputs_must_be_like_the_inputs():
