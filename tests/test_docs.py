@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import laplax_kfac
+
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(
     r"^(?:<!-- needs: (\w+) -->\n)?```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?",
@@ -72,3 +74,27 @@ def test_readme_is_short_and_shows_the_ways_in():
     assert len(text.splitlines()) < 120
     (commands,) = re.findall(r"```bash\n(make .*?)```", text, re.DOTALL)
     assert re.findall(r"^(make \w+)", commands, re.MULTILINE) == ["make quickstart", "make test"]
+
+
+@pytest.mark.parametrize(
+    "term",
+    ["flax", "equinox", "haiku", "keras", "LoRA", "dropout", "batch norm", "OOD", "GPU", "NaN",
+     "memory"],
+)  # fmt: skip
+def test_what_users_search_for_has_a_page(term):
+    in_docs = [page for page, text in PAGES.items() if term.lower() in text.lower()]
+    assert [page for page in in_docs if page not in ("README.md", "docs/architecture.md")]
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in ROOT.glob("docs/*.md"):
+        assert f": {page.name}\n" in navigation
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    text = (ROOT / "docs/api.md").read_text()
+    for name in set(laplax_kfac.__all__) - {"likelihood", "patterns"}:
+        assert f"::: laplax_kfac.{name}\n" in text
+    for name in set(laplax_kfac.likelihood.__all__) - {"Likelihood", "resolve_likelihood"}:
+        assert re.search(rf"::: laplax_kfac\.likelihood\.\w+\.{name}\n", text)

@@ -95,5 +95,6 @@ class Curvature(BlockDiagonal):
         """
         self.space.require_like(params, "params")
         name, number = ("num_samples", num_samples) if n is None else ("n", n)
+        self.space.require_like(params, "params")
         posterior = make_posterior(self, prior_prec, noise_variance=noise_variance)
         return posterior.sample(key, positive_integer(name, number), params)

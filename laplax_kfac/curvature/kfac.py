@@ -37,21 +37,21 @@ class PassKeywords(OptionKeywords, total=False):
     """Keywords of `kfac`: those of `Options`, and how the data are gone through.
 
     Attributes:
-    eigenvalue_correction: Whether to replace the eigenvalues of Kronecker blocks by the exact
-        second moments of the gradients in their eigenbases (George et al. 2018, EKFAC).
-    optimal_factors: Whether to use the Kronecker product nearest to each exact block (KFOC; see
-        `kfoc`).
-    iterations: Most steps of the power iteration for optimal factors.
-    batch_size: Most examples that are worked on at once; larger batches are split. A CPU works
-        on fewer where their memory can then be reused.
-    transform: Applied to every batch first, to bring it to one of the forms above.
-    progress: Whether to show a progress bar over the batches.
-    checkpoint: A file that keeps what is summed up. A later call with the same arguments goes on
-        from there, in another process too, and ends with the same bits. Batches that were seen are
-        read once more and dropped, so they must come in the same order. A file of another fit
-        is refused; nobody removes it at the end.
-    checkpoint_every: Batches, of at most ``batch_size`` examples, between two times that the file
-        is written; 100 by default.
+        eigenvalue_correction: Whether to replace the eigenvalues of Kronecker blocks by the exact
+            second moments of the gradients in their eigenbases (George et al. 2018, EKFAC).
+        optimal_factors: Whether to use the Kronecker product nearest to each exact block (KFOC; see
+            `kfoc`).
+        iterations: Most steps of the power iteration for optimal factors.
+        batch_size: Most examples that are worked on at once; larger batches are split. A CPU works
+            on fewer where their memory can then be reused.
+        transform: Applied to every batch first, to bring it to one of the forms above.
+        progress: Whether to show a progress bar over the batches.
+        checkpoint: A file that keeps what is summed up. A later call with the same arguments goes
+            on from there, in another process too, and ends with the same bits. Batches that were
+            seen are read once more and dropped, so they must come in the same order. A file of
+            another fit is refused; nobody removes it at the end.
+        checkpoint_every: Batches, of at most ``batch_size`` examples, between two times that the
+            file is written; 100 by default.
     """
 
     eigenvalue_correction: bool

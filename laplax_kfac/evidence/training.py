@@ -176,10 +176,11 @@ def marglik_training(
     of_batch = fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data)
     passes = Passes(data, transform, batch_size, accumulate, of_batch, eigenvalue_correction)
 
+    noise_variance = start.get("noise_variance")
     # Before any training: it says which layers there are, and what is wrong with the data.
     curvature = passes.curvature_at(params, accumulate.settings.nonfinite)
-    require_fit(passes.fit_at(params, accumulate.settings.nonfinite), start.get("noise_variance"))
-    warn_of_frozen(curvature, start.get("noise_variance") if hyper_steps else None)
+    require_fit(passes.fit_at(params, accumulate.settings.nonfinite), noise_variance)
+    warn_of_frozen(curvature, noise_variance if hyper_steps else None)
     log_prior_determinant(as_prior(function(start["hyperparameters"])), curvature)
     num_examples = sum(float(jnp.sum(weights)) for _, weights in passes.stream())
     logs = jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)

@@ -171,7 +171,7 @@ def tune(
     )
     if held_out is None:
         warn_at_bounds(tuned.at_bound, bounds)
-        warn_of_frozen(curvature, noise_variance)
+        warn_of_frozen(curvature, start.get("noise_variance"))
     else:
         warn_at_bounds(tuned.at_bound, bounds, "likelihood of held-out data")
     return tuned

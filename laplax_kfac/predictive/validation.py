@@ -140,7 +140,8 @@ class HeldOutData:
     def score(self, posterior: Posterior, noise_variance: Scalar | None) -> Float[Array, ""]:
         """Minus the objective, summed over the examples."""
         if callable(self.objective):
-            predictive = Predictive(*self.spreads(posterior, diagonal=False))
+            mean, covariance = self.spreads(posterior, diagonal=False)
+            predictive = Predictive(mean.reshape(-1, *self.shape), covariance)
             return -self.num_examples() * jnp.mean(self.objective(predictive, self.targets))
         mean, variance = self._shaped(posterior)
         return jnp.sum(self.family.log_prob(mean, variance, self.targets, noise_variance))
