@@ -87,19 +87,16 @@ save(plotting.plot_spectrum(curv).figure, "spectrum")
 fit = laplax_kfac.data_fit(model_fn, params, (x, y), loss_fn="cross_entropy")
 tuned = laplax_kfac.tune(curv, params, log_likelihood=fit)
 
-prior_prec = tuned.prior_prec
-predictive = laplax_kfac.predictive_covariance(
-    curv, model_fn, params, x_test, prior_prec=prior_prec
-)
+predictive = laplax_kfac.predictive_covariance(curv, model_fn, params, x_test, prior_prec=tuned)
 noise = np.random.default_rng(0).uniform(size=x_test.shape).astype("float32")  # no digits at all
-strange = laplax_kfac.predictive_covariance(curv, model_fn, params, noise, prior_prec=prior_prec)
+strange = laplax_kfac.predictive_covariance(curv, model_fn, params, noise, prior_prec=tuned)
 known = {"MAP": jax.nn.softmax(predictive.mean)}
 unknown = {"MAP": jax.nn.softmax(strange.mean)}
 for link in ("probit", "mean_field_2"):
     known[link] = laplax_kfac.class_probabilities(predictive, link)
     unknown[link] = laplax_kfac.class_probabilities(strange, link)
 
-print(f"\n{'':14}accuracy    NLL  Brier  AUROC (noise)    prior precision {prior_prec:.3g}")
+print(f"\n{'':14}accuracy    NLL  Brier  AUROC (noise)    prior precision {tuned.prior_prec:.3g}")
 _, axes = plt.subplots(layout="constrained")
 for name, probabilities in known.items():
     p = np.asarray(probabilities)
@@ -132,10 +129,9 @@ tuned = laplax_kfac.tune(curv, params, log_likelihood=fit, noise_variance=0.04)
 assert tuned.noise_variance is not None
 
 grid = jnp.linspace(-4.5, 4.5, 200)[:, None]
-hyper = {"prior_prec": tuned.prior_prec, "sigma_squared": 1 / (2 * tuned.noise_variance)}
-marginals = laplax_kfac.predictive_variance(curv, model_fn, params, grid, **hyper)
+marginals = laplax_kfac.predictive_variance(curv, model_fn, params, grid, prior_prec=tuned)
 functions = laplax_kfac.predictive_samples(
-    curv, model_fn, params, grid, jax.random.key(2), 6, **hyper
+    curv, model_fn, params, grid, jax.random.key(2), 6, prior_prec=tuned
 )
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
 plotting.plot_band(grid, marginals, noise_variance=tuned.noise_variance, axes=axes[0])

@@ -43,10 +43,9 @@ noise = found.noise_variance
 assert noise is not None
 print(f"tuned: prior precision {found.prior_prec:.3g}, noise variance {noise:.3g}")
 
-# The curvature is that of the squared error; of the Gaussian likelihood, it is so many times that.
-factor = 1 / (2 * noise)
-posterior = laplax_kfac.make_posterior(found.curvature, found.prior_prec, sigma_squared=factor)
-networks = posterior.sample(jax.random.key(0), 500, found.params)
+# What was found goes into every call whole: the prior precision, and the noise that belongs to it.
+posterior = laplax_kfac.make_posterior(found.curvature, found, params=found.params)
+networks = posterior.sample(jax.random.key(0), 500)
 
 grid = jnp.linspace(-6, 8, 200)[:, None]
 inside = (grid[:, 0] > train[0].min()) & (grid[:, 0] < train[0].max())
@@ -65,9 +64,8 @@ def linearised(params, inputs):
 drawn = jax.jit(jax.vmap(lambda p: linearised(p, grid)))(networks)
 plain = jax.jit(jax.vmap(lambda p: outputs(p, grid)))(networks)
 closed = laplax_kfac.predictive_covariance(
-    found.curvature, model_fn, found.params, grid, prior_prec=found.prior_prec,
-    sigma_squared=factor,
-)  # fmt: skip
+    found.curvature, model_fn, found.params, grid, prior_prec=found
+)
 deviation = jnp.sqrt(closed.variance[:, 0])
 print(f"{'mean standard deviation':32}{'among data':>12}{'outside':>10}")
 for name, spread in {
@@ -78,9 +76,8 @@ for name, spread in {
     print(f"{name:32}{spread[inside].mean():12.3f}{spread[~inside].mean():10.3f}")
 
 held_out = laplax_kfac.predictive_covariance(
-    found.curvature, model_fn, found.params, test[0], prior_prec=found.prior_prec,
-    sigma_squared=factor,
-)  # fmt: skip
+    found.curvature, model_fn, found.params, test[0], prior_prec=found
+)
 width = 1.96 * jnp.sqrt(held_out.variance + noise)
 covered = (jnp.abs(test[1] - held_out.mean) < width).mean()
 print(f"{len(test[0])} held-out targets: {covered:.1%} within the 95 % interval")

@@ -14,8 +14,9 @@ from laplax_kfac.curvature.options import Options
 from laplax_kfac.curvature.relative_error import RelativeError, relative_error
 from laplax_kfac.evidence.evidence import Evidence, log_marginal_likelihood
 from laplax_kfac.evidence.fit import DataFit, data_fit
+from laplax_kfac.evidence.notices import BoundaryWarning
 from laplax_kfac.evidence.training import Trained, marglik_training
-from laplax_kfac.evidence.tuning import BoundaryWarning, Tuned, tune
+from laplax_kfac.evidence.tuning import Tuned, tune
 from laplax_kfac.laplax_adapter import register as _register
 from laplax_kfac.likelihood.record import Likelihood
 from laplax_kfac.links import class_probabilities
@@ -28,6 +29,7 @@ from laplax_kfac.predictive.predictive import (
     predictive_variance,
 )
 from laplax_kfac.predictive.samples import predictive_samples
+from laplax_kfac.predictive.validation import Validation
 from laplax_kfac.report import LayerReport, find_layers
 
 _register()
@@ -49,6 +51,7 @@ __all__ = [
     "RelativeError",
     "Trained",
     "Tuned",
+    "Validation",
     "accumulator",
     "class_probabilities",
     "clear_caches",

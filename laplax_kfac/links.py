@@ -4,6 +4,7 @@ The mean-field formulas are laplax's own; they are made to sum to one, which lap
 Laplace bridge is ours, for laplax's cannot be called on the outputs of one example.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -38,7 +39,7 @@ def class_probabilities(
     num_classes: int | None = None,
     key: Key[Array, ""] | None = None,
     num_samples: int = 1000,
-) -> Float[Array, "N *terms K"]:
+) -> Float[Array, "N *outputs"]:
     """Probabilities of classes under a Gaussian over their logits.
 
     A single logit is one of two classes, and the probability is that of the sigmoid.
@@ -57,13 +58,13 @@ def class_probabilities(
               softmax basis has these logits without their common part (Hobbhahn et al. 2022, arXiv
               2003.01227). Rough, and not the softmax even where the variance vanishes.
             - ``"mc"``: an average over samples of the logits; needs ``key``.
-        num_classes: Length K of the last axis of the model's output, for models with several
-            softmaxes an input (tokens, pixels); by default all outputs are one.
+        num_classes: Number K of outputs of one softmax, for models with several an input (tokens,
+            pixels); by default each is over the last axis of the model's output.
         key: For ``"mc"``; all inputs get the same random numbers.
         num_samples: For ``"mc"``.
 
     Returns:
-        Shape (N, K); with ``num_classes`` given (N, terms, K).
+        The shape of the mean, (N, K) for one softmax; with ``num_classes`` given (N, terms, K).
 
     Raises:
         ValueError: If the link is unknown or needs what is not given, or if ``num_classes`` does
@@ -101,7 +102,7 @@ def class_probabilities(
         probabilities = jax.vmap(_LINKS[link])(*flat)
         probabilities = probabilities / jnp.sum(probabilities, axis=-1, keepdims=True)
     probabilities = probabilities.reshape(mean.shape)[..., :classes]
-    return probabilities[:, 0] if num_classes is None else probabilities
+    return probabilities.reshape(predictive.mean.shape) if num_classes is None else probabilities
 
 
 @no_type_check
@@ -109,8 +110,9 @@ def _terms(
     predictive: Predictive | Marginals, num_classes: int | None
 ) -> tuple[Float[Array, "N terms K"], Float[Array, "N terms K K"]]:
     """Mean and covariance of every softmax."""
-    count, outputs = predictive.mean.shape
-    classes = outputs if num_classes is None else positive_integer("num_classes", num_classes)
+    count, *shape = predictive.mean.shape
+    outputs, last = math.prod(shape), (shape or [1])[-1]
+    classes = last if num_classes is None else positive_integer("num_classes", num_classes)
     if outputs % classes:
         msg = f"`num_classes` is {num_classes}, which does not divide the {outputs} outputs."
         raise ValueError(msg)

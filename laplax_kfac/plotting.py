@@ -349,7 +349,11 @@ def plot_band(
     Raises:
         ValueError: If ``x`` and the predictive are of different lengths, or ``x`` is not 1-d.
     """
-    values, mean = np.asarray(x), np.asarray(predictive.mean)[:, output]
+
+    def of_output(numbers: ArrayLike) -> Float[np.ndarray, " N"]:
+        return np.asarray(numbers).reshape(len(predictive.mean), -1)[:, output]
+
+    values, mean = np.asarray(x), of_output(predictive.mean)
     if values.size != len(values) or values.size != mean.size:
         msg = (
             f"`x` must hold one number for each of the {mean.size} inputs of `predictive`, found "
@@ -359,7 +363,7 @@ def plot_band(
     axes = _axes(axes)
     order = np.argsort(values.ravel())
     values, mean = values.ravel()[order], mean[order]
-    deviation = np.sqrt(np.asarray(predictive.variance)[order, output])
+    deviation = np.sqrt(of_output(predictive.variance)[order])
     (line,) = axes.plot(values, mean, label="mean")
     for width in sorted(deviations):
         axes.fill_between(
@@ -369,7 +373,7 @@ def plot_band(
     if noise_variance is not None:
         width = max(deviations)
         noisy = predictive.with_noise(noise_variance)
-        half = width * np.sqrt(np.asarray(noisy.variance)[order, output])
+        half = width * np.sqrt(of_output(noisy.variance)[order])
         label = f"{width:g} std of observations"
         axes.plot(values, mean - half, "--", color=line.get_color(), label=label)
         axes.plot(values, mean + half, "--", color=line.get_color())

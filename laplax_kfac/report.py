@@ -11,6 +11,7 @@ from laplax_kfac.arguments import no_type_check, require_callable, shown
 from laplax_kfac.capture.capture import record_size
 from laplax_kfac.curvature.options import OptionKeywords, Options
 from laplax_kfac.meshes import on_automatic_axes
+from laplax_kfac.parsing.independence import require_independent
 from laplax_kfac.parsing.layer import Layer, Repeated
 from laplax_kfac.parsing.program import ModelFn, parse
 from laplax_kfac.summaries import aligned
@@ -176,10 +177,13 @@ def find_layers(
             raise ValueError(msg)
         return jax.ShapeDtypeStruct(found.shape if vmap_over_data else found.shape[1:], found.dtype)
 
+    example = jax.tree.map(shape_of, example_input)
+    if not vmap_over_data:
+        require_independent(model_fn, params, example)
     program = parse(
         model_fn,
         params,
-        jax.tree.map(shape_of, example_input),
+        example,
         vmap_over_data=vmap_over_data,
         selection=chosen.selection(),
     )

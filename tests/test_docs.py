@@ -1,8 +1,11 @@
 """The Python blocks of the README and of the documentation run, in order, one namespace a page.
 
-A comment `<!-- needs: name -->` before a block leaves it out where that package is not installed.
+A comment `<!-- needs: name -->` before a block leaves it out where that package is not installed. A
+block of text right below is what it prints; numbers may differ a little between machines.
 """
 
+import contextlib
+import io
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +13,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"^(?:<!-- needs: (\w+) -->\n)?```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"^(?:<!-- needs: (\w+) -->\n)?```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?",
+    re.DOTALL | re.MULTILINE,
+)
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -26,7 +33,23 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
             continue
         line = PAGES[page].count("\n", 0, block.start(2))
         source = "\n" * line + block[2]  # tracebacks then show the line of the page
-        exec(compile(source, ROOT / page, "exec"), namespace)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(source, ROOT / page, "exec"), namespace)
+        if block[3]:
+            compare(printed.getvalue(), block[3])
+
+
+def compare(printed, told):
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", told)
+    found, expected = ([float(x) for x in NUMBER.findall(text)] for text in (printed, told))
+    assert found == pytest.approx(expected, rel=0.1, abs=0.01)
+
+
+@pytest.mark.parametrize("printed", ["AUROC 0.5\n", "AUC 0.9\n", "AUROC 0.9 0.9\n", ""])
+def test_other_output_is_noticed(printed):
+    compare("AUROC 0.91\n", "AUROC 0.9\n")
+    with pytest.raises(AssertionError):
+        compare(printed, "AUROC 0.9\n")
 
 
 def test_blocks_are_found():
@@ -34,7 +57,8 @@ def test_blocks_are_found():
         "a\n```python\nx = 1\n```\nb\n```bash\nls\n```\n"
         "<!-- needs: torch -->\n```python\n\ny = 2\n```\n"
     )
-    assert BLOCK.findall(text) == [("", "x = 1\n"), ("torch", "\ny = 2\n")]
+    assert BLOCK.findall(text) == [("", "x = 1\n", ""), ("torch", "\ny = 2\n", "")]
+    assert BLOCK.findall("```python\nx\n```\n\n```text\n1\n```\n") == [("", "x\n", "1\n")]
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

@@ -137,6 +137,21 @@ def test_several_softmaxes_are_worked_on_one_by_one(link):
         np.testing.assert_allclose(found[:, term], probabilities(alone, link), **CLOSE)
 
 
+@pytest.mark.parametrize("link", LINKS)
+def test_the_softmax_is_over_the_last_axis_of_the_output(link):
+    flat = logits(2, 6)
+    tokens = Predictive(flat.mean.reshape(2, 2, 3), flat.covariance)
+    expected = probabilities(flat, link, num_classes=3)
+    np.testing.assert_array_equal(probabilities(tokens, link), expected)
+
+
+def test_a_scalar_output_is_one_logit():
+    column = logits(2, 1)
+    scalar = Predictive(column.mean[:, 0], column.covariance)
+    found = probabilities(scalar, "probit")
+    np.testing.assert_array_equal(found, probabilities(column, "probit")[:, 0])
+
+
 @pytest.mark.parametrize("link", ["probit", "mean_field_1"])
 def test_variances_alone_are_enough_for_some(link):
     marginals = Marginals(logits().mean, logits().variance)

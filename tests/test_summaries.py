@@ -44,6 +44,7 @@ def objects():
         "statistics": accumulator.update(accumulator.init(), data),
         "tuned": tuned,
         "evidence": tuned.evidence,
+        "validation": laplax_kfac.Validation(model_fn, data, "mse"),
         "covariances": laplax_kfac.predictive_covariance(curv, model_fn, params, x, prior_prec=1.0),
         "variances": laplax_kfac.predictive_variance(curv, model_fn, params, x, prior_prec=1.0),
         "options": laplax_kfac.Options(key=jax.random.key(1), kfac_approx={"a*": "reduce"}),

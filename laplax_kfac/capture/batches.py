@@ -108,6 +108,7 @@ def _of_mapping(batch: Mapping[Any, Any], name: str) -> Batch:
     return {**parts, "weight": weight}
 
 
+@no_type_check
 def weighted_batch(batch: Batch, weights: ArrayLike | None = None) -> WeightedBatch:
     """Split a batch into its examples and what each counts.
 
@@ -117,7 +118,14 @@ def weighted_batch(batch: Batch, weights: ArrayLike | None = None) -> WeightedBa
 
     Raises:
         ValueError: If the arrays, or ``weights``, disagree about the number of examples.
+        TypeError: If it is no such batch.
     """
+    if not isinstance(batch, Mapping):
+        msg = (
+            "`data` must be batches with their weights here, as `Accumulator.parts` makes them of "
+            f"batches; found {shown(batch)} as a batch."
+        )
+        raise TypeError(msg)
     counts = _counts(batch)
     if weights is None:
         return _examples(batch), jnp.asarray(counts)

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Unpack
 
@@ -18,6 +18,7 @@ from laplax_kfac.arguments import (
     require_weights,
     shown,
 )
+from laplax_kfac.blocks.merging import require_curvature
 from laplax_kfac.caches import Cache
 from laplax_kfac.capture.batches import (
     Batch,
@@ -30,7 +31,9 @@ from laplax_kfac.capture.batches import (
 )
 from laplax_kfac.capture.left_out import without_left_out
 from laplax_kfac.capture.shards import Shards
+from laplax_kfac.curvature import identity
 from laplax_kfac.curvature.curvature import Curvature, Origin
+from laplax_kfac.curvature.keeping import EIGENVALUES, FACTORS, NOBODY, Keeper, applied
 from laplax_kfac.curvature.options import OptionKeywords, Options, Settings
 from laplax_kfac.curvature.passes import Arrays, Compiled, OfRecords, compiled_for, zeros_of
 from laplax_kfac.factors import Statistics, optimal_factors
@@ -39,6 +42,8 @@ from laplax_kfac.faults import Context, Place, Placed, added
 from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.cache_keys import of_mesh
+from laplax_kfac.parsing.independence import require_independent
+from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.program import ModelFn, parse
 
 KFOC_ITERATIONS = 30
@@ -61,7 +66,12 @@ class Accumulator:
     )
 
     def at(self, params: PyTree) -> "Accumulator":
-        """The same at other parameters of the same shapes; nothing is traced or compiled anew."""
+        """The same at other parameters of the same shapes; nothing is traced or compiled anew.
+
+        Raises:
+            ValueError: If they have other shapes, or another structure.
+        """
+        ParameterSpace.of(self.params).require_like(params, "params")
         return replace(self, params=params)  # with the same programs
 
     def init(self) -> Statistics:
@@ -96,18 +106,43 @@ class Accumulator:
         compiled, arrays = self._pass(examples, counts, state.num_updates)
         return _added(state, compiled, arrays)
 
+    @no_type_check
     @on_automatic_axes
-    def collect(self, data: Iterable[WeightedBatch]) -> Statistics:
+    def collect(self, data: Iterable[WeightedBatch], keeper: Keeper = NOBODY) -> Statistics:
         """Statistics of all data: updates from the first, but in place.
 
         Args:
             data: Batches with their weights, such as `parts` of data.
+            keeper: Keeps what is summed up; if it was in a later pass already, the statistics are
+                shapes alone.
         """
-        state = self.init()
+
+        def forms(part: WeightedBatch) -> list[Statistics]:
+            compiled, arrays = self._pass(*weighted_batch(*part), 0)
+            tiles = compiled.shapes(compiled.statistics, arrays)
+            return [tiles, jax.eval_shape(factors.mirrored, tiles)]
+
+        def step(state: Statistics, number: int, part: WeightedBatch) -> Statistics:
+            return _added(state, *self._pass(*weighted_batch(*part), number), in_place=True)
+
+        if keeper.path is not None:
+            data = self._recognised(data, keeper)
+        if keeper.stage > FACTORS:
+            return forms(next(iter(data)))[1]
+        keeper.begin(FACTORS, None)
+        return factors.mirrored(keeper.total(data, self.init(), step, forms))
+
+    def _recognised(self, data: Iterable[WeightedBatch], keeper: Keeper) -> Iterator[WeightedBatch]:
+        """The data, if the keeper knows their first batch, and the model, from an earlier fit."""
         for number, part in enumerate(data):
-            compiled, arrays = self._pass(*weighted_batch(*part), number)
-            state = _added(state, compiled, arrays, in_place=True)
-        return factors.mirrored(state)
+            if number == 0:
+                compiled, arrays = self._pass(*weighted_batch(*part), 0)
+                if jaxprs.is_traced(arrays):
+                    msg = "`checkpoint` needs values: call `kfac` outside of jit, grad and vmap."
+                    raise ValueError(msg)
+                program = compiled.program
+                keeper.recognise(identity.of_fit(program, self.settings, arrays, keeper.choices))
+            yield part
 
     @no_type_check
     @on_automatic_axes
@@ -175,6 +210,7 @@ class Accumulator:
         passes: Callable[[], Iterable[WeightedBatch]],
         *,
         iterations: int = KFOC_ITERATIONS,
+        keeper: Keeper = NOBODY,
     ) -> Curvature:
         """The curvature with the Kronecker products nearest to the exact blocks (Frobenius norm).
 
@@ -185,22 +221,35 @@ class Accumulator:
             state: Statistics of the data.
             passes: Gives the same batches with their weights, at every call.
             iterations: Most steps.
+            keeper: Keeps what is summed up.
 
         Raises:
             ValueError: If the state has seen no data.
         """
         iterations = positive_integer("iterations", iterations)
         require_statistics("state", state)
+        require_callable("passes", passes, "a function that returns the batches anew")
         factors.require_data(state)
-        old_inputs, outputs = factors.kronecker_factors(state)
-        for _ in range(iterations):
-            new = self.total(optimal_factors.over_outputs, passes(), outputs)
-            inputs = optimal_factors.over_squared_norms(state.layers, new, outputs, 0)
-            new = self.total(optimal_factors.over_inputs, passes(), inputs)
+        if keeper.stage == EIGENVALUES:  # these are over: what comes next knows what they gave
+            return applied(self.finalize, state)
+
+        def start(state: Statistics) -> PyTree:
+            inputs, outputs = factors.kronecker_factors(state)
+            return state, inputs, inputs, outputs
+
+        known = applied(start, state)
+        for number in range(max(1, keeper.stage), 2 * iterations + 1):
+            state, old, inputs, outputs = known = keeper.begin(number, known)
+            if number % 2:
+                new = self.total(optimal_factors.over_outputs, passes(), outputs, keeper=keeper)
+                inputs = optimal_factors.over_squared_norms(state.layers, new, outputs, 0)
+                known = state, old, inputs, outputs
+                continue
+            new = self.total(optimal_factors.over_inputs, passes(), inputs, keeper=keeper)
             outputs = optimal_factors.over_squared_norms(state.layers, new, inputs, 1)
-            if optimal_factors.same_directions(state.layers, old_inputs, inputs):
+            if optimal_factors.same_directions(state.layers, old, inputs):
                 break
-            old_inputs = inputs
+            known = state, inputs, inputs, outputs
         else:
             msg = (
                 f"`kfoc` stopped after {iterations} steps before the factors had settled: they are "
@@ -209,15 +258,21 @@ class Accumulator:
             warnings.warn(msg, stacklevel=3)
         return self.finalize(factors.with_kronecker_factors(state, inputs, outputs))
 
+    @no_type_check
     @on_automatic_axes
-    def correct(self, curvature: Curvature, data: Iterable[WeightedBatch]) -> Curvature:
+    def correct(
+        self, curvature: Curvature, data: Iterable[WeightedBatch], keeper: Keeper = NOBODY
+    ) -> Curvature:
         """Replace the eigenvalues of Kronecker blocks by exact second moments in their bases.
 
         Args:
             curvature: The curvature of the same data.
             data: The same batches with their weights, once more.
+            keeper: Keeps what is summed up.
         """
-        moments = self.total(corrected_eigenvalues, data, curvature.blocks)
+        require_curvature("curvature", curvature)
+        curvature = keeper.begin(EIGENVALUES, curvature)
+        moments = self.total(corrected_eigenvalues, data, curvature.blocks, keeper=keeper)
         blocks = tuple(
             replace(block, eigenvalues=m) if layer.block == "kronecker" else block
             for layer, block, m in zip(curvature.layers, curvature.blocks, moments, strict=True)
@@ -242,7 +297,11 @@ class Accumulator:
 
     @on_automatic_axes
     def total(
-        self, of_records: OfRecords, data: Iterable[WeightedBatch], *operands: PyTree
+        self,
+        of_records: OfRecords,
+        data: Iterable[WeightedBatch],
+        *operands: PyTree,
+        keeper: Keeper = NOBODY,
     ) -> PyTree:
         """Sum a function of the layers' records over the data.
 
@@ -251,22 +310,26 @@ class Accumulator:
                 records of some examples; compiled once for each shape of a batch.
             data: Batches with their weights.
             *operands: What else it takes.
+            keeper: Keeps what is summed up.
 
         Raises:
             ValueError: If the data hold what is no target, or the sum is not finite.
         """
-        total: PyTree = None
-        for number, (batch, weights) in enumerate(weighted_batch(*part) for part in data):
-            compiled, arrays = self._pass(batch, weights, number)
+
+        def forms(part: WeightedBatch) -> list[PyTree]:
+            compiled, arrays = self._pass(*weighted_batch(*part), 0)
+            return [jax.eval_shape(compiled.total, of_records, arrays, *operands)]
+
+        def step(total: PyTree, number: int, part: WeightedBatch) -> PyTree:
+            compiled, arrays = self._pass(*weighted_batch(*part), number)
             if total is None:
-                shapes = jax.eval_shape(compiled.total, of_records, arrays, *operands)
-                total = zeros_of(shapes)
+                total = zeros_of(forms(part)[0])
             if jaxprs.is_traced((arrays, operands)):
                 new = compiled.total(of_records, arrays, *operands)
-                total = added(total, new)
-            else:
-                total = compiled.add_total(of_records, total, arrays, *operands)
-        found, faults = total
+                return added(total, new)
+            return compiled.add_total(of_records, total, arrays, *operands)
+
+        found, faults = keeper.total(data, None, step, forms)
         places = data.places if isinstance(data, Placed) else ()
         faults.check(self.settings.nonfinite, Context(self.params, places))
         return found
@@ -300,7 +363,12 @@ class Accumulator:
                 resolved = tuple(map(factors.without_cotangents, program.resolved))
                 program = replace(program, resolved=resolved)
             self.settings.columns.likelihood.check(program.output, target)
-            return compiled_for(self.model_fn, program, self.settings, target)
+
+            def check() -> None:
+                if not self.settings.vmap_over_data:
+                    require_independent(self.model_fn, self.params, example)
+
+            return compiled_for(self.model_fn, program, self.settings, target, check)
 
         return self.programs.get(shapes, make)
 

@@ -1,7 +1,7 @@
 """Data in, curvature out: `kfac`, `ekfac` and `kfoc`, loops over the `accumulator`."""
 
 import functools
-from collections.abc import Iterable
+import os
 from dataclasses import dataclass, fields
 from typing import Any, Unpack
 
@@ -15,9 +15,7 @@ from laplax_kfac.arguments import (
     require_flags,
 )
 from laplax_kfac.capture.batches import (
-    Batch,
     Transform,
-    WeightedBatch,
     batches,
     even_batches,
     require_several_passes,
@@ -25,6 +23,7 @@ from laplax_kfac.capture.batches import (
 )
 from laplax_kfac.curvature.accumulator import KFOC_ITERATIONS, accumulator
 from laplax_kfac.curvature.curvature import Curvature
+from laplax_kfac.curvature.keeping import Keeper, applied, is_known
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.curvature.options import OptionKeywords, Options
 from laplax_kfac.faults import Placed
@@ -47,6 +46,12 @@ class PassKeywords(OptionKeywords, total=False):
         on fewer where their memory can then be reused.
     transform: Applied to every batch first, to bring it to one of the forms above.
     progress: Whether to show a progress bar over the batches.
+    checkpoint: A file that keeps what is summed up. A later call with the same arguments goes on
+        from there, in another process too, and ends with the same bits. Batches that were seen are
+        read once more and dropped, so they must come in the same order. A file of another fit
+        is refused; nobody removes it at the end.
+    checkpoint_every: Batches, of at most ``batch_size`` examples, between two times that the file
+        is written; 100 by default.
     """
 
     eigenvalue_correction: bool
@@ -55,6 +60,8 @@ class PassKeywords(OptionKeywords, total=False):
     batch_size: int
     transform: Transform | None
     progress: bool
+    checkpoint: str | os.PathLike[str] | None
+    checkpoint_every: int | None
 
 
 @no_type_check
@@ -68,6 +75,8 @@ class _Passes:
     batch_size: int = DEFAULT_BATCH_SIZE
     transform: Transform | None = None
     progress: bool = False
+    checkpoint: str | os.PathLike[str] | None = None
+    checkpoint_every: int | None = None
 
     def check(self, options: Options) -> None:
         """Refuse what refines Kronecker factors by gradients where there is no such thing.
@@ -94,6 +103,17 @@ class _Passes:
                     f"{options.curvature!r} and {options.fisher_type!r}."
                 )
                 raise ValueError(msg)
+
+    def keeper(self) -> Keeper:
+        """Keeps what is summed up, and knows what decides about it.
+
+        Raises:
+            ValueError: If the file is none of ours, or damaged.
+            TypeError: If its path is no path.
+        """
+        names = ("eigenvalue_correction", "optimal_factors", "iterations", "batch_size")
+        choices = {name: int(getattr(self, name)) for name in names}
+        return Keeper.of(self.checkpoint, self.checkpoint_every, choices)
 
 
 @no_type_check
@@ -141,26 +161,25 @@ def kfac(
     batch_size = positive_integer("batch_size", passes.batch_size)
     if passes.optimal_factors or passes.eigenvalue_correction:
         require_several_passes(data, "`ekfac`" if passes.eigenvalue_correction else "`kfoc`")
-    sizes: list[int] = []
+    keeper = passes.keeper()
 
     def stream(description: str) -> Placed:
-        def split(found: Iterable[Batch]) -> Iterable[WeightedBatch]:
-            parts = even_batches(found, batch_size)
-            return tqdm(parts, desc=description, unit="batch", disable=not passes.progress)
-
-        return Placed(same_number(batches(data, passes.transform), sizes), split)
+        shown = functools.partial(tqdm, desc=description, unit="batch", disable=not passes.progress)
+        found = same_number(batches(data, passes.transform), keeper.sizes)
+        return Placed(found, lambda found: shown(even_batches(found, batch_size)))
 
     parts = stream("factors")
-    state = accumulate.collect(parts)
-    accumulate.check(state, parts.places)
+    state = accumulate.collect(parts, keeper)
+    if is_known(state):  # else an earlier fit has checked it
+        accumulate.check(state, parts.places)
     if passes.optimal_factors:
         again = functools.partial(stream, "optimal factors")
         iterations = positive_integer("iterations", passes.iterations)
-        found = accumulate.optimise(state, again, iterations=iterations)
+        found = accumulate.optimise(state, again, iterations=iterations, keeper=keeper)
     else:
-        found = accumulate.finalize(state)
+        found = applied(accumulate.finalize, state)
     if passes.eigenvalue_correction:
-        return accumulate.correct(found, stream("eigenvalues"))
+        return accumulate.correct(found, stream("eigenvalues"), keeper)
     return found
 
 

@@ -101,19 +101,36 @@ class Compiled:
 
 
 def compiled_for(
-    model_fn: ModelFn, program: Program, settings: Settings, target: PyTree
+    model_fn: ModelFn,
+    program: Program,
+    settings: Settings,
+    target: PyTree,
+    check: Callable[[], None],
 ) -> Compiled:
-    """The passes of a model; those of an earlier fit where nothing they depend on has changed."""
+    """The passes of a model; those of an earlier fit where nothing they depend on has changed.
+
+    Args:
+        model_fn: The model.
+        program: What it was parsed to.
+        settings: What is pulled back.
+        target: Shapes and dtypes of the target of one example.
+        check: Refuses a model that cannot be worked with; called if there was no such fit.
+    """
     columns = settings.columns
     kind = columns.fisher, columns.mc_samples, columns.sketches, settings.kfac_approx
     # The selection is part of the program, the random key an argument.
     key = (of_program(program), _of_loss(program, settings, target), kind)
     without_arrays = replace(program, consts=[])  # they are arguments: the latest ones
+
+    def make() -> Compiled:
+        check()
+        return Compiled.of(without_arrays, settings)
+
     found = kept(
         model_fn,
         program.consts,
         (*key, machine.MACHINE.record_bytes, machine.MACHINE.reused_bytes),
-        lambda: Compiled.of(without_arrays, settings),
+        make,
     )
     return replace(found, program=program)
 

@@ -25,8 +25,9 @@ from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.blocks.merging import require_curvature
 from laplax_kfac.evidence.fit import DataFit, require_fit
 from laplax_kfac.meshes import on_automatic_axes
-from laplax_kfac.posterior.posterior import Posterior, as_prior, make_posterior
+from laplax_kfac.posterior.posterior import Posterior, as_prior, make_posterior, prior_mean_of
 from laplax_kfac.posterior.prior import (
+    Hyperparameters,
     PriorPrecision,
     Scalar,
     log_prior_determinant,
@@ -75,9 +76,10 @@ def log_marginal_likelihood(
         prior_prec: Prior precision tau: a scalar, an array with one value a layer, or a pytree
             prefix of the parameters. Or a matrix, which is added to the curvature by the rules of
             `merge` at every call: a pytree with one value for every parameter (or axes of length
-            one: a feature, a unit), or the posterior of an earlier task.
+            one: a feature, a unit), or the posterior of an earlier task. Or what
+            `tune` returned, with its noise variance.
         prior_mean: Mean of the prior, a pytree like the parameters: for the posterior of an earlier
-            task, the parameters it was fitted at. Zero by default.
+            task, the parameters it was fitted at, by default if it knows them. Else zero.
         noise_variance: Variance of the Gaussian noise, positive; only for ``mse``, 1/2 by default,
             for which the loss itself is the negative log-likelihood up to its constant.
 
@@ -87,6 +89,8 @@ def log_marginal_likelihood(
         TypeError: If ``log_likelihood`` is no `DataFit`, or ``prior_prec`` is a function.
     """
     require_curvature("curvature", curvature)
+    prior_prec, noise_variance = Hyperparameters.split(prior_prec, noise_variance)
+    prior_mean = prior_mean_of(prior_prec, prior_mean)
     require_fit(log_likelihood, noise_variance)
     fit = log_likelihood.log_likelihood(noise_variance)
     factor = log_likelihood.loss_factor(noise_variance)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import jax
@@ -18,13 +18,21 @@ from laplax_kfac.arguments import (
     require_flags,
     require_positive,
 )
-from laplax_kfac.capture.batches import Batch, Transform, batches, even_batches, first_example
+from laplax_kfac.capture.batches import (
+    Batch,
+    Transform,
+    batches,
+    even_batches,
+    first_example,
+    to_arrays,
+)
 from laplax_kfac.capture.checks import all_finite, faults_of
 from laplax_kfac.capture.examples import map_examples
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.faults import NONFINITE, NOT_FINITE, Context, Fault, Faults, Placed, added
 from laplax_kfac.likelihood.named import Loss, resolve_likelihood
 from laplax_kfac.meshes import on_automatic_axes
+from laplax_kfac.parsing.independence import require_independent
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.program import ModelFn, per_example
 from laplax_kfac.posterior.prior import Scalar
@@ -105,8 +113,20 @@ def data_fit(
     if transform is not None:
         require_callable("transform", transform, "a function of one batch")
     of_batch = jax.jit(fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data))
-    parts = Placed(batches(data, transform), lambda stream: even_batches(stream, batch_size))
-    return summed_fit(of_batch, params, parts, nonfinite)
+
+    def checked() -> Iterator[Batch]:
+        for number, batch in enumerate(batches(data, transform)):
+            if number == 0 and not vmap_over_data:
+                require_independent(model_fn, params, first_example(to_arrays(batch)))
+            yield batch
+
+    parts = Placed(checked(), lambda stream: even_batches(stream, batch_size))
+    found = summed_fit(of_batch, params, parts, nonfinite)
+    count = found.num_outputs
+    if not isinstance(count, jax.core.Tracer) and float(count) == 0:
+        msg = "All weights in `data` are zero: there is nothing to fit."
+        raise ValueError(msg)
+    return found
 
 
 def summed_fit(of_batch: FitOfBatch, params: PyTree, parts: Placed, nonfinite: str) -> DataFit:

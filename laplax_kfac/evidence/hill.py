@@ -50,7 +50,7 @@ class Hill:
     tolerance: Float[Array, ""] | float
     shares: Float[Array, " d"]
 
-    def inside(self, logs: Float[Array, " d"]) -> Float[Array, " d"]:
+    def inside(self, logs: Float[Array, "*any d"]) -> Float[Array, "*any d"]:
         """The nearest logarithms within the bounds."""
         return jnp.clip(logs, self.limits[0], self.limits[1])
 

@@ -43,7 +43,7 @@ def minimise(
     """
     checked_steps("lbfgs", steps, bounds)
     require_positive("tolerance", tolerance, shape=())
-    check_start({"hyperparameters": start}, bounds)
+    check_start({"hyperparameters": start}, bounds, "start")
     logs, unravel = ravel_pytree(
         jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)
     )

@@ -14,8 +14,9 @@ from laplax_kfac.arguments import require_positive
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.evidence.evidence import Evidence, log_marginal_likelihood
 from laplax_kfac.evidence.fit import DataFit
-from laplax_kfac.posterior.posterior import as_prior
-from laplax_kfac.posterior.prior import log_prior_determinant
+from laplax_kfac.evidence.held_out import HeldOut, Validated
+from laplax_kfac.posterior.posterior import Posterior, as_prior, make_posterior
+from laplax_kfac.posterior.prior import Hyperparameters, log_prior_determinant
 
 PriorFunction = Callable[[PyTree], Any]
 DEFAULT_BOUNDS = (1e-8, 1e8)
@@ -28,6 +29,7 @@ def identity(hyperparameters: PyTree) -> PyTree:
 
 def start_of(prior_prec: Any, hyperparameters: PyTree, noise_variance: Any) -> tuple[Any, PyTree]:
     """The prior precision as a function of hyperparameters, and where all of them start."""
+    prior_prec, noise_variance = Hyperparameters.split(prior_prec, noise_variance)
     if callable(prior_prec) != (hyperparameters is not None):
         msg = (
             "`hyperparameters` says where the arguments of a function `prior_prec` start: pass "
@@ -52,9 +54,19 @@ def start_of(prior_prec: Any, hyperparameters: PyTree, noise_variance: Any) -> t
     return function, start
 
 
-def check_start(start: PyTree, bounds: tuple[float, float]) -> None:
-    """Refuse starts that are known and not positive, or out of bounds."""
-    names = {"hyperparameters": "prior_prec", "noise_variance": "noise_variance"}
+def check_start(start: PyTree, bounds: tuple[float, float], argument: str = "prior_prec") -> None:
+    """Refuse starts that are known and not positive, or out of bounds.
+
+    Args:
+        start: Where hyperparameters and the noise variance start.
+        bounds: Smallest and largest value.
+        argument: What the hyperparameters were passed as.
+
+    Raises:
+        ValueError: If one is not positive, or out of bounds.
+        TypeError: If one is no number.
+    """
+    names = {"hyperparameters": argument, "noise_variance": "noise_variance"}
     for name, values in start.items():
         for value in jax.tree.leaves(values):
             require_positive(names[name], value)
@@ -68,12 +80,33 @@ def check_start(start: PyTree, bounds: tuple[float, float]) -> None:
 @pytrees.register
 @dataclass(frozen=True)
 class Problem:
-    """What the evidence depends on besides the hyperparameters."""
+    """What the evidence depends on besides the hyperparameters, and what is maximised instead."""
 
     curvature: BlockDiagonal
     params: PyTree
     log_likelihood: DataFit
     prior_mean: PyTree | None
+    held_out: HeldOut | None = None
+
+    def value(self, function: PriorFunction, values: PyTree) -> Array:
+        """What is maximised: the evidence, or how likely targets are that were held out."""
+        if self.held_out is None:
+            return self.evidence(function, values).value
+        noise_variance = values.get("noise_variance")
+        return self.held_out.score(self.posterior(function, values), noise_variance)
+
+    def posterior(self, function: PriorFunction, values: PyTree) -> Posterior:
+        """The posterior with these hyperparameters."""
+        factor = self.log_likelihood.loss_factor(values.get("noise_variance"))
+        prior = function(values["hyperparameters"])
+        return make_posterior(self.curvature, prior, sigma_squared=factor)
+
+    def validated(self, function: PriorFunction, values: PyTree) -> Validated | None:
+        """Predictions for data that were held out, if there are any."""
+        if self.held_out is None:
+            return None
+        noise_variance = values.get("noise_variance")
+        return self.held_out.validated(self.posterior(function, values), noise_variance)
 
     def evidence(self, function: PriorFunction, values: PyTree) -> Evidence:
         """The evidence, with ``function`` the prior precision of ``values["hyperparameters"]``."""
@@ -87,7 +120,13 @@ class Problem:
         )
 
     def shares(self, function: PriorFunction, values: PyTree) -> Array:
-        """Half the number of parameters, or of targets, that is governed by the values."""
+        """Half the number of parameters, or of targets, that is governed by the values.
+
+        Of held-out data, the number of examples, whichever hyperparameter it is.
+        """
+        if self.held_out is not None:
+            logs = [jnp.sum(jnp.log(value)) for value in jax.tree.leaves(values)]
+            return self.held_out.num_examples() * sum(logs, jnp.zeros(()))
         prior = as_prior(function(values["hyperparameters"]))
         targets = self.log_likelihood.num_outputs * jnp.log(values.get("noise_variance", 1.0))
         return 0.5 * (log_prior_determinant(prior, self.curvature) + targets)

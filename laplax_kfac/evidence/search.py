@@ -91,6 +91,21 @@ def climb(
     return hill.inside(scaled / weights), trace, taken
 
 
+def coarse(
+    hill: Hill, start: Float[Array, " d"], moves: Float[Array, " d"], points: int
+) -> Float[Array, " d"]:
+    """The best of a line through the start: coordinates that move, by one distance, in all bounds.
+
+    For what is not concave. A coordinate moves if its entry of ``moves`` is 1, and stays at 0.
+    """
+    center = jnp.sum(moves * start) / jnp.maximum(jnp.sum(moves), 1.0)
+    offsets = jnp.linspace(hill.limits[0], hill.limits[1], points) - center
+    candidates = hill.inside(start + offsets[:, None] * moves)
+    candidates = jnp.concatenate([start[None], candidates])
+    values = jax.lax.map(hill.value, candidates)
+    return candidates[jnp.argmax(jnp.where(jnp.isnan(values), -jnp.inf, values))]
+
+
 def search_grid(
     hill: Hill, start: Float[Array, " d"], points: int
 ) -> tuple[Float[Array, " d"], Float[Array, " searches"]]:

@@ -13,7 +13,7 @@ from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.evidence.evidence import Evidence
 from laplax_kfac.evidence.fit import FitOfBatch
 from laplax_kfac.evidence.problem import PriorFunction, Problem
-from laplax_kfac.posterior.posterior import as_prior
+from laplax_kfac.posterior.posterior import as_prior, prior_mean_of
 from laplax_kfac.posterior.prior import Scalar, prior_distance
 
 
@@ -62,8 +62,9 @@ def training_step(
         params, (batch, weights) = completed(moving, params), part
         fit, _ = of_batch(params, batch, weights, jnp.uint32(0))
         likelihood = fit.log_likelihood(target.values.get("noise_variance"))
-        prior = as_prior(function(target.values["hyperparameters"]))
-        distance = prior_distance(prior, target.curvature, params, target.prior_mean)
+        prior = function(target.values["hyperparameters"])
+        mean = prior_mean_of(prior, target.prior_mean)
+        distance = prior_distance(as_prior(prior), target.curvature, params, mean)
         return -likelihood / jnp.sum(weights) + 0.5 * distance / target.num_examples
 
     with_extras = optax.with_extra_args_support(optimizer)

@@ -34,6 +34,7 @@ from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.evidence.evidence import Evidence
 from laplax_kfac.evidence.fit import fit_of_batch, require_fit
 from laplax_kfac.evidence.hill import DEFAULT_TOLERANCE
+from laplax_kfac.evidence.notices import warn_of_frozen
 from laplax_kfac.evidence.passes import Passes, Schedule
 from laplax_kfac.evidence.problem import (
     DEFAULT_BOUNDS,
@@ -47,12 +48,17 @@ from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.program import ModelFn
 from laplax_kfac.posterior.posterior import as_prior
-from laplax_kfac.posterior.prior import PriorPrecision, Scalar, log_prior_determinant
+from laplax_kfac.posterior.prior import (
+    Hyperparameters,
+    PriorPrecision,
+    Scalar,
+    log_prior_determinant,
+)
 
 
 @pytrees.register
 @dataclass(frozen=True)
-class Trained:
+class Trained(Hyperparameters):
     """The best model of a run, and how the run went.
 
     Attributes:
@@ -162,7 +168,7 @@ def marglik_training(
         raise TypeError(msg)
     require_several_passes(data, "`marglik_training`")
     function, start = start_of(prior_prec, hyperparameters, noise_variance)
-    check_start(start, bounds)
+    check_start(start, bounds, "hyperparameters" if callable(prior_prec) else "prior_prec")
     key = jax.random.key(0) if key is None else key
     accumulate = accumulator(
         model_fn, params, loss_fn=loss_fn, key=key, vmap_over_data=vmap_over_data, **options
@@ -172,7 +178,8 @@ def marglik_training(
 
     # Before any training: it says which layers there are, and what is wrong with the data.
     curvature = passes.curvature_at(params, accumulate.settings.nonfinite)
-    require_fit(passes.fit_at(params, accumulate.settings.nonfinite), noise_variance)
+    require_fit(passes.fit_at(params, accumulate.settings.nonfinite), start.get("noise_variance"))
+    warn_of_frozen(curvature, start.get("noise_variance") if hyper_steps else None)
     log_prior_determinant(as_prior(function(start["hyperparameters"])), curvature)
     num_examples = sum(float(jnp.sum(weights)) for _, weights in passes.stream())
     logs = jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)

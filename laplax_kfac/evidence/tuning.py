@@ -8,25 +8,25 @@ which the logarithms of all precisions are linear functions, such as one shared 
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
 from laplax_kfac import pytrees
-from laplax_kfac.arguments import no_type_check, require_positive
+from laplax_kfac.arguments import no_type_check, require_positive, shown
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.blocks.merging import require_curvature
 from laplax_kfac.evidence.evidence import Evidence
 from laplax_kfac.evidence.fit import DataFit, require_fit
+from laplax_kfac.evidence.held_out import MakesHeldOut, Validated
 from laplax_kfac.evidence.hill import DEFAULT_TOLERANCE, Hill, pushed
+from laplax_kfac.evidence.notices import warn_at_bounds, warn_of_frozen
 from laplax_kfac.evidence.problem import (
     DEFAULT_BOUNDS,
     PriorFunction,
@@ -35,33 +35,45 @@ from laplax_kfac.evidence.problem import (
     identity,
     start_of,
 )
-from laplax_kfac.evidence.search import Method, checked_steps, climb, search_grid
+from laplax_kfac.evidence.search import (
+    DEFAULT_STEPS,
+    Method,
+    checked_steps,
+    climb,
+    coarse,
+    search_grid,
+)
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.posterior.posterior import as_prior
-from laplax_kfac.posterior.prior import PriorPrecision, Scalar, log_prior_determinant
-
-
-class BoundaryWarning(UserWarning):
-    """A hyperparameter ended at a bound: the evidence has no optimum inside."""
+from laplax_kfac.posterior.prior import (
+    Hyperparameters,
+    PriorPrecision,
+    Scalar,
+    log_prior_determinant,
+    precision_matrix,
+)
 
 
 @pytrees.register
 @dataclass(frozen=True)
-class Tuned:
-    """Hyperparameters that maximise the evidence.
+class Tuned(Hyperparameters):
+    """Hyperparameters that maximise the evidence, or what `tune` was given in its place.
 
     Attributes:
         prior_prec: Prior precision, in the form it was given, or as the function returned it.
         noise_variance: Noise variance; None where the likelihood has none.
         evidence: The evidence there.
-        trace: Evidence at every step, shape (steps,); it stays as it is after the last one that was
+        trace: What is maximised at every step, the evidence or the log-likelihood of all targets
+            that were held out, shape (steps,); it stays as it is after the last one that was
             needed. For the grid, the best so far after every round of every hyperparameter.
         converged: Whether the optimum was found: a Newton step in the logarithms of the
-            hyperparameters, within the bounds, would raise the evidence by no more than the
+            hyperparameters, within the bounds, would raise it by no more than the
             tolerance in nats, or than rounding leaves of it. Never where anything is NaN.
         at_bound: Which hyperparameters ended at a bound: a dictionary with the entries
             ``"hyperparameters"`` (in the form of the start) and ``"noise_variance"``.
         hyperparameters: The hyperparameters, where ``prior_prec`` is a function of them.
+        validated: Predictions for the data that were held out, with ``validation``: what was
+            minimised there, and how confident they are beside the parameters themselves.
     """
 
     prior_prec: PyTree
@@ -71,6 +83,7 @@ class Tuned:
     converged: Bool[Array, ""]
     at_bound: PyTree = None
     hyperparameters: PyTree = None
+    validated: Validated | None = None
 
 
 @no_type_check
@@ -84,6 +97,7 @@ def tune(
     hyperparameters: PyTree = None,
     prior_mean: PyTree | None = None,
     noise_variance: Scalar | None = None,
+    validation: MakesHeldOut | None = None,
     method: Method = "lbfgs",
     steps: int | None = None,
     learning_rate: float = 0.1,
@@ -102,11 +116,14 @@ def tune(
         prior_prec: Where to start: a scalar, an array with one value a layer, or a pytree prefix
             of the parameters; every value is tuned (one for every feature costs decompositions at
             every step, though). Or a function of ``hyperparameters`` that
-            returns one of these, or a `Posterior`.
+            returns one of these, or a `Posterior`. Or what `tune` returned before: from there on.
         hyperparameters: Where to start if ``prior_prec`` is a function: a pytree of positive
             numbers, all of which are tuned. An empty one leaves the noise variance alone.
         prior_mean: Mean of the prior, a pytree like the parameters; zero by default.
         noise_variance: Where to start; None leaves it out.
+        validation: A `Validation`, data that were held out: what is maximised is then their
+            likelihood under the predictive, not the evidence, from the best of a few multiples
+            of the start. For priors with one value a layer, or fewer.
         method: ``"lbfgs"``; ``"adam"``; or ``"grid"``, which needs no derivative: each
             hyperparameter in turn takes the best of ``steps`` values between the bounds, and again
             on ever finer grids.
@@ -118,6 +135,8 @@ def tune(
     Warns:
         BoundaryWarning: If a value ends at a bound, as for a layer that was pruned: its best
             precision is infinite. (Not under ``jit``; see `Tuned.at_bound`.)
+        UserWarning: If a noise variance is tuned though the curvature leaves parameters out, which
+            were fitted to the data as well.
 
     Raises:
         ValueError: If there is nothing to tune, an option has no sense, or a start is not positive
@@ -127,39 +146,35 @@ def tune(
     require_curvature("curvature", curvature)
     curvature.space.require_like(params, "params")
     function, start = start_of(prior_prec, hyperparameters, noise_variance)
-    require_fit(log_likelihood, noise_variance)
+    require_fit(log_likelihood, start.get("noise_variance"))
     steps = checked_steps(method, steps, bounds)
     require_positive("learning_rate", learning_rate, shape=())
     require_positive("tolerance", tolerance, shape=())
-    problem = Problem(curvature, params, log_likelihood, prior_mean)
-    check_start(start, bounds)
+    check_start(start, bounds, "hyperparameters" if callable(prior_prec) else "prior_prec")
+    held_out = None
+    if validation is not None:
+        if not isinstance(validation, MakesHeldOut):
+            msg = f"`validation` must be a `Validation`, found {shown(validation)}."
+            raise TypeError(msg)
+        held_out = validation.of(curvature, params, gaussian=log_likelihood.gaussian)
+    problem = Problem(curvature, params, log_likelihood, prior_mean, held_out)
     # Inside the loop the values are not known, and not refused.
-    log_prior_determinant(as_prior(function(start["hyperparameters"])), curvature)
+    prior = as_prior(function(start["hyperparameters"]))
+    log_prior_determinant(prior, curvature)
+    if held_out is not None and precision_matrix(prior, curvature) is not None:
+        msg = "`validation` chooses priors with one value a layer or fewer; found a matrix."
+        raise ValueError(msg)
     logs = jax.tree.map(lambda v: jnp.log(jnp.asarray(v, jnp.result_type(float))), start)
     limits = jnp.log(jnp.asarray(bounds, jnp.result_type(float)))
     tuned = _tuned(
         problem, logs, Controls(limits, learning_rate, tolerance), function, (method, steps)
     )
-    _warn_at_bounds(tuned, bounds)
+    if held_out is None:
+        warn_at_bounds(tuned.at_bound, bounds)
+        warn_of_frozen(curvature, noise_variance)
+    else:
+        warn_at_bounds(tuned.at_bound, bounds, "likelihood of held-out data")
     return tuned
-
-
-def _warn_at_bounds(tuned: Tuned, bounds: tuple[float, float]) -> None:
-    found, _ = jax.tree_util.tree_flatten_with_path(tuned.at_bound)
-    if any(isinstance(flag, jax.core.Tracer) for _, flag in found):
-        return
-    named = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, flag in found
-        if np.any(flag)
-    ]
-    if named:
-        msg = (
-            f"The evidence has no optimum between {bounds[0]:g} and {bounds[1]:g} in "
-            f"{', '.join(named)}: the bound is returned. A prior precision without an upper one "
-            "means that the data speak for no weight there: the layer is pruned."
-        )
-        warnings.warn(msg, BoundaryWarning, stacklevel=3)
 
 
 class Controls(NamedTuple):
@@ -184,17 +199,13 @@ def _tuned(
     def of_logs(quantity: Callable[..., Any]) -> Callable[[Array], Any]:
         return lambda logs: quantity(function, jax.tree.map(jnp.exp, unravel(logs)))
 
-    evidence = of_logs(problem.evidence)
-
-    def value(logs: Array) -> Array:
-        return evidence(logs).value
-
-    def value_and_evidence(logs: Array) -> tuple[Array, Evidence]:
-        found = evidence(logs)
-        return found.value, found
-
+    value = of_logs(problem.value)
     shares = jnp.maximum(jnp.abs(jax.grad(of_logs(problem.shares))(logs)), 1.0)
     hill = Hill(value, limits, tolerance, shares)
+    if problem.held_out is not None:
+        moves = jax.tree.map(jnp.ones_like, start)
+        moves |= {k: 0.0 * v for k, v in moves.items() if k == "noise_variance"}
+        logs = coarse(hill, logs, ravel_pytree(moves)[0], DEFAULT_STEPS["grid"])
     if method == "grid":
         logs, trace = search_grid(hill, logs, steps)
         taken = jnp.asarray(len(trace))
@@ -204,17 +215,18 @@ def _tuned(
         optimizer = optax.adam(schedule, b2=0.9) if method == "adam" else optax.lbfgs()
         logs, trace, taken = climb(hill, logs, optimizer, steps)
     logs = pushed(hill, logs)
-    gradient, best = jax.grad(value_and_evidence, has_aux=True)(logs)
+    best, gradient = jax.value_and_grad(value)(logs)
     # Comparisons with NaN are false, and the grid's derivative plays no part in its search.
-    converged = hill.is_top(logs, gradient) & jnp.isfinite(best.value)
-    at_bound = unravel((hill.at_bound(logs) & jnp.isfinite(gradient)).astype(logs.dtype))
+    converged = hill.is_top(logs, gradient) & jnp.isfinite(best)
+    at_bound = hill.at_bound(logs) & jnp.isfinite(gradient) & (gradient != 0)
     values = jax.tree.map(jnp.exp, unravel(logs))
     return Tuned(
         function(values["hyperparameters"]),
         values.get("noise_variance"),
-        best,
-        jnp.where(jnp.arange(len(trace)) < taken, trace, best.value),
+        problem.evidence(function, values),
+        jnp.where(jnp.arange(len(trace)) < taken, trace, best),
         converged,
-        jax.tree.map(lambda flag: flag > 0, at_bound),
+        jax.tree.map(lambda flag: flag > 0, unravel(at_bound.astype(logs.dtype))),
         None if function is identity else values["hyperparameters"],
+        problem.validated(function, values),
     )

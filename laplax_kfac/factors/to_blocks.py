@@ -27,13 +27,17 @@ def finalize(statistics: Statistics) -> tuple[Block, ...]:
 
 
 def require_data(statistics: Statistics) -> None:
-    """Refuse statistics that have seen no data.
+    """Refuse statistics that have seen no data, or no example that counts.
 
     Raises:
         ValueError: If they have not.
     """
     if not statistics.layers:
         msg = "`finalize` needs statistics of some data; call `update` first."
+        raise ValueError(msg)
+    count = statistics.num_examples
+    if not isinstance(count, jax.core.Tracer) and float(count) == 0:
+        msg = "All weights in `data` are zero: no example is left to be a curvature of."
         raise ValueError(msg)
 
 

@@ -22,6 +22,7 @@ from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import Batch
 from laplax_kfac.laplax_adapter.curvature_types import PriorArguments
 from laplax_kfac.laplax_adapter.dataset import LINEARISED, PosteriorFn
+from laplax_kfac.laplax_adapter.objectives import CLASS_NLL, class_nll
 from laplax_kfac.laplax_adapter.predictions import Arguments, dataset_of
 from laplax_kfac.posterior.posterior import Posterior
 
@@ -88,14 +89,18 @@ def calibration_objective(
 ) -> Objective:
     """What ``laplax.api._build_calibration_objective`` is bound to.
 
-    The marginal likelihood asks for no predictions, and other pushforwards are not linearised.
+    It knows one objective more, ``"class_nll"``. The marginal likelihood asks for no predictions,
+    and other pushforwards are not linearised.
     """
-    objective = original(objective_type, **arguments)
+    build: Callable[..., Objective] = functools.partial(original, objective_type)
+    if str(objective_type).lower() == CLASS_NLL:
+        build = class_nll
+    objective = build(**arguments)
     predictive = arguments.get("set_prob_predictive")
     linearised = getattr(predictive, "func", None) is laplax.api.set_lin_pushforward
     if not linearised or str(objective_type).lower() == "marginal_log_likelihood":
         return objective
-    return NotedObjective(objective, functools.partial(original, objective_type), arguments)
+    return NotedObjective(objective, build, arguments)
 
 
 def search_grid(

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree, Shaped
 
+from laplax_kfac.arguments import no_type_check, numbers, shown
 from laplax_kfac.likelihood.analytic import analytic
 from laplax_kfac.likelihood.pieces import (
     floating,
@@ -19,6 +21,7 @@ from laplax_kfac.likelihood.pieces import (
 from laplax_kfac.likelihood.record import Likelihood
 
 
+@no_type_check
 def categorical(*, ignore_index: int | None = None, label_smoothing: float = 0.0) -> Likelihood:
     """Softmax cross-entropy over the last axis; terms have the other axes.
 
@@ -34,23 +37,16 @@ def categorical(*, ignore_index: int | None = None, label_smoothing: float = 0.0
 
     Raises:
         ValueError: If ``label_smoothing`` is not in [0, 1).
+        TypeError: If an argument is no number.
     """
-    _check_smoothing(label_smoothing)
+    _check_smoothing(label_smoothing, ignore_index)
 
     def log_probabilities(f: PyTree) -> Float[Array, "... C"]:
         return jax.nn.log_softmax(one_array(real(f), "cross_entropy"))
 
     def losses(f: PyTree, y: PyTree) -> Float[Array, "*terms"]:
-        shape = jnp.shape(one_array(f, "cross_entropy"))
-        if not shape or shape[-1] < 2:
-            msg = (
-                "`loss_fn='cross_entropy'` needs outputs with logits of two classes or more along "
-                f"the last axis; found shape {shape} an example. One logit for true and false is "
-                "`loss_fn='binary_cross_entropy'`."
-            )
-            raise ValueError(msg)
+        q = _class_probabilities(y, one_array(real(f), "cross_entropy"))
         log_p = log_probabilities(f)
-        q = _class_probabilities(y, log_p)
         if label_smoothing:
             q = (1 - label_smoothing) * q + label_smoothing / q.shape[-1]
         return -jnp.sum(q * log_p, axis=-1)
@@ -98,6 +94,13 @@ def categorical(*, ignore_index: int | None = None, label_smoothing: float = 0.0
 
 def _class_probabilities(y: PyTree, logits: Float[Array, "... C"]) -> Float[Array, "... C"]:
     target = jnp.asarray(only(y))
+    if logits.shape[-1:] < (2,):
+        msg = (
+            "`loss_fn='cross_entropy'` needs outputs with logits of two classes or more along the "
+            f"last axis; found shape {logits.shape} an example. One logit for true and false is "
+            "`loss_fn='binary_cross_entropy'`."
+        )
+        raise ValueError(msg)
     if target.shape == logits.shape:
         return target.astype(logits.dtype)
     found, wanted = ([n for n in shape if n != 1] for shape in (target.shape, logits.shape[:-1]))
@@ -148,6 +151,7 @@ def faults_of_classes(
     return {labels: outside, rows: none}
 
 
+@no_type_check
 def bernoulli(*, label_smoothing: float = 0.0) -> Likelihood:
     """Binary cross-entropy on logits: every output a label of its own (multi-label).
 
@@ -159,6 +163,7 @@ def bernoulli(*, label_smoothing: float = 0.0) -> Likelihood:
 
     Raises:
         ValueError: If ``label_smoothing`` is not in [0, 1).
+        TypeError: If an argument is no number.
     """
     _check_smoothing(label_smoothing)
 
@@ -194,7 +199,12 @@ def bernoulli(*, label_smoothing: float = 0.0) -> Likelihood:
     return replace(found, faults=faults)
 
 
-def _check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing < 1:
-        msg = f"`label_smoothing` must be in [0, 1), found {label_smoothing}."
+def _check_smoothing(label_smoothing: object, ignore_index: object = None) -> None:
+    part = numbers("label_smoothing", label_smoothing, shape=())
+    if part is None or not 0 <= part < 1:
+        msg = f"`label_smoothing` must be in [0, 1), found {shown(label_smoothing)}."
         raise ValueError(msg)
+    whole = isinstance(ignore_index, int | np.integer) and not isinstance(ignore_index, bool)
+    if ignore_index is not None and not whole:
+        msg = f"`ignore_index` must be an integer, a class number; found {shown(ignore_index)}."
+        raise TypeError(msg)

@@ -10,6 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key, Num, PyTree
 
+from laplax_kfac.arguments import no_type_check, require_positive
 from laplax_kfac.faults import NOT_FINITE
 from laplax_kfac.likelihood.analytic import analytic
 from laplax_kfac.likelihood.pieces import (
@@ -46,6 +47,7 @@ def _normal_like(key: Key[Array, ""], f: PyTree) -> PyTree:
     return unravel(jax.random.normal(key, flat.shape, flat.dtype))
 
 
+@no_type_check
 def gaussian(noise_variance: float | Num[Array | np.ndarray, "..."]) -> Likelihood:
     """A Gaussian around the output, of known variance; any pytree of outputs.
 
@@ -56,11 +58,10 @@ def gaussian(noise_variance: float | Num[Array | np.ndarray, "..."]) -> Likeliho
         noise_variance: Positive; a scalar, or an array that broadcasts to the output.
 
     Raises:
-        ValueError: If it is not positive.
+        ValueError: If it is not positive and finite.
+        TypeError: If it is no number.
     """
-    if not isinstance(noise_variance, jax.core.Tracer) and not np.all(noise_variance > 0):
-        msg = f"`noise_variance` must be positive, found {noise_variance}."
-        raise ValueError(msg)
+    require_positive("noise_variance", noise_variance)
 
     def like(x: Float[Array, "..."]) -> Float[Array, "..."]:
         return jnp.broadcast_to(jnp.asarray(noise_variance, x.dtype), x.shape)

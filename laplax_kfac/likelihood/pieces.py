@@ -91,6 +91,12 @@ def target_like(
     output: Array | np.ndarray | jax.ShapeDtypeStruct, target: Any
 ) -> Shaped[Array, "..."]:
     """A target in the shape of the output; axes of length one may be missing, or too many."""
+    if not jax.tree_util.all_leaves([target]):
+        msg = (
+            "targets must have the structure of the output, which is an array here; found "
+            f"{jax.tree.structure(target)}."
+        )
+        raise ValueError(msg)
     found, wanted = jnp.shape(target), output.shape
     if [n for n in found if n != 1] != [n for n in wanted if n != 1]:
         msg = f"targets must have the shape of the output, {wanted} an example; found {found}."

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from laplax_kfac.arguments import no_type_check, require_callable
 from laplax_kfac.likelihood.differentiation import differentiated
 from laplax_kfac.likelihood.pieces import LossFunction, gradient_of, real, times, total_of
 from laplax_kfac.summaries import summarised
@@ -52,6 +53,7 @@ class Likelihood:
     squared_error: bool = False
 
     @classmethod
+    @no_type_check
     def from_log_prob(
         cls,
         name: str,
@@ -75,7 +77,14 @@ class Likelihood:
         Raises:
             ValueError: When called, if ``log_prob`` returns an array of another shape than the
                 leading axes of the output.
+            TypeError: If a function cannot be called.
         """
+        for argument, function in (
+            ("log_prob", log_prob),
+            ("sample", sample or log_prob),
+            ("hessian_root", hessian_root or log_prob),
+        ):
+            require_callable(argument, function, "a function of one example")
 
         def losses(f: PyTree, y: PyTree) -> Float[Array, "*terms"]:
             value = -jnp.asarray(log_prob(real(f), y))

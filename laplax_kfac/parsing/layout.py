@@ -122,6 +122,10 @@ class ParameterSpace:
             ValueError: If it is one.
             TypeError: If a leaf is no number and no array.
         """
+        leaves, treedef = jax.tree.flatten(tree)
+        shapes = tuple(getattr(leaf, "shape", None) for leaf in leaves)
+        if shapes == self.shapes and treedef == self.treedef:
+            return
         with_paths, _ = jax.tree_util.tree_flatten_with_path(tree)
         for path, leaf in with_paths:
             if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):

@@ -27,8 +27,10 @@ from laplax_kfac.blocks.blocks import BlockDiagonal, rotate_back
 from laplax_kfac.blocks.merging import add, require_curvature
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.posterior.prior import (
+    Hyperparameters,
     PriorPrecision,
     Scalar,
+    loss_factor,
     per_block,
     precision_matrix,
     prior_distance,
@@ -38,13 +40,15 @@ from laplax_kfac.posterior.prior import (
 @pytrees.register
 @dataclass(frozen=True)
 class Posterior:
-    """A Gaussian on the parameters, centred at zero.
+    """A Gaussian on the parameters.
 
     Attributes:
         precision: Its precision matrix.
+        mean: The trained parameters, if it was made with them; `save` does not keep them.
     """
 
     precision: BlockDiagonal
+    mean: PyTree = None
 
     def summary_lines(self) -> list[str]:
         """What printing shows: the layers of the precision."""
@@ -77,9 +81,28 @@ class Posterior:
         return self.precision.map(jnp.reciprocal).diagonal()
 
     @on_automatic_axes
+    def to_dense(self) -> Float[Array, "P P"]:
+        """The covariance, in laplax's flat order: `jax.tree.leaves`, each raveled; 0 if frozen."""
+        return self.precision.map(jnp.reciprocal).to_dense()
+
+    @on_automatic_axes
     def log_determinant(self) -> Float[Array, ""]:
         """Log-determinant of the *precision*."""
         return self.precision.log_determinant()
+
+    @on_automatic_axes
+    def log_prob(self, params: PyTree, mean: PyTree = None) -> Float[Array, ""]:
+        """Log-density at some parameters; frozen ones have no part in it.
+
+        Args:
+            params: The parameters.
+            mean: The posterior's mean; its own by default.
+
+        Raises:
+            ValueError: If there is no mean, or one has another structure than the parameters.
+        """
+        volume = self.log_determinant() - self.precision.num_free() * math.log(2 * math.pi)
+        return 0.5 * volume - self.penalty(params, mean)
 
     @on_automatic_axes
     def standard_deviation(self) -> PyTree:
@@ -87,7 +110,7 @@ class Posterior:
         return jax.tree.map(jnp.sqrt, self.covariance_diagonal())
 
     @on_automatic_axes
-    def penalty(self, params: PyTree, mean: PyTree) -> Float[Array, ""]:
+    def penalty(self, params: PyTree, mean: PyTree = None) -> Float[Array, ""]:
         """``0.5 (params - mean)^T precision (params - mean)``: this posterior as the next prior.
 
         Added to the negative log-likelihood of the next task, it is the quadratic penalty of
@@ -96,41 +119,69 @@ class Posterior:
 
         Args:
             params: The parameters.
-            mean: The posterior's mean: the parameters that were trained before.
+            mean: The posterior's mean: the parameters that were trained before; its own by
+                default.
 
         Raises:
-            ValueError: If one has another structure or other shapes than the parameters.
+            ValueError: If there is no mean, or one has another structure or other shapes than the
+                parameters.
         """
+        mean = self.mean_or(mean)
         return 0.5 * prior_distance(self.precision, self.precision, params, mean)
+
+    def mean_or(self, given: PyTree) -> PyTree:
+        """The mean that is given, or else the posterior's own.
+
+        Raises:
+            ValueError: If there is neither.
+        """
+        if given is None and self.mean is None:
+            msg = (
+                "The posterior does not know its mean: pass the trained parameters here, or make "
+                "it with them, by make_posterior(curvature, prior_prec, params=params)."
+            )
+            raise ValueError(msg)
+        return self.mean if given is None else given
 
     @no_type_check
     @on_automatic_axes
     def sample(
-        self, key: Key[Array, ""], num_samples: int, mean: PyTree, *, start: int | Array = 0
+        self,
+        key: Key[Array, ""],
+        num_samples: int,
+        params: PyTree = None,
+        *,
+        start: int | Array = 0,
+        mean: PyTree = None,
     ) -> PyTree:
         """Draw parameters; sample i depends on ``key`` and i alone, not on ``num_samples``.
 
         Args:
             key: Random key.
             num_samples: Number of samples n.
-            mean: The posterior mean: the trained parameters.
+            params: The posterior mean, the trained parameters; its own by default.
             start: Number of the first sample, so that many may be drawn in parts.
+            mean: Another name of ``params``.
 
         Returns:
             Samples ``start``, ``start + 1``, ... stacked in front of every leaf, in the leaves'
             dtypes. Integer leaves keep their value.
 
         Raises:
-            ValueError: If ``mean`` has another structure or other shapes than the parameters, or
-                ``num_samples`` is not a positive integer.
+            ValueError: If there is no mean, or two, or it has another structure or other shapes
+                than the parameters, or ``num_samples`` is not a positive integer.
             TypeError: If ``key`` is no random key.
         """
         num_samples = positive_integer("num_samples", num_samples)
         require_key("key", key)
         if not isinstance(start, jax.core.Tracer):
             start = positive_integer("start", start, least=0)
+        if params is not None and mean is not None:
+            msg = "`mean` is another name of `params`: pass one of them."
+            raise ValueError(msg)
         precision = self.precision
-        leaves = precision.space.flatten(mean, name="mean")
+        mean = self.mean_or(mean if params is None else params)
+        leaves = precision.space.flatten(mean, name="params")
 
         together = max(1, machine.MACHINE.samples_together // precision.space.size)
         if "rbg" in str(jax.random.key_impl(key)):
@@ -201,7 +252,14 @@ def _noise(key: Key[Array, ""], precision: BlockDiagonal) -> list[Array]:
 
 def as_prior(prior_prec: PriorPrecision | Posterior) -> PriorPrecision:
     """The precision of a posterior that is passed as the prior; any other prior as it is."""
+    prior_prec, _ = Hyperparameters.split(prior_prec, None)
     return prior_prec.precision if isinstance(prior_prec, Posterior) else prior_prec
+
+
+def prior_mean_of(prior_prec: PriorPrecision | Posterior, prior_mean: PyTree) -> PyTree:
+    """The mean of the prior: that of a posterior that is passed as the prior, if none is given."""
+    known = isinstance(prior_prec, Posterior) and prior_mean is None
+    return prior_prec.mean if known else prior_mean
 
 
 @no_type_check
@@ -210,7 +268,9 @@ def make_posterior(
     curvature: BlockDiagonal,
     prior_prec: PriorPrecision | Posterior,
     *,
-    sigma_squared: Scalar = 1.0,
+    params: PyTree = None,
+    noise_variance: Scalar | None = None,
+    sigma_squared: Scalar | None = None,
     loss_scaling_factor: Scalar = 1.0,
 ) -> Posterior:
     """The posterior of a curvature and a Gaussian prior.
@@ -219,22 +279,27 @@ def make_posterior(
         curvature: Curvature of the loss, a sum over the data.
         prior_prec: Prior precision: a positive scalar, an array with one value a layer, or a
             pytree prefix of the parameters. Or a matrix, which is added by the rules of `merge`: a
-            pytree with one value for every parameter, or the posterior of an earlier task.
-        sigma_squared: Factor of the loss, positive: 1 / (2 s) for ``mse`` with noise of variance s.
-            The curvature is multiplied by it; an empirical Fisher matrix, by its square.
+            pytree with one value for every parameter, or the posterior of an earlier task. Or what
+            `tune` or `marglik_training` returned, with the noise variance that belongs to it.
+        params: The trained parameters, which become the posterior's mean.
+        noise_variance: Variance s of the Gaussian noise, for ``mse`` alone: the loss is the
+            negative log-likelihood of s = 1/2, which is the default.
+        sigma_squared: Factor of the loss, positive, in place of ``noise_variance``: 1 / (2 s). The
+            curvature is multiplied by it; an empirical Fisher matrix, by its square. 1 by default.
         loss_scaling_factor: Factor by which the loss was scaled, positive.
 
     Raises:
-        ValueError: If ``prior_prec`` is of another form, not positive, or on other layers, or if
-            a factor is not positive and finite.
+        ValueError: If ``prior_prec`` is of another form, not positive, or on other layers, if a
+            factor is not positive and finite, or if the noise is given twice.
         TypeError: If one is no number.
     """
     require_curvature("curvature", curvature)
     dtype = jnp.result_type(*(block.eigenvalues for block in curvature.blocks))
-    require_positive("sigma_squared", sigma_squared, shape=(), dtype=dtype)
+    prior_prec, noise_variance = Hyperparameters.split(prior_prec, noise_variance)
+    factor = loss_factor(sigma_squared, noise_variance, dtype)
     require_positive("loss_scaling_factor", loss_scaling_factor, shape=(), dtype=dtype)
     prior = as_prior(prior_prec)
-    scaled = curvature.of_scaled_loss(sigma_squared)
+    scaled = curvature.of_scaled_loss(factor)
     matrix = precision_matrix(prior, curvature)
     if matrix is not None:
         total = add(scaled, matrix).blocks
@@ -247,4 +312,6 @@ def make_posterior(
         if layer.frozen:
             eigenvalues = jnp.full_like(eigenvalues, jnp.inf)
         blocks.append(replace(block, eigenvalues=eigenvalues))
-    return Posterior(BlockDiagonal(tuple(blocks), curvature.layers, curvature.space))
+    if params is not None:
+        curvature.space.flatten(params, name="params")
+    return Posterior(BlockDiagonal(tuple(blocks), curvature.layers, curvature.space), params)

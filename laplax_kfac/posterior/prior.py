@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from laplax_kfac.arguments import numbers, require_positive
+from laplax_kfac.arguments import numbers, require_positive, shown
 from laplax_kfac.bases import UNROTATED
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal
 from laplax_kfac.parsing.layout import ParameterSpace
@@ -21,7 +22,71 @@ Scalar = Float[Array, ""] | float | int
 """One number, known or traced."""
 PriorPrecision = Any
 """A scalar, an array with one value a layer, a pytree prefix of the parameters (of scalars, or of
-arrays of the parameters' shapes), or a matrix."""
+arrays of the parameters' shapes), a matrix; or `Hyperparameters`."""
+
+
+class Hyperparameters:
+    """A prior precision and the noise variance that belongs to it, as they were chosen together.
+
+    What `tune` and `marglik_training` return are some. They go as a whole wherever a ``prior_prec``
+    does, which then brings its noise variance with it.
+
+    Attributes:
+        prior_prec: The prior precision.
+        noise_variance: The noise variance; None where the likelihood has none.
+    """
+
+    prior_prec: PyTree
+    noise_variance: Float[Array, ""] | None
+
+    @staticmethod
+    def split(prior_prec: Any, noise_variance: Any) -> tuple[Any, Any]:
+        """A prior precision by itself and the noise variance, given in either way.
+
+        Raises:
+            ValueError: If there are two noise variances.
+        """
+        if not isinstance(prior_prec, Hyperparameters):
+            return prior_prec, noise_variance
+        if prior_prec.noise_variance is None:
+            return prior_prec.prior_prec, noise_variance
+        if noise_variance is not None:
+            msg = (
+                f"`prior_prec` is a {type(prior_prec).__name__} with a noise variance of its own "
+                f"({shown(prior_prec.noise_variance)}): leave `noise_variance` out, or pass its "
+                "`prior_prec` alone."
+            )
+            raise ValueError(msg)
+        return prior_prec.prior_prec, prior_prec.noise_variance
+
+
+def loss_factor(
+    sigma_squared: Scalar | None, noise_variance: Scalar | None, dtype: DTypeLike
+) -> Scalar:
+    """By how much the negative log-likelihood is larger than the loss.
+
+    Args:
+        sigma_squared: The factor itself; 1 if both are None.
+        noise_variance: Variance s of Gaussian noise, for ``mse``: the factor is 1 / (2 s).
+        dtype: That of the curvature.
+
+    Raises:
+        ValueError: If both are given, or one is not positive and finite.
+        TypeError: If one is no number.
+    """
+    if noise_variance is None:
+        factor = 1.0 if sigma_squared is None else sigma_squared
+        require_positive("sigma_squared", factor, shape=(), dtype=dtype)
+        return factor
+    require_positive("noise_variance", noise_variance, shape=(), dtype=dtype)
+    if sigma_squared is not None:
+        msg = (
+            "`noise_variance` and `sigma_squared` say the same, sigma_squared = 1 / (2 "
+            "noise_variance): pass one of them (the noise variance may be that of a `Tuned` or "
+            "`Trained` passed as `prior_prec`)."
+        )
+        raise ValueError(msg)
+    return 1.0 / (2 * jnp.asarray(noise_variance))
 
 
 def per_block(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> tuple[Scalar, ...]:

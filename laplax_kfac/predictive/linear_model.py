@@ -65,6 +65,11 @@ class LinearModel:
             batch["input"],
         )
 
+    def in_output_shape(self, x: Float[Array, "N C"]) -> Float[Array, "N *outputs"]:
+        """One number an output, in the shape of the model's output; raveled if that is a pytree."""
+        shape = getattr(self.program.output, "shape", x.shape[1:])
+        return x.reshape(x.shape[:1] + tuple(shape))
+
     def at(self, inputs: PyTree) -> Linearised:
         """Outputs and Jacobians at some inputs."""
         return self.linearise(self.expansion, inputs)

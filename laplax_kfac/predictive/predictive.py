@@ -31,7 +31,8 @@ def predictive_covariance(
     inputs: PyTree,
     *,
     prior_prec: PriorPrecision,
-    sigma_squared: Scalar = 1.0,
+    noise_variance: Scalar | None = None,
+    sigma_squared: Scalar | None = None,
     vmap_over_data: bool = True,
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> Predictive:
@@ -46,8 +47,9 @@ def predictive_covariance(
         model_fn: ``model_fn(input=, params=)``.
         params: The trained parameters.
         inputs: Inputs, with a leading axis N.
-        prior_prec: Prior precision.
-        sigma_squared: Factor of the loss, see `make_posterior`.
+        prior_prec: Prior precision, or what `tune` returned; see `make_posterior`.
+        noise_variance: Variance of the Gaussian noise, for ``mse``; see `make_posterior`.
+        sigma_squared: In place of it, 1 / (2 noise_variance).
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
         batch_size: Most inputs that are worked on at once; fewer if their Jacobians are large.
 
@@ -56,10 +58,13 @@ def predictive_covariance(
             axes than ``inputs``; or if a number is not as it must be.
         TypeError: If an argument is of an unsupported type.
     """
-    posterior = make_posterior(curvature, prior_prec, sigma_squared=sigma_squared)
+    posterior = make_posterior(
+        curvature, prior_prec, noise_variance=noise_variance, sigma_squared=sigma_squared
+    )
     inputs = checked_inputs(curvature, params, inputs)["input"]
     model = LinearModel.of(posterior, model_fn, params, inputs, vmap_over_data=vmap_over_data)
-    return Predictive(*model.spreads(batch_size, diagonal=False))
+    mean, covariance = model.spreads(batch_size, diagonal=False)
+    return Predictive(model.in_output_shape(mean), covariance)
 
 
 @no_type_check
@@ -71,7 +76,8 @@ def predictive_variance(
     inputs: PyTree,
     *,
     prior_prec: PriorPrecision,
-    sigma_squared: Scalar = 1.0,
+    noise_variance: Scalar | None = None,
+    sigma_squared: Scalar | None = None,
     vmap_over_data: bool = True,
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> Marginals:
@@ -84,8 +90,9 @@ def predictive_variance(
         model_fn: ``model_fn(input=, params=)``.
         params: The trained parameters.
         inputs: Inputs, with a leading axis N.
-        prior_prec: Prior precision.
-        sigma_squared: Factor of the loss, see `make_posterior`.
+        prior_prec: Prior precision, or what `tune` returned; see `make_posterior`.
+        noise_variance: Variance of the Gaussian noise, for ``mse``; see `make_posterior`.
+        sigma_squared: In place of it, 1 / (2 noise_variance).
         vmap_over_data: Whether ``model_fn`` takes one example or a batch.
         batch_size: Most inputs that are worked on at once.
 
@@ -94,10 +101,12 @@ def predictive_variance(
             axes than ``inputs``; or if a number is not as it must be.
         TypeError: If an argument is of an unsupported type.
     """
-    posterior = make_posterior(curvature, prior_prec, sigma_squared=sigma_squared)
+    posterior = make_posterior(
+        curvature, prior_prec, noise_variance=noise_variance, sigma_squared=sigma_squared
+    )
     inputs = checked_inputs(curvature, params, inputs)["input"]
     model = LinearModel.of(posterior, model_fn, params, inputs, vmap_over_data=vmap_over_data)
-    return Marginals(*model.spreads(batch_size, diagonal=True))
+    return Marginals(*map(model.in_output_shape, model.spreads(batch_size, diagonal=True)))
 
 
 @no_type_check
@@ -110,7 +119,8 @@ def joint_covariance(
     others: PyTree | None = None,
     *,
     prior_prec: PriorPrecision,
-    sigma_squared: Scalar = 1.0,
+    noise_variance: Scalar | None = None,
+    sigma_squared: Scalar | None = None,
     vmap_over_data: bool = True,
     batch_size: int = DEFAULT_BATCH_SIZE,
 ) -> Float[Array, "N C M C"]:
@@ -124,8 +134,9 @@ def joint_covariance(
         params: The trained parameters.
         inputs: Inputs, with a leading axis N.
         others: Inputs with a leading axis M; ``inputs`` themselves by default.
-        prior_prec: Prior precision.
-        sigma_squared: Factor of the loss, see `make_posterior`.
+        prior_prec: Prior precision, or what `tune` returned; see `make_posterior`.
+        noise_variance: Variance of the Gaussian noise, for ``mse``; see `make_posterior`.
+        sigma_squared: In place of it, 1 / (2 noise_variance).
         vmap_over_data: Whether ``model_fn`` takes one example or a batch.
         batch_size: Most inputs of either side that are worked on at once.
 
@@ -136,7 +147,9 @@ def joint_covariance(
         ValueError: As for `predictive_covariance`, and if ``others`` are not like ``inputs``.
         TypeError: If an argument is of an unsupported type.
     """
-    posterior = make_posterior(curvature, prior_prec, sigma_squared=sigma_squared)
+    posterior = make_posterior(
+        curvature, prior_prec, noise_variance=noise_variance, sigma_squared=sigma_squared
+    )
     inputs = checked_inputs(curvature, params, inputs)["input"]
     model = LinearModel.of(posterior, model_fn, params, inputs, vmap_over_data=vmap_over_data)
     if others is not None:

@@ -45,7 +45,8 @@ def predictive_samples(
     num_samples: int,
     *,
     prior_prec: PriorPrecision,
-    sigma_squared: Scalar = 1.0,
+    noise_variance: Scalar | None = None,
+    sigma_squared: Scalar | None = None,
     linearised: bool = True,
     vmap_over_data: bool = True,
     batch_size: int = DEFAULT_BATCH_SIZE,
@@ -62,8 +63,9 @@ def predictive_samples(
         inputs: Inputs, with a leading axis N.
         key: Random key.
         num_samples: Number of functions n.
-        prior_prec: Prior precision.
-        sigma_squared: Factor of the loss, see `make_posterior`.
+        prior_prec: Prior precision, or what `tune` returned; see `make_posterior`.
+        noise_variance: Variance of the Gaussian noise, for ``mse``; see `make_posterior`.
+        sigma_squared: In place of it, 1 / (2 noise_variance).
         linearised: Whether to sample the linearised network, ``f(x) + J (theta_s - theta)``, whose
             covariance is `predictive_covariance`, or the network itself, ``f(x; theta_s)``.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
@@ -82,7 +84,9 @@ def predictive_samples(
     require_key("key", key)
     require_callable("model_fn", model_fn, "a function of `input` and `params`")
     require_flags(linearised=linearised, vmap_over_data=vmap_over_data)
-    posterior = make_posterior(curvature, prior_prec, sigma_squared=sigma_squared)
+    posterior = make_posterior(
+        curvature, prior_prec, noise_variance=noise_variance, sigma_squared=sigma_squared
+    )
     batch = checked_inputs(curvature, params, inputs)
     function = per_example(model_fn, vmap_over_data=vmap_over_data)
     jaxpr, consts, _ = jaxprs.trace(function, params, first_example(batch))

@@ -26,7 +26,7 @@ def collectives(layout: str, size: int, reused_bytes: int) -> dict[str, int]:
     params, data = jax.tree.map(automatic, arrays)
     accumulator = lk.accumulator(layouts.model, params, loss_fn=layouts.LOSS)
     compiled, arguments = accumulator._pass(*weighted_batch(to_arrays(as_batch(data[0]))), 0)
-    text = jax.jit(compiled.statistics).lower(arguments).compile().as_text()
+    text = jax.jit(compiled.statistics).lower(arguments).compile().as_text() or ""
     found: Counter[str] = Counter()
     assert text
     for line in text.splitlines():

@@ -126,7 +126,7 @@ def test_input_factor_of_a_convolution_in_a_branch(approx, separate, monkeypatch
     acc: Any = laplax_kfac.accumulator(
         model_fn, params, loss_fn="mse", kfac_approx=approx, separate_weight_and_bias=separate
     )
-    state = acc.update(acc.init(), (images, normal(N, 3), weights))
+    state = acc.update(acc.init(), (images, normal(N, 3)), weights)
     places = [(i, j) for i in range(3) for j in range(3)]
     a = np.stack([images[:, i : i + 3, j : j + 2].reshape(N, -1) for i, j in places], axis=1)
     if not separate:

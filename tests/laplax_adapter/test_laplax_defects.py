@@ -182,6 +182,39 @@ def test_calibration_by_evidence_with_integer_labels_returns_the_lowest_grid_poi
 
 @x64
 @pytest.mark.parametrize("curv_type", ["full", "kfac"])
+def test_calibration_of_a_classifier_is_that_of_a_gaussian_over_logits(curv_type):
+    posterior_fn, curvature = classes(curv_type)
+    x, y = CLASSES.data
+
+    def calibrated(objective, target):
+        prior, _ = laplax.calibration(
+            posterior_fn, linear, CLASSES.params, (x, target), loss_fn="cross_entropy",
+            curv_estimate=curvature, curv_type=curv_type, predictive_type="mean_field_0",
+            calibration_objective=objective, grid_size=3,
+        )  # fmt: skip
+        return prior["prior_prec"]
+
+    def both(prior_prec):
+        """The density of one-hot targets around the logits, and the probabilities of labels."""
+        predictive = laplax_kfac.predictive_covariance(
+            classes("kfac")[1], linear, CLASSES.params, x, prior_prec=prior_prec
+        )
+        variance = jnp.diagonal(predictive.covariance, axis1=1, axis2=2)
+        density = jax.scipy.stats.norm.logpdf(ONE_HOT, predictive.mean, jnp.sqrt(variance))
+        of_labels = laplax_kfac.class_probabilities(predictive)[np.arange(len(y)), y]
+        return -density.mean(), -np.log(of_labels).mean()
+
+    grid = np.asarray([1e-3, 1.0, 1e3])
+    gaussian, right = grid[np.asarray([both(prior_prec) for prior_prec in grid]).argmin(axis=0)]
+    assert gaussian != right
+    np.testing.assert_allclose(calibrated("nll", y), gaussian)
+    np.testing.assert_allclose(calibrated("nll", ONE_HOT.astype(int)), 1e-3)  # errors are infinity
+    for target in (y, ONE_HOT):
+        np.testing.assert_allclose(calibrated("class_nll", target), right)
+
+
+@x64
+@pytest.mark.parametrize("curv_type", ["full", "kfac"])
 def test_evaluation_with_the_metrics_of_classification_raises(curv_type):
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'map'"):
         laplax.evaluation(

@@ -882,7 +882,7 @@ def test_bfloat16_outputs_of_a_log_probability_are_computed_in_float32():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: lik.gaussian(0.0), "`noise_variance` must be positive, found 0.0"),
+        (lambda: lik.gaussian(0.0), "`noise_variance` must be positive and finite; found 0.0"),
         (lambda: lik.gaussian(np.asarray([1.0, -1.0])), "`noise_variance` must be positive"),
         (lambda: lik.categorical(label_smoothing=1.0), r"must be in \[0, 1\), found 1.0"),
         (lambda: lik.bernoulli(label_smoothing=-0.1), r"must be in \[0, 1\), found -0.1"),

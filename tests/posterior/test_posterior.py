@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from jax.scipy.stats import multivariate_normal
 from support.machines import tune_machine
 from support.matrices import LAYERS, PARAMS, SPACE, dense_matrix, matrix, normal, tree
 from support.tolerances import tolerance
@@ -16,6 +17,7 @@ from support.tolerances import tolerance
 from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.parsing.layer import FROZEN
 from laplax_kfac.posterior.posterior import Posterior, make_posterior
+from laplax_kfac.posterior.prior import Hyperparameters
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -262,3 +264,103 @@ def test_means_of_another_structure_are_refused():
 
 def replace_leaf(pytree):
     return pytree | {"vector": np.zeros(4)}
+
+
+# -- mean, noise, and what was tuned -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chosen(Hyperparameters):
+    prior_prec: Any
+    noise_variance: Any = None
+
+
+def test_log_prob_is_that_of_the_dense_gaussian():
+    posterior = make_posterior(matrix(), 2.0, params=PARAMS)
+    covariance = np.linalg.inv(dense_matrix() + 2.0 * np.eye(SPACE.size))
+    point = jax.tree.map(lambda x: x + 0.1, PARAMS)
+    expected = multivariate_normal.logpdf(flat(point), flat(PARAMS), covariance)
+    for found in (
+        posterior.log_prob(point),
+        jax.jit(lambda p: p.log_prob(point))(posterior),
+        make_posterior(matrix(), 2.0).log_prob(point, PARAMS),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_dense_covariance():
+    posterior = make_posterior(matrix(), 2.0)
+    expected = np.linalg.inv(dense_matrix() + 2.0 * np.eye(SPACE.size))
+    np.testing.assert_allclose(posterior.to_dense(), expected, **tolerance(jnp.float64))
+
+
+def test_a_posterior_made_with_parameters_knows_its_mean():
+    posterior = make_posterior(matrix(), 2.0, params=PARAMS)
+    key = jax.random.key(3)
+    expected = flat(make_posterior(matrix(), 2.0).sample(key, 4, PARAMS))
+    for found in (posterior.sample(key, 4), posterior.sample(key, 4, mean=PARAMS)):
+        np.testing.assert_array_equal(flat(found), expected)
+    assert posterior.penalty(PARAMS) == 0.0
+    np.testing.assert_array_equal(flat(posterior.mean), flat(PARAMS))
+
+
+def test_a_posterior_without_parameters_says_how_to_make_one():
+    posterior = make_posterior(matrix(), 2.0)
+    for call in (posterior.log_prob, posterior.penalty):
+        with pytest.raises(ValueError, match=r"does not know its mean: .* params=params"):
+            call(PARAMS)
+    with pytest.raises(ValueError, match="does not know its mean"):
+        posterior.sample(jax.random.key(0), 2)
+    with pytest.raises(ValueError, match="another name"):
+        posterior.sample(jax.random.key(0), 2, PARAMS, mean=PARAMS)
+
+
+def test_parameters_of_another_model_are_no_mean():
+    with pytest.raises(ValueError, match="`params`"):
+        make_posterior(matrix(), 2.0, params={"other": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("number", [{"num_samples": 3}, {"n": 3}])
+def test_samples_of_a_curvature_by_either_name(number):
+    key, curvature = jax.random.key(3), as_curvature()
+    expected = make_posterior(curvature, 2.0, noise_variance=0.1).sample(key, 3, PARAMS)
+    found = curvature.sample(key, params=PARAMS, prior_prec=2.0, noise_variance=0.1, **number)
+    np.testing.assert_array_equal(flat(found), flat(expected))
+
+
+def as_curvature():
+    return Curvature(matrix().blocks, LAYERS, SPACE)
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [{"prior_prec": 2.0, "noise_variance": 0.1}, {"prior_prec": Chosen(2.0, 0.1)},
+     {"prior_prec": Chosen(2.0), "noise_variance": 0.1}],
+)  # fmt: skip
+def test_noise_goes_with_the_prior(prior):
+    curvature = as_curvature()
+    precision = dense_matrix() / (2 * 0.1) + 2.0 * np.eye(SPACE.size)
+    v = tree(normal(SPACE.size, seed=5))
+    close = tolerance(jnp.float64)
+    np.testing.assert_allclose(
+        flat(curvature.inverse_mv(v, **prior)), np.linalg.solve(precision, flat(v)), **close
+    )
+    np.testing.assert_allclose(curvature.logdet(**prior), np.linalg.slogdet(precision)[1], **close)
+    np.testing.assert_allclose(make_posterior(curvature, **prior).precision.to_dense(), precision)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"prior_prec": 1.0, "noise_variance": 0.1, "sigma_squared": 5.0},
+     {"prior_prec": Chosen(1.0, 0.1), "sigma_squared": 5.0},
+     {"prior_prec": Chosen(1.0, 0.1), "noise_variance": 0.1}],
+)  # fmt: skip
+def test_noise_is_given_once(arguments):
+    with pytest.raises(ValueError, match="`noise_variance`"):
+        make_posterior(matrix(), **arguments)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.inf, np.nan])
+def test_noise_must_be_positive(value):
+    with pytest.raises(ValueError, match="`noise_variance` must be positive and finite"):
+        make_posterior(matrix(), 1.0, noise_variance=value)

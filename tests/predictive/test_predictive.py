@@ -1,6 +1,7 @@
 """The closed-form predictive equals J Sigma J^T with dense J and Sigma."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -8,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from support import models
+from support import linear_regression, models
 from support.machines import tune_machine
-from support.matrices import basis_of
+from support.matrices import basis_of, normal
 from support.tolerances import tolerance
 
 import laplax_kfac
@@ -133,8 +134,10 @@ def assert_exact(model, *functions):
         if isinstance(found, jax.Array):
             np.testing.assert_allclose(found, expected, **CLOSE)
             continue
-        np.testing.assert_allclose(found.mean, outputs, **CLOSE)
-        np.testing.assert_allclose(found.variance, np.diagonal(within, axis1=1, axis2=2), **CLOSE)
+        variances = np.diagonal(within, axis1=1, axis2=2)
+        assert found.variance.shape == found.mean.shape
+        np.testing.assert_allclose(found.mean.reshape(outputs.shape), outputs, **CLOSE)
+        np.testing.assert_allclose(found.variance.reshape(outputs.shape), variances, **CLOSE)
         if isinstance(found, Predictive):
             np.testing.assert_allclose(found.covariance, within, **CLOSE)
 
@@ -323,3 +326,86 @@ def test_numbers_of_inputs_and_samples_must_be_positive(value):
         predictive_covariance(*mlp(), prior_prec=1.0, batch_size=value)
     with pytest.raises(ValueError, match=f"`num_samples` {message}"):
         predictive_samples(curvature, model_fn, params, inputs, key, value, prior_prec=1.0)
+
+
+# -- noise, what was tuned, and shapes -----------------------------------------------------------
+
+
+@functools.cache
+def regression():
+    """A linear model, its curvature, and what the evidence chooses."""
+    shape = linear_regression.TALL
+    x, features, y = linear_regression.regression(shape)
+    curvature, fit = linear_regression.fitted(shape)
+    params = linear_regression.most_probable(shape, 1.0, 0.3)
+    tuned = laplax_kfac.tune(curvature, params, log_likelihood=fit(params), noise_variance=1.0)
+    return curvature, params, (x, features, y), fit(params), tuned
+
+
+def test_variances_with_noise_are_those_of_linear_regression():
+    curvature, params, (x, features, _), _, tuned = regression()
+    tau, noise = float(tuned.prior_prec), float(tuned.noise_variance)
+    precision = features.T @ features / noise + tau * np.eye(features.shape[1])
+    expected = np.einsum("ni,ij,nj->n", features, np.linalg.inv(precision), features)
+    for arguments in (
+        {"prior_prec": tuned},
+        {"prior_prec": tau, "noise_variance": noise},
+        {"prior_prec": tau, "sigma_squared": 1 / (2 * noise)},
+    ):
+        call = (curvature, linear_regression.linear, params, x)
+        marginals = predictive_variance(*call, **arguments)
+        np.testing.assert_allclose(marginals.variance[:, 0], expected, **CLOSE)
+        joint = np.asarray(joint_covariance(*call, **arguments))
+        np.testing.assert_allclose(
+            np.einsum("ncnc->nc", joint), marginals.variance, rtol=1e-9, atol=1e-12
+        )
+        covariance = predictive_covariance(*call, **arguments).covariance
+        np.testing.assert_allclose(covariance[:, 1, 1], expected, **CLOSE)
+        samples = predictive_samples(*call, jax.random.key(0), 3, **arguments)
+        weights = curvature.sample(jax.random.key(0), 3, params, prior_prec=tuned)
+        values = jax.vmap(lambda p: linear_regression.linear(x, p))(weights)
+        np.testing.assert_allclose(samples, values, rtol=1e-9, atol=1e-12)
+
+
+def test_what_was_tuned_goes_into_the_evidence_and_into_tuning_whole():
+    curvature, params, _, fit, tuned = regression()
+    evidence = laplax_kfac.log_marginal_likelihood(
+        curvature, params, log_likelihood=fit, prior_prec=tuned
+    )
+    np.testing.assert_allclose(evidence.value, tuned.evidence.value, rtol=1e-10)
+    again = laplax_kfac.tune(curvature, params, log_likelihood=fit, prior_prec=tuned)
+    assert again.noise_variance is not None
+    np.testing.assert_allclose(again.noise_variance, tuned.noise_variance, rtol=1e-2)
+
+
+def test_a_posterior_with_a_mean_is_the_next_prior_with_that_mean():
+    curvature, params, _, fit, _ = regression()
+    call = functools.partial(
+        laplax_kfac.log_marginal_likelihood, curvature, params, log_likelihood=fit
+    )
+    mean = jax.tree.map(lambda x: 0.5 * x, params)
+    known = call(prior_prec=laplax_kfac.make_posterior(curvature, 2.0, params=mean))
+    given = call(prior_prec=laplax_kfac.make_posterior(curvature, 2.0), prior_mean=mean)
+    np.testing.assert_allclose(known.value, given.value, rtol=1e-12)
+    assert abs(known.value - call(prior_prec=laplax_kfac.make_posterior(curvature, 2.0)).value) > 1
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (1, 2, 2)], ids=str)
+def test_predictives_have_the_shape_of_the_output(shape):
+    def model_fn(input, params):
+        return (input @ params).reshape(shape)
+
+    params, x = normal(3, math.prod(shape), seed=1), normal(5, 3, seed=2)
+    y = jnp.zeros((5, *shape))
+    curvature = laplax_kfac.kfac(model_fn, params, (x, y), loss_fn="mse")
+    full = predictive_covariance(curvature, model_fn, params, x, prior_prec=PRIOR)
+    marginals = predictive_variance(curvature, model_fn, params, x, prior_prec=PRIOR)
+    np.testing.assert_allclose(full.mean, jax.vmap(lambda x: model_fn(x, params))(x), **CLOSE)
+    assert full.covariance.shape == (5, math.prod(shape), math.prod(shape))
+    for predictive in (full, marginals):
+        assert predictive.mean.shape == predictive.variance.shape == (5, *shape)
+        noise = np.arange(1.0, 1 + math.prod(shape))
+        for given in (noise, noise.reshape(shape)):
+            added = predictive.with_noise(given).variance - predictive.variance
+            np.testing.assert_allclose(added, np.broadcast_to(noise.reshape(shape), added.shape))
+    np.testing.assert_allclose(full.variance, marginals.variance, **CLOSE)

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,16 +206,140 @@ def test_a_loaded_curvature_is_the_same_under_jit(tmp_path):
     assert len(traced) == 1  # one compilation serves both
 
 
+# -- numbers and states ------------------------------------------------------------------------
+
+
+def fit(name, params, **options):
+    model_fn, _, inputs, _ = models.by_name(name).make()
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    data = inputs, np.arange(len(jax.tree.leaves(inputs)[0])) % 3
+    return laplax_kfac.kfac(model_fn, params, data, loss_fn="cross_entropy", **options)
+
+
+def cast(params, dtype):
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+
+
+@pytest.mark.parametrize("at_save", [True, False])
+@pytest.mark.parametrize("at_load", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, float], ids=["bfloat16", "float"])
+def test_what_was_saved_merges_with_a_fresh_fit(at_save, at_load, dtype, tmp_path):
+    """Whether x64 was on where it was saved, and is where it is loaded."""
+    params = jax.tree.map(np.asarray, models.by_name("mlp").make()[1])
+    with jax.enable_x64(at_save):
+        saved = fit("mlp", cast(params, dtype))
+        laplax_kfac.save(tmp_path / "file", saved)
+        trace = float(saved.trace())
+    with jax.enable_x64(at_load):
+        loaded = laplax_kfac.load(tmp_path / "file")
+        kept = cast(params, dtype) if at_load <= at_save else cast(params, jnp.float32)
+        if dtype is jnp.bfloat16:
+            kept = cast(params, dtype)
+        fresh = fit("mlp", kept)
+        both = laplax_kfac.merge(loaded, fresh)
+        expected = trace + float(fresh.trace())
+        np.testing.assert_allclose(both.trace(), expected, rtol=1e-3)
+        again = laplax_kfac.load(tmp_path / "file", kept)
+        np.testing.assert_allclose(again.trace(), trace, rtol=1e-6)
+
+
+def test_arrays_in_bfloat16_come_back(tmp_path):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), every_kind())
+    laplax_kfac.save(tmp_path / "file", half)
+    assert_same(laplax_kfac.load(tmp_path / "file"), half)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_refused_unless_kept(value, tmp_path):
+    curvature = every_kind().map(lambda x: x.at[..., 0].set(value))
+    with pytest.raises(ValueError, match=r"`x` cannot be saved: eigenvalues of the layer '.*' are"):
+        laplax_kfac.save(tmp_path / "file", curvature)
+    assert list(tmp_path.iterdir()) == []
+    laplax_kfac.save(tmp_path / "file", curvature, nonfinite="keep")
+    assert_same(laplax_kfac.load(tmp_path / "file"), curvature)
+    with pytest.raises(ValueError, match="`nonfinite` must be one of 'error', 'keep'"):
+        laplax_kfac.save(tmp_path / "file", curvature, nonfinite="drop")
+
+
+def test_negative_eigenvalues_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`x` cannot be saved: .* are negative"):
+        laplax_kfac.save(tmp_path / "file", every_kind().map(lambda x: -x), nonfinite="keep")
+
+
+def test_posteriors_of_frozen_parameters_have_infinite_precision(tmp_path):
+    model_fn, params, inputs, _ = models.by_name("mlp").make()
+    curvature = laplax_kfac.kfac(
+        model_fn, params, (inputs, np.arange(3)), loss_fn="cross_entropy", params_filter="lin1/*"
+    )
+    posterior = laplax_kfac.make_posterior(curvature, 1.0)
+    assert not all(jnp.isfinite(x).all() for x in jax.tree.leaves(posterior))
+    laplax_kfac.save(tmp_path / "file", posterior)
+    assert_same(laplax_kfac.load(tmp_path / "file"), posterior)
+
+
+STATES: dict[str, tuple[str, dict[str, Any]]] = {
+    "kronecker": ("mlp", {}),
+    "a stack": ("scan_over_layers", {}),
+    "scattered ids": ("rows_in_another_order", {}),
+    "a diagonal side": ("embedding", {}),
+    "unused leaves": ("leaves_that_do_not_count", {}),
+    "blocks of features": ("mlp", {"factor_kinds": "blocked:2"}),
+    "identity": ("mlp", {"fisher_type": "forward_only"}),
+    "dense blocks": ("mlp", {"curvature": "block"}),
+    "diagonal blocks": ("mlp", {"curvature": "diagonal"}),
+    "frozen": ("mlp", {"params_filter": "lin2/*"}),
+    "used twice": ("tied", {}),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_state_comes_back_and_goes_on(case, tmp_path):
+    name, options = STATES[case]
+    model_fn, params, inputs, _ = models.by_name(name).make()
+    accumulate = laplax_kfac.accumulator(model_fn, params, loss_fn="mse", **options)
+    outputs = jax.vmap(lambda x: model_fn(input=x, params=params))(inputs)
+    batch = inputs, jax.tree.map(jnp.zeros_like, outputs)
+    state = accumulate.update(accumulate.init(), batch)
+    laplax_kfac.save(tmp_path / "file", state)
+    found = laplax_kfac.load(tmp_path / "file")
+    assert_same(found, state)
+    assert_same(accumulate.finalize(found), accumulate.finalize(state))
+    assert_same(accumulate.update(found, batch), accumulate.update(state, batch))
+    assert_same(accumulate.merge(found, state), accumulate.merge(state, state))
+
+
+def test_a_state_before_any_data_comes_back(tmp_path):
+    model_fn, params, *_ = models.by_name("mlp").make()
+    empty = laplax_kfac.accumulator(model_fn, params, loss_fn="mse").init()
+    laplax_kfac.save(tmp_path / "file", empty)
+    assert_same(laplax_kfac.load(tmp_path / "file"), empty)
+
+
+def test_a_state_that_is_not_finite_is_refused(tmp_path):
+    model_fn, params, inputs, _ = models.by_name("mlp").make()
+    accumulate = laplax_kfac.accumulator(model_fn, params, loss_fn="mse")
+    state = accumulate.update(accumulate.init(), (inputs, jnp.zeros((3, 3))))
+    broken = replace(state, sums=jax.tree.map(lambda x: x * jnp.nan, state.sums))
+    with pytest.raises(ValueError, match=r"sums of the layer 'lin1' are not finite; nonfinite="):
+        laplax_kfac.save(tmp_path / "file", broken)
+    laplax_kfac.save(tmp_path / "file", broken, nonfinite="keep")
+    assert_same(laplax_kfac.load(tmp_path / "file"), broken)
+
+
+def test_a_traced_curvature_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="`x` is traced: call `save` outside of jit"):
+        jax.jit(lambda x: laplax_kfac.save(tmp_path / "file", x))(every_kind())
+
+
 # -- files -------------------------------------------------------------------------------------
 
 
 def fail_halfway(error):
-    def savez(file, **_: Any):
-        file.write(b"half of a file")
-        file.flush()
+    def write_array(entry, *_: Any, **__: Any):
+        entry.write(b"half of a file")
         raise error
 
-    return savez
+    return write_array
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()], ids=type)
@@ -222,7 +347,7 @@ def test_a_failing_save_leaves_the_old_file_and_nothing_else(error, tmp_path, mo
     path = tmp_path / "file"
     laplax_kfac.save(path, every_kind())
     before = path.read_bytes()
-    monkeypatch.setattr("laplax_kfac.checkpoint.np.savez", fail_halfway(error))
+    monkeypatch.setattr("numpy.lib.format.write_array", fail_halfway(error))
     for target in (path, tmp_path / "new"):
         with pytest.raises(type(error)):
             laplax_kfac.save(target, every_kind())
@@ -257,27 +382,33 @@ def test_nothing_is_pickled(tmp_path):
     assert all(value.dtype.kind in "fiU" for value in entries.values())
     eigenvalues = [name for name in entries if name.endswith("/eigenvalues")]
     assert len(eigenvalues) == len(matrices.LAYERS)
-    assert json.loads(str(entries["header"]))["format"] == 2
+    assert json.loads(str(entries["header"]))["format"] == 3
 
 
 # -- errors ------------------------------------------------------------------------------------
 
 
-def rewrite_header(path, **changes):
+def of_older_format(path, change, number):
+    """Write a file as older versions did, without checksums."""
     with np.load(path, allow_pickle=False) as file:
         entries = {name: file[name] for name in file.files}
-    header = json.loads(str(entries.pop("header"))) | changes
+    header = json.loads(str(entries.pop("header")))
+    for name in ("entries", "nonfinite"):
+        header.pop(name)
+    entries.pop("checksum")
+    change(header, entries)
     with path.open("wb") as file:
-        np.savez(file, header=np.asarray(json.dumps(header)), **entries)
+        np.savez(file, header=np.asarray(json.dumps(header | {"format": number})), **entries)
 
 
 def test_files_of_another_format_are_refused(tmp_path):
     path = tmp_path / "file"
     laplax_kfac.save(path, every_kind())
-    rewrite_header(path)
+    of_older_format(path, lambda *_: None, 2)
     assert_same(laplax_kfac.load(path), every_kind())
-    rewrite_header(path, format=3)
-    with pytest.raises(ValueError, match="has format 3; this version reads 2"):
+    laplax_kfac.save(path, every_kind())
+    of_older_format(path, lambda *_: None, 4)
+    with pytest.raises(ValueError, match="has format 4; this version reads 3"):
         laplax_kfac.load(path)
 
 
@@ -286,14 +417,15 @@ def test_files_of_the_first_format_are_read(case, tmp_path):
     """Sides were dense, with one array, or diagonal, with none."""
     curvature, path = PLAIN[case]()[1], tmp_path / "file"
     laplax_kfac.save(path, curvature)
-    with np.load(path, allow_pickle=False) as file:
-        entries = {name.removesuffix("/0"): file[name] for name in file.files}
-    header = json.loads(str(entries.pop("header"))) | {"format": 1}
-    header["axes"] = [len(sides) for sides in header.pop("sides")]
-    for layer in header["layers"]:
-        layer["diagonal"] = [text == "diagonal" for text in layer.pop("sides")]
-    with path.open("wb") as file:
-        np.savez(file, header=np.asarray(json.dumps(header)), **entries)
+
+    def as_was(header, entries):
+        header["axes"] = [len(sides) for sides in header.pop("sides")]
+        for layer in header["layers"]:
+            layer["diagonal"] = [text == "diagonal" for text in layer.pop("sides")]
+        for name in list(entries):
+            entries[name.removesuffix("/0")] = entries.pop(name)
+
+    of_older_format(path, as_was, 1)
     assert_same(laplax_kfac.load(path), curvature)
 
 
