@@ -28,6 +28,7 @@ def collectives(layout: str, size: int, reused_bytes: int) -> dict[str, int]:
     compiled, arguments = accumulator._pass(*weighted_batch(to_arrays(as_batch(data[0]))), 0)
     text = jax.jit(compiled.statistics).lower(arguments).compile().as_text() or ""
     found: Counter[str] = Counter()
+    assert text
     for line in text.splitlines():
         if match := COLLECTIVE.search(line):
             found[match.group(1) + " in a loop" * ("while/body" in line)] += 1

@@ -6,12 +6,15 @@ process of their own.
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -72,3 +75,42 @@ def test_collectives_do_not_grow_with_batches_or_loops() -> None:
     for layout, found in printed("collectives.py"):
         gathered = {} if layout == "automatic" else {"all-gather": 5}
         assert found == {"all-reduce": 3, **gathered}, layout
+
+
+@pytest.mark.slow
+def test_the_page_on_devices_runs_on_eight() -> None:
+    page = (ROOT / "docs" / "devices.md").read_text()
+    source = "\n".join(re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    found = subprocess.run(
+        [sys.executable, "-c", source + "\nassert jax.device_count() == 8"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = Path(__file__).with_name("processes.py")
+    runs = [
+        subprocess.Popen(
+            [sys.executable, script, port, number, count],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number, count in (("0", "1"), ("0", "2"), ("1", "2"))
+    ]  # fmt: skip
+    try:
+        outputs = [run.communicate(timeout=300) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [0, 0, 0], [e[-1000:] for _, e in outputs]
+    lines = [out.splitlines()[-1] for out, _ in outputs]
+    one, *others = [np.array(line.split(), float) for line in lines]
+    for other in others:
+        np.testing.assert_allclose(other, one, rtol=1e-12)
