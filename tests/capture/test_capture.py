@@ -511,7 +511,7 @@ def test_records_multiply_to_gradients(name):
         (
             jnp.ones((3, 4)),
             TypeError,
-            r"A batch of `data` must be a tuple \(input, target\) or a mapping",
+            "A batch of `data` must be a tuple",
         ),
         ((jnp.ones((3, 4)),), ValueError, r"must be \(input, target\), found a tuple of 1"),
         ({"input": 1, "y": 2}, ValueError, "needs the keys 'input' and 'target', found"),
