@@ -17,12 +17,11 @@ from laplax_kfac.arguments import (
     positive_integer,
     require_choice,
     require_key,
-    shown,
 )
 from laplax_kfac.bases import eigh
 from laplax_kfac.laplax_adapter import predictives
 from laplax_kfac.meshes import on_automatic_axes
-from laplax_kfac.predictive.gaussians import Marginals, Predictive
+from laplax_kfac.predictive.gaussians import Marginals, Predictive, require_predictive
 
 Link = Literal[
     "mc", "probit", "mean_field_0", "mean_field_1", "mean_field_2", "laplace_bridge"
@@ -71,12 +70,7 @@ def class_probabilities(
             not divide the number of outputs.
         TypeError: If ``predictive`` is something else, or ``key`` is no key.
     """
-    if not isinstance(predictive, Predictive | Marginals):
-        msg = (
-            "`predictive` must be what `predictive_covariance` or `predictive_variance` returned, "
-            f"found {shown(predictive)}."
-        )
-        raise TypeError(msg)
+    require_predictive(predictive)
     require_choice("link", link, ["mc", *_LINKS])
     num_samples = positive_integer("num_samples", num_samples)
     if key is not None:

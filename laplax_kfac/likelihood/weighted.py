@@ -27,7 +27,7 @@ def weighted(loss_fn: Any) -> Likelihood:
     Weights scale the loss, that is the vectors that are pulled back. Inputs of layers know nothing
     of terms: a Kronecker factor A over its count M stays an average over all positions, those of
     padding included, where `ekfac` corrects the eigenvalues. The weight of a whole example belongs
-    to the data: one of a batch ``(input, target, weight)`` counts it that often.
+    to the data: the key ``"weight"`` of a batch says how often each counts.
 
     Args:
         loss_fn: What `kfac` takes as ``loss_fn``.

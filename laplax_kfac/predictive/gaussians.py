@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from laplax_kfac import pytrees
-from laplax_kfac.arguments import no_type_check, require_positive
+from laplax_kfac.arguments import no_type_check, require_positive, shown
 
 
 @no_type_check
@@ -97,3 +97,18 @@ class Marginals:
         """
         noise = checked_noise(noise_variance, self.mean.shape[1:])
         return Marginals(self.mean, self.variance + noise)
+
+
+@no_type_check
+def require_predictive(predictive: object) -> None:
+    """Refuse what is no Gaussian over outputs.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(predictive, Predictive | Marginals):
+        msg = (
+            "`predictive` must be what `predictive_covariance` or `predictive_variance` returned, "
+            f"found {shown(predictive)}."
+        )
+        raise TypeError(msg)

@@ -75,8 +75,7 @@ def predictive_samples(
         Shape (n, N, C), with outputs raveled.
 
     Raises:
-        ValueError: If ``params`` are not those of the curvature, or ``num_samples`` or
-            ``batch_size`` is not a positive integer.
+        ValueError: If ``params`` are not the curvature's, or a number is no positive integer.
         TypeError: If an argument is of an unsupported type.
     """
     num_samples = positive_integer("num_samples", num_samples)
@@ -90,11 +89,9 @@ def predictive_samples(
     batch = checked_inputs(curvature, params, inputs)
     function = per_example(model_fn, vmap_over_data=vmap_over_data)
     jaxpr, consts, _ = jaxprs.trace(function, params, first_example(batch))
-    each = min(
-        num_that_fit(machine.MACHINE.record_bytes) // (3 * curvature.space.size),
-        machine.MACHINE.evaluations // min(size_of(batch), batch_size),
-    )
-    sizes = num_samples, max(1, each), batch_size
+    held = num_that_fit(machine.MACHINE.record_bytes) // (3 * curvature.space.size)
+    evaluated = machine.MACHINE.evaluations // min(size_of(batch), batch_size)
+    sizes = num_samples, max(1, min(held, evaluated)), batch_size
     draw = fingerprint.kept(
         model_fn,
         consts,

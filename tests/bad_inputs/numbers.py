@@ -102,7 +102,7 @@ ROWS: list[Row] = [
     *rows(SCALED, "sigma_squared", NOT_POSITIVE[:4], ValueError, "must be positive and finite"),
     *rows(SCALED[:1], "sigma_squared", NOT_POSITIVE[5:], ValueError, "must be positive"),
     *rows(SCALED[:2], "sigma_squared", [1j], ValueError, REAL),
-    *rows(SCALED[:2], "sigma_squared", [*NO_NUMBER, None], TypeError, REAL),
+    *rows(SCALED[:2], "sigma_squared", NO_NUMBER, TypeError, REAL),
     *rows(SCALED[:1], "sigma_squared", [np.ones(2)], ValueError, "must be one number"),
     *rows(["posterior_fn"], "sigma_squared", [0.0, -1.0], ValueError, "must be positive"),
     *rows(["make_posterior"], "loss_scaling_factor", NOT_POSITIVE[:4], ValueError, "positive"),

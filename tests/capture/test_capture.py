@@ -507,7 +507,11 @@ def test_records_multiply_to_gradients(name):
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        (jnp.ones((3, 4)), TypeError, r"A batch must be a tuple \(input, target\) or a mapping"),
+        (
+            jnp.ones((3, 4)),
+            TypeError,
+            "A batch of `data` must be a tuple",
+        ),
         ((jnp.ones((3, 4)),), ValueError, r"must be \(input, target\), found a tuple of 1"),
         ({"input": 1, "y": 2}, ValueError, "needs the keys 'input' and 'target', found"),
         ((jnp.ones((3, 4)), jnp.ones((2, 3))), ValueError, "need the same leading axis"),

@@ -440,5 +440,5 @@ def test_relative_error_refuses_other_models_and_no_probes():
             fitted("mlp"), model_fn, params, data, loss_fn=LOSS, num_probes=0
         )
     other, others_params, others_data = models.classified("nnx_cnn")
-    with pytest.raises(ValueError, match="`curvature` is of another model"):
+    with pytest.raises(ValueError, match="`params` must be a pytree with the structure and shapes"):
         laplax_kfac.relative_error(fitted("mlp"), other, others_params, others_data, loss_fn=LOSS)
