@@ -13,7 +13,8 @@ its second moment, of whatever kind the side's factor is, and its coordinates in
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -296,6 +297,37 @@ class LayerIO:
             a = computed.features()[:, 0]
             total = jnp.einsum("nski,nvsko->vkio", a, g, precision=_HIGHEST)
         return total.swapaxes(-1, -2) if exchanged else total
+
+
+def as_one_use(record: tuple[LayerIO, ...]) -> tuple[LayerIO, ...]:
+    """Uses of a weight as one with the positions of all; transposed uses for themselves.
+
+    A function that is called twice, and two copies of it that are vmapped, then are the same.
+    """
+    groups = [[use for use in record if isinstance(use.inputs, Cotangents) == k] for k in (0, 1)]
+    return tuple(
+        LayerIO(
+            side_by_side([use.inputs for use in group]),
+            side_by_side([use.gradients for use in group]),
+            jnp.concatenate([use.active for use in group], axis=-2),
+        )
+        for group in groups
+        if group
+    )
+
+
+def side_by_side(sides: Sequence[SideIO]) -> SideIO:
+    """One side with the positions of several of one origin."""
+    if len(sides) == 1:
+        return sides[0]
+    cotangents = [side.values for side in sides if isinstance(side, Cotangents)]
+    if len(cotangents) == len(sides):
+        return Cotangents(jnp.concatenate(cotangents, axis=-3))
+    rows = [side for side in sides if isinstance(side, Rows)]
+    if len(rows) == len(sides):
+        numbers = jnp.concatenate([side.numbers for side in rows], axis=-2)
+        return replace(rows[0], numbers=numbers)
+    return Features(jnp.concatenate([side.features()[..., 0, :, :, :] for side in sides], axis=-3))
 
 
 @pytrees.register

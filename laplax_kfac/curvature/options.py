@@ -69,7 +69,7 @@ class Options:
             to the combinations. All columns by default.
         key: Random key for ``"mc"`` and ``sketches``; ``jax.random.key(0)`` by default.
         kfac_approx: How positions that share a weight are treated: ``"expand"`` as if they were
-            examples, ``"reduce"`` summed up (Eschenhagen et al. 2023, arXiv 2311.00636); or these
+            examples, ``"reduce"`` summed up over all uses (Eschenhagen et al. 2023); or these
             by patterns of layers' names, ``"expand"`` for those that match none.
         curvature: ``"kronecker"``; or, from the same quantities, the exact ``"diagonal"``, or the
             exact dense ``"block"`` of every layer.

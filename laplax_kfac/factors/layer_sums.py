@@ -14,6 +14,7 @@ from laplax_kfac.capture.layer_io import (
     ParameterIO,
     Record,
     accumulate,
+    as_one_use,
     needs_features,
     side_types,
     sum_of_gradients,
@@ -74,7 +75,7 @@ def _layer_sums(
         return ParameterSums(second_moments(layer, record, weights, NO_ROTATION))
     weights, input_weights = accumulate(weights), accumulate(input_weights)
     sums = []
-    for use in record:
+    for use in as_one_use(record) if kfac_approx == "reduce" else record:
         counting = Counting(weights, input_weights, accumulate(use.active), kfac_approx == "reduce")
         sums.append(KroneckerSums(*use.second_moments(layer.kinds, counting)))
     if len(sums) > 1:  # in one form, whatever they were formed from

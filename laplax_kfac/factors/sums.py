@@ -7,6 +7,7 @@ curvature is ``A kron B / M`` (Eschenhagen et al. 2023, arXiv 2311.00636), where
 * ``reduce`` (their Eq. 22): A = sum_n a_n a_n^T with a_n = mean_t a, B likewise with
   g_nr = sum_t g, M = N.
 
+Positions t of ``reduce`` are those of all uses of a weight; uses have sums of their own otherwise.
 Sums are taken in float32, or float64 where x64 is on, at full matrix-product precision. Statistics
 are sums, so they may be accumulated in any order, over any split of the data.
 """
