@@ -36,7 +36,9 @@ def require_data(statistics: Statistics) -> None:
         msg = "`finalize` needs statistics of some data; call `update` first."
         raise ValueError(msg)
     count = statistics.num_examples
-    if not isinstance(count, jax.core.Tracer) and float(count) == 0:
+    if isinstance(count, jax.core.Tracer | jax.ShapeDtypeStruct):  # only shapes are known
+        return
+    if float(count) == 0:
         msg = "All weights in `data` are zero: no example is left to be a curvature of."
         raise ValueError(msg)
 

@@ -137,8 +137,9 @@ class Posterior:
         """
         if given is None and self.mean is None:
             msg = (
-                "The posterior does not know its mean: pass the trained parameters here, or make "
-                "it with them, by make_posterior(curvature, prior_prec, params=params)."
+                "`params` is needed, for the posterior does not know its mean: pass the trained "
+                "parameters here, or make it with them, by make_posterior(curvature, prior_prec, "
+                "params=params)."
             )
             raise ValueError(msg)
         return self.mean if given is None else given
@@ -180,8 +181,9 @@ class Posterior:
             msg = "`mean` is another name of `params`: pass one of them."
             raise ValueError(msg)
         precision = self.precision
+        name = "params" if mean is None else "mean"
         mean = self.mean_or(mean if params is None else params)
-        leaves = precision.space.flatten(mean, name="params")
+        leaves = precision.space.flatten(mean, name=name)
 
         together = max(1, machine.MACHINE.samples_together // precision.space.size)
         if "rbg" in str(jax.random.key_impl(key)):

@@ -107,7 +107,7 @@ MODELS: list[Row] = [
         "It takes batches: pass `vmap_over_data=False`.",
     ),
     *rows(
-        ["kfac", "data_fit"],
+        ["kfac"],
         "model_fn",
         [mean_of_a_batch],
         TypeError,
@@ -230,7 +230,8 @@ NO_ARRAYS = {"text": PARAMS | {"last": {"w": "a", "b": np.zeros(2)}}}
 PARAMETERS: list[Row] = [
     *rows(WITH_PARAMS, "params", MISFITS, ValueError, LIKE),
     *rows(["Curvature.sample"], "params", MISFITS, ValueError, LIKE),
-    *rows(["sample"], "mean", MISFITS, ValueError, LIKE),
+    *rows(["sample"], "mean", {k: x for k, x in MISFITS.items() if k != "None"}, ValueError, LIKE),
+    *rows(["sample"], "params", [None], ValueError, "does not know its mean", mean=None),
     *rows(["inverse_mv"], "v", MISFITS, ValueError, LIKE),
     *rows(
         ["log_marginal_likelihood", "tune", "marglik_training"],

@@ -307,7 +307,7 @@ def test_a_posterior_made_with_parameters_knows_its_mean():
 def test_a_posterior_without_parameters_says_how_to_make_one():
     posterior = make_posterior(matrix(), 2.0)
     for call in (posterior.log_prob, posterior.penalty):
-        with pytest.raises(ValueError, match=r"does not know its mean: .* params=params"):
+        with pytest.raises(ValueError, match=r"does not know its mean: .*params=params"):
             call(PARAMS)
     with pytest.raises(ValueError, match="does not know its mean"):
         posterior.sample(jax.random.key(0), 2)
