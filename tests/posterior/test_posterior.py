@@ -258,7 +258,7 @@ def test_vectors_of_another_structure_are_refused(method):
 
 def test_means_of_another_structure_are_refused():
     wrong = replace_leaf(tree(normal(SPACE.size)))
-    with pytest.raises(ValueError, match="`mean` must be a pytree with the structure and shapes"):
+    with pytest.raises(ValueError, match="`params` must be a pytree with the structure and shapes"):
         Prior(1.0).posterior().sample(jax.random.key(0), 1, wrong)
 
 
