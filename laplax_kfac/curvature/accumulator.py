@@ -104,7 +104,7 @@ class Accumulator:
         examples, counts = weighted_batch(given, weights)
         examples = without_left_out(examples, weights, given.get("weight"))
         compiled, arrays = self._pass(examples, counts, state.num_updates)
-        return _added(state, compiled, arrays)
+        return compiled.added_to(state, arrays)
 
     @no_type_check
     @on_automatic_axes
@@ -123,7 +123,8 @@ class Accumulator:
             return [tiles, jax.eval_shape(factors.mirrored, tiles)]
 
         def step(state: Statistics, number: int, part: WeightedBatch) -> Statistics:
-            return _added(state, *self._pass(*weighted_batch(*part), number), in_place=True)
+            compiled, arrays = self._pass(*weighted_batch(*part), number)
+            return compiled.added_to(state, arrays, in_place=True)
 
         if keeper.path is not None:
             data = self._recognised(data, keeper)
@@ -386,33 +387,6 @@ def require_statistics(name: str, value: object) -> None:
             f"found {shown(value)}."
         )
         raise TypeError(msg)
-
-
-def _added(
-    state: Statistics, compiled: Compiled, arrays: "Arrays", *, in_place: bool = False
-) -> Statistics:
-    """A state and the statistics of one batch more."""
-    statistics, add = compiled.whole_statistics, compiled.add
-    if in_place:
-        statistics, add = compiled.statistics, compiled.add_in_place
-    new = compiled.shapes(statistics, arrays)
-    if not state.layers:
-        state = zeros_of(new)
-    factors.require_same_blocks(state, new)
-    if in_place and not _have_one_form(state, new):  # those of images of another size may differ
-        return _added(factors.mirrored(state), compiled, arrays)
-    leaves, treedef = jax.tree.flatten(state)
-    if jaxprs.is_traced((leaves, arrays)):  # nothing can be changed in place
-        leaves = jax.tree.leaves(added(state, statistics(arrays)))
-    else:
-        leaves = add(leaves, arrays)
-    return jax.tree.unflatten(treedef, leaves)
-
-
-def _have_one_form(first: Statistics, second: Statistics) -> bool:
-    """Whether sums of two statistics can be added entry by entry."""
-    ours, theirs = (jax.tree.map(lambda x: x.shape, s.sums) for s in (first, second))
-    return bool(ours == theirs)
 
 
 @no_type_check

@@ -75,6 +75,26 @@ class Compiled:
         key = statistics, treedef, of_mesh(), tuple(jax.typeof(x) for x in leaves)
         return self.known_shapes.get(key, lambda: jax.eval_shape(statistics, arrays))
 
+    def added_to(
+        self, state: Statistics, arrays: "Arrays", *, in_place: bool = False
+    ) -> Statistics:
+        """A state and the statistics of one batch more; in place, the old one is used up."""
+        statistics, add = self.whole_statistics, self.add
+        if in_place:
+            statistics, add = self.statistics, self.add_in_place
+        new = self.shapes(statistics, arrays)
+        if not state.layers:
+            state = zeros_of(new)
+        factors.require_same_blocks(state, new)
+        if in_place and not have_one_form(state, new):  # those of images of another size may differ
+            return self.added_to(factors.mirrored(state), arrays)
+        leaves, treedef = jax.tree.flatten(state)
+        if jaxprs.is_traced((leaves, arrays)):  # nothing can be changed in place
+            leaves = jax.tree.leaves(added(state, statistics(arrays)))
+        else:
+            leaves = add(leaves, arrays)
+        return jax.tree.unflatten(treedef, leaves)
+
     @classmethod
     def of(cls, program: Program, settings: Settings) -> "Compiled":
         """The passes of a model; `add` and its like have their traces from what they add."""
@@ -98,6 +118,12 @@ class Compiled:
             whole_statistics, jax.jit(functools.partial(add, whole_statistics)),
             total, jax.jit(add_total, static_argnums=0, donate_argnums=1),
         )  # fmt: skip
+
+
+def have_one_form(first: Statistics, second: Statistics) -> bool:
+    """Whether sums of two statistics can be added entry by entry."""
+    ours, theirs = (jax.tree.map(lambda x: x.shape, s.sums) for s in (first, second))
+    return bool(ours == theirs)
 
 
 def compiled_for(

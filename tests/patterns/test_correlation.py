@@ -12,7 +12,6 @@ from support.images import CASES, cut_out, images
 from support.machines import tune_machine
 
 import laplax_kfac
-from laplax_kfac.curvature import accumulator as curvature
 from laplax_kfac.gram import whole
 from laplax_kfac.patterns import correlation
 from laplax_kfac.patterns.patches import Axis
@@ -93,13 +92,13 @@ def test_images_of_several_sizes_share_a_layer(monkeypatch):
     ]
     accumulator = laplax_kfac.accumulator(convolved, params, loss_fn="mse")
     forms: list[bool] = []
-    have_one_form = curvature._have_one_form
+    have_one_form = passes.have_one_form
 
     def noted(*states):
         forms.append(have_one_form(*states))
         return forms[-1]
 
-    monkeypatch.setattr(curvature, "_have_one_form", noted)
+    monkeypatch.setattr(passes, "have_one_form", noted)
     found: Any = accumulator.collect((batch, jnp.ones(8)) for batch in batches)
     assert forms == [
         True,
