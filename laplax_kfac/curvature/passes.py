@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt
 
-from laplax_kfac import factors, machine
+from laplax_kfac import factors, jaxprs, machine
 from laplax_kfac.caches import Cache
 from laplax_kfac.capture.batches import Batch, pad
 from laplax_kfac.capture.batches import batch_size as size_of

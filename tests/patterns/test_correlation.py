@@ -12,6 +12,7 @@ from support.images import CASES, cut_out, images
 from support.machines import tune_machine
 
 import laplax_kfac
+from laplax_kfac.curvature import passes
 from laplax_kfac.gram import whole
 from laplax_kfac.patterns import correlation
 from laplax_kfac.patterns.patches import Axis
