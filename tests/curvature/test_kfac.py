@@ -777,7 +777,7 @@ def test_working_in_some_columns_of_an_example_changes_nothing(
         return laplax_kfac.kfac(
             tied,
             TIED,
-            (*data, weights),
+            {"input": data[0], "target": data[1], "weight": weights},
             loss_fn="cross_entropy",
             kfac_approx=kfac_approx,
             **options,
