@@ -25,7 +25,7 @@ FAST := LAPLAX_KFAC_UNCHECKED=1
 FAST_OPTIONS := -q -n 2 --dist loadfile -m "not slow" --ignore tests/fuzz
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test shapes oldest newest fuzz lint types docs wheel bench clean
+.PHONY: help quickstart test shapes oldest newest devices fuzz lint types docs wheel bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ oldest: $(OLDEST) ## run the fast tests with the oldest versions that pyproject.
 newest: $(NEWEST) ## run the fast tests with the newest versions there are
 	@echo ">> running the fast tests on $$(.venv-newest/bin/python --version), with the newest versions"
 	@$(FAST) .venv-newest/bin/python -m pytest $(FAST_OPTIONS)
+
+devices: $(DEV) ## compare every computation on eight virtual devices with one, in every layout
+	@echo ">> every layout of arrays on eight devices (an hour)"
+	@LAPLAX_KFAC_DEVICES=1 LAPLAX_KFAC_UNCHECKED=1 $(BIN)/python -m pytest -q tests/devices
 
 fuzz: $(DEV) ## check N random networks, from number SEED on: make fuzz N=2000 SEED=0
 	@echo ">> $(N) random networks, from number $(SEED) on"

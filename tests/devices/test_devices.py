@@ -62,6 +62,7 @@ def test_eight_devices_are_as_one(name: str, layout: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("LAPLAX_KFAC_DEVICES" not in os.environ, reason="`make devices` runs it")
 @pytest.mark.parametrize("bits", [32, 64])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", COMPUTED)
