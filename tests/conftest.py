@@ -19,6 +19,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 ).strip()
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -37,3 +38,16 @@ def x64() -> Iterator[None]:
     """Compute in float64; `pytestmark = pytest.mark.usefixtures("x64")` does so in a whole file."""
     with jax.enable_x64(True):
         yield
+
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 25_000
+"""Linux ends a process that has more than 65,530; a compiled program takes several."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_forgotten() -> Iterator[None]:
+    """What was compiled for a file is forgotten where there is much of it."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()

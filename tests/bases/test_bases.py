@@ -177,7 +177,8 @@ def test_texts_come_back(text):
 
 @pytest.mark.parametrize("text", ["", "kronecker", "dense:4", "blocked:0", "blocked:x", 3, None])
 def test_other_texts_are_refused(text):
-    message = "is no kind of factor; the kinds of `factor_kinds` are 'identity', 'diagonal', 'blocked:64', 'dense'"
+    kinds = "'identity', 'diagonal', 'blocked:64', 'dense'"
+    message = f"is no kind of factor; the kinds of `factor_kinds` are {kinds}"
     with pytest.raises(ValueError, match=message):
         kind_of(text)
 
