@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from laplax_kfac import files
-from laplax_kfac.arguments import positive_integer
+from laplax_kfac.arguments import no_type_check, positive_integer
 from laplax_kfac.capture.batches import WeightedBatch
 from laplax_kfac.curvature.identity import of_arrays
 
@@ -144,6 +144,7 @@ class Keeper:
         self.now = stage, begun if is_known(begun) else self.restored("begun", begun)
         return self.now[1]
 
+    @no_type_check
     def total(
         self,
         data: Iterable[WeightedBatch],

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from laplax_kfac.arguments import numbers, require_positive, shown
+from laplax_kfac.arguments import no_type_check, numbers, require_positive, shown
 from laplax_kfac.bases import UNROTATED
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal
 from laplax_kfac.parsing.layout import ParameterSpace
@@ -60,6 +60,7 @@ class Hyperparameters:
         return prior_prec.prior_prec, prior_prec.noise_variance
 
 
+@no_type_check
 def loss_factor(
     sigma_squared: Scalar | None, noise_variance: Scalar | None, dtype: DTypeLike
 ) -> Scalar:
