@@ -7,13 +7,13 @@ from typing import Any, Unpack
 import jax
 from jaxtyping import PyTree
 
-from laplax_kfac.arguments import no_type_check, require_callable, shown
+from laplax_kfac.arguments import no_type_check, shown
 from laplax_kfac.capture.capture import record_size
 from laplax_kfac.curvature.options import OptionKeywords, Options
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.independence import require_independent
 from laplax_kfac.parsing.layer import Layer, Repeated
-from laplax_kfac.parsing.program import ModelFn, parse
+from laplax_kfac.parsing.program import ModelFn, parse, require_model
 from laplax_kfac.summaries import aligned
 
 _BYTES = 4  # factors are kept in float32 unless x64 is on
@@ -159,7 +159,7 @@ def find_layers(
             some have no Kronecker form and their fallback is ``"error"``.
         TypeError: If the model fails on the example, or the example is not made of arrays.
     """
-    require_callable("model_fn", model_fn, "a function of `input` and `params`")
+    require_model(model_fn)
     chosen = Options.of(options, keywords)
     vmap_over_data = chosen.vmap_over_data
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from laplax_kfac.arguments import no_type_check, require_weights, shown
+from laplax_kfac.arguments import no_type_check, require_callable, require_weights, shown
 from laplax_kfac.capture.left_out import without_left_out
 from laplax_kfac.capture.shards import Shards
 from laplax_kfac.meshes import automatic
@@ -147,6 +147,16 @@ def _counts(batch: Batch) -> Array | np.ndarray:
     """What each example counts; a numpy array unless the batch has weights in JAX."""
     size, dtype = batch_size(batch), jnp.result_type(float)
     return batch["weight"].astype(dtype) if "weight" in batch else np.ones(size, dtype)
+
+
+def require_transform(transform: object) -> None:
+    """Refuse a transform of batches that is no function; None is none at all.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if transform is not None:
+        require_callable("transform", transform, "a function of one batch")
 
 
 def batches(data: object, transform: Transform | None = None) -> Iterator[Batch]:

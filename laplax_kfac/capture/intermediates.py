@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac import pytrees
-from laplax_kfac.arguments import no_type_check, require_callable, require_flags
+from laplax_kfac.arguments import no_type_check, require_flags
 from laplax_kfac.capture.batches import as_batch, batch_size, first_example, to_arrays
 from laplax_kfac.capture.capture import capture_batch
 from laplax_kfac.capture.layer_io import LayerIO
@@ -15,7 +15,7 @@ from laplax_kfac.fisher import Columns, fisher_type_of
 from laplax_kfac.likelihood.named import Loss, resolve_likelihood
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.grouping import Resolved
-from laplax_kfac.parsing.program import ModelFn, parse
+from laplax_kfac.parsing.program import ModelFn, parse, require_model
 
 
 @pytrees.register
@@ -77,7 +77,7 @@ def intermediates_and_gradients(
         TypeError: If ``data`` is not one batch.
         ValueError: If the batch, the loss or the model is not of a supported form.
     """
-    require_callable("model_fn", model_fn, "a function of `input` and `params`")
+    require_model(model_fn)
     require_flags(vmap_over_data=vmap_over_data)
     batch = to_arrays(as_batch(data))
     size = batch_size(batch)

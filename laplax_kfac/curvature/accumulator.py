@@ -44,7 +44,7 @@ from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.cache_keys import of_mesh
 from laplax_kfac.parsing.independence import require_independent
 from laplax_kfac.parsing.layout import ParameterSpace
-from laplax_kfac.parsing.program import ModelFn, parse
+from laplax_kfac.parsing.program import ModelFn, parse, require_model
 
 KFOC_ITERATIONS = 30
 
@@ -415,5 +415,5 @@ def accumulator(
         ValueError: If an option has an unknown value.
         TypeError: If ``loss_fn`` is neither a name nor a callable, or an option is unknown.
     """
-    require_callable("model_fn", model_fn, "a function of `input` and `params`")
+    require_model(model_fn)
     return Accumulator(model_fn, params, Options.of(options, keywords).settings(loss_fn))

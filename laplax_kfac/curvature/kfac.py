@@ -11,7 +11,6 @@ from tqdm import tqdm
 from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
-    require_callable,
     require_flags,
 )
 from laplax_kfac.capture.batches import (
@@ -19,6 +18,7 @@ from laplax_kfac.capture.batches import (
     batches,
     even_batches,
     require_several_passes,
+    require_transform,
     same_number,
 )
 from laplax_kfac.curvature.accumulator import KFOC_ITERATIONS, accumulator
@@ -92,8 +92,7 @@ class _Passes:
             optimal_factors=self.optimal_factors,
             progress=self.progress,
         )
-        if self.transform is not None:
-            require_callable("transform", self.transform, "a function of one batch")
+        require_transform(self.transform)
         refined = options.curvature == "kronecker" and fisher_type_of(options.fisher_type).columns
         for name in ("eigenvalue_correction", "optimal_factors"):
             if getattr(self, name) and not refined:

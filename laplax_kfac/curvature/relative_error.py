@@ -13,7 +13,6 @@ from laplax_kfac import pytrees
 from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
-    require_callable,
     require_flags,
     require_key,
 )
@@ -30,7 +29,7 @@ from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.grouping import Resolved
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
-from laplax_kfac.parsing.program import ModelFn
+from laplax_kfac.parsing.program import ModelFn, require_model
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -106,7 +105,7 @@ def relative_error(
         TypeError: If an argument is of an unsupported type.
     """
     require_curvature("curvature", curvature)
-    require_callable("model_fn", model_fn, "a function of `input` and `params`")
+    require_model(model_fn)
     curvature.space.require_like(params, "params")
     num_probes = positive_integer("num_probes", num_probes)
     batch_size = positive_integer("batch_size", batch_size)

@@ -13,7 +13,6 @@ from laplax_kfac import pytrees
 from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
-    require_callable,
     require_choice,
     require_flags,
     require_positive,
@@ -24,6 +23,7 @@ from laplax_kfac.capture.batches import (
     batches,
     even_batches,
     first_example,
+    require_transform,
     to_arrays,
 )
 from laplax_kfac.capture.checks import all_finite, faults_of
@@ -34,7 +34,7 @@ from laplax_kfac.likelihood.named import Loss, resolve_likelihood
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.independence import require_independent
 from laplax_kfac.parsing.layout import ParameterSpace
-from laplax_kfac.parsing.program import ModelFn, per_example
+from laplax_kfac.parsing.program import ModelFn, per_example, require_model
 from laplax_kfac.posterior.prior import Scalar
 
 LOSSES = Fault("losses", NOT_FINITE)
@@ -108,10 +108,9 @@ def data_fit(
     require_choice("nonfinite", nonfinite, NONFINITE)
     require_flags(vmap_over_data=vmap_over_data)
     batch_size = positive_integer("batch_size", batch_size)
-    require_callable("model_fn", model_fn, "a function of `input` and `params`")
+    require_model(model_fn)
     ParameterSpace.of(params)
-    if transform is not None:
-        require_callable("transform", transform, "a function of one batch")
+    require_transform(transform)
     of_batch = jax.jit(fit_of_batch(model_fn, loss_fn, vmap_over_data=vmap_over_data))
 
     def checked() -> Iterator[Batch]:

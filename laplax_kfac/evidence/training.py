@@ -20,13 +20,13 @@ from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
     require_bounds,
-    require_callable,
     require_flags,
     require_positive,
 )
 from laplax_kfac.capture.batches import (
     Transform,
     require_several_passes,
+    require_transform,
 )
 from laplax_kfac.curvature.accumulator import accumulator
 from laplax_kfac.curvature.curvature import Curvature
@@ -161,8 +161,7 @@ def marglik_training(
     require_flags(eigenvalue_correction=eigenvalue_correction, progress=progress)
     require_bounds(bounds)
     require_positive("hyper_learning_rate", hyper_learning_rate, shape=())
-    if transform is not None:
-        require_callable("transform", transform, "a function of one batch")
+    require_transform(transform)
     if optimizer is not None and not hasattr(optimizer, "update"):
         msg = f"`optimizer` must be one of optax, such as optax.adam(1e-3); found {optimizer!r}."
         raise TypeError(msg)

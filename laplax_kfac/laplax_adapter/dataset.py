@@ -33,8 +33,8 @@ from laplax_kfac.predictive.jacobians import (
     compiled_linearise,
     in_chunks,
     most_inputs,
-    output_covariances,
 )
+from laplax_kfac.predictive.linear_model import linearised_once, spreads_at
 
 Spreads: TypeAlias = Float[Array, "N C"] | Float[Array, "N C C"]
 PosteriorFn: TypeAlias = Callable[..., LaplaxPosterior]
@@ -119,13 +119,7 @@ class Dataset:
         It goes to `posterior_fn` as the prior argument `LINEARISED`.
         """
         xs, at = self.batch["input"], functools.partial(self._linearise, self._expansion)
-        kept = jax.eval_shape(at, xs)
-        if (
-            sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
-            > machine.MACHINE.table_bytes
-        ):
-            return xs
-        return in_chunks(at, xs, self._most(traced=False), traced=False)
+        return linearised_once(at, xs, self._most(traced=False))
 
     @functools.cached_property
     def _linearise(self) -> Callable[[Expansion, PyTree], Linearised]:
@@ -154,11 +148,11 @@ class Dataset:
         """Variances or covariances, from the linearised model or from the inputs."""
         variances = [1.0 / block.eigenvalues for block in precision.blocks]
         expansion = self._expansion._replace(blocks=precision.blocks)
+        at = functools.partial(self._linearise, expansion)
         traced = jaxprs.is_traced((expansion, variances, linear))
 
         def of_part(part: PyTree) -> Array:
-            known = part if isinstance(part, Linearised) else self._linearise(expansion, part)
-            return output_covariances(known, variances, diagonal=self.diagonal)
+            return spreads_at(at, part, variances, diagonal=self.diagonal)[1]
 
         return in_chunks(of_part, linear, self._most(traced=traced), traced=traced)
 

@@ -18,8 +18,7 @@ from jaxtyping import PyTree
 
 from laplax_kfac import jaxprs
 from laplax_kfac.parsing.axis_rules import EXAMPLES, Along, Mixed, Unknown, joined, rule_of
-
-ModelFn = Callable[..., PyTree]
+from laplax_kfac.parsing.model_calls import ModelFn
 
 EVALUATION = (
     "`model.eval()` in flax.nnx, `use_running_average=True` in flax.linen, "

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from laplax_kfac.arguments import no_type_check, shown
+from laplax_kfac.arguments import no_type_check, require_callable, shown
 
 ModelFn = Callable[..., PyTree]
 
@@ -21,6 +21,15 @@ SHOWN = 240
 """Most characters of a description of a pytree, or of a model's own message."""
 NAMES_OF_PARAMS = ("params", "parameters", "variables", "weights", "theta", "p", "w", "state")
 NAMES_OF_KEYS = ("rng", "rngs", "key")
+
+
+def require_model(model_fn: object) -> None:
+    """Refuse what is no function, before anything is done with it.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    require_callable("model_fn", model_fn, "a function of `input` and `params`")
 
 
 @no_type_check
@@ -37,9 +46,7 @@ def call(model_fn: ModelFn, params: PyTree, x: PyTree, *, batched: bool) -> PyTr
         TypeError: If the model fails, or returns something else than arrays of floating-point
             numbers.
     """
-    if not callable(model_fn):
-        msg = f"`model_fn` must be a function of `input` and `params`, found {shown(model_fn)}."
-        raise TypeError(msg)
+    require_model(model_fn)
     try:
         output = model_fn(input=x, params=params)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:

@@ -18,6 +18,7 @@ from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.model_calls import ModelFn as ModelFn
 from laplax_kfac.parsing.model_calls import call
+from laplax_kfac.parsing.model_calls import require_model as require_model
 from laplax_kfac.parsing.selection import Selection
 from laplax_kfac.parsing.steps import Scope
 from laplax_kfac.parsing.uses import Fallback, Findings, Use

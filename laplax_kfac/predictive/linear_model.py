@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import jax
 from jaxtyping import Array, Float, PyTree
 
-from laplax_kfac import jaxprs
-from laplax_kfac.arguments import no_type_check, require_callable, require_flags
+from laplax_kfac import jaxprs, machine
+from laplax_kfac.arguments import no_type_check, require_flags
 from laplax_kfac.capture.batches import first_example, to_arrays
 from laplax_kfac.curvature.matching import parse_like
-from laplax_kfac.parsing.program import ModelFn, Program
+from laplax_kfac.parsing.program import ModelFn, Program, require_model
 from laplax_kfac.posterior.posterior import Posterior
 from laplax_kfac.predictive.jacobians import (
     Expansion,
@@ -50,7 +50,7 @@ class LinearModel:
             ValueError: If the model, the parameters or the inputs are not those of the posterior.
             TypeError: If an argument is of an unsupported type.
         """
-        require_callable("model_fn", model_fn, "a function of `input` and `params`")
+        require_model(model_fn)
         require_flags(vmap_over_data=vmap_over_data)
         precision = posterior.precision
         batch = to_arrays({"input": inputs}, "inputs")
@@ -81,8 +81,7 @@ class LinearModel:
         most = most_inputs(self.program, batch_size, traced=traced)
 
         def of_part(part: PyTree) -> tuple[Array, Array]:
-            linear = self.at(part)
-            return linear.output, output_covariances(linear, self.variances, diagonal=diagonal)
+            return spreads_at(self.at, part, self.variances, diagonal=diagonal)
 
         return in_chunks(of_part, self.inputs, most, traced=traced)
 
@@ -103,3 +102,29 @@ class LinearModel:
             return in_chunks(of_columns, columns, most, traced=traced).swapaxes(0, 1)
 
         return in_chunks(of_rows, self.inputs, most, traced=traced).swapaxes(1, 2)
+
+
+# -- for many posteriors -----------------------------------------------------------------------
+
+
+def linearised_once(at: Callable[[PyTree], Linearised], inputs: PyTree, most: int) -> PyTree:
+    """The model at all inputs, for many posteriors; the inputs where that takes too much memory.
+
+    Args:
+        at: Linearises the model at some inputs.
+        inputs: All inputs.
+        most: Most inputs that are worked on at once.
+    """
+    shapes = jax.eval_shape(at, inputs)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    if size > machine.MACHINE.table_bytes:
+        return inputs
+    return in_chunks(at, inputs, most, traced=False)
+
+
+def spreads_at(
+    at: Callable[[PyTree], Linearised], part: PyTree, variances: list[Array], *, diagonal: bool
+) -> tuple[Array, Array]:
+    """Outputs, and their covariances or variances, at some of what `linearised_once` returned."""
+    linear = part if isinstance(part, Linearised) else at(part)
+    return linear.output, output_covariances(linear, variances, diagonal=diagonal)

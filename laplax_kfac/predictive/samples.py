@@ -16,7 +16,6 @@ from laplax_kfac import jaxprs, machine
 from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
-    require_callable,
     require_flags,
     require_key,
 )
@@ -28,7 +27,7 @@ from laplax_kfac.curvature.matching import checked_inputs
 from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing import cache_keys as fingerprint
-from laplax_kfac.parsing.program import ModelFn, per_example
+from laplax_kfac.parsing.program import ModelFn, per_example, require_model
 from laplax_kfac.posterior.posterior import Posterior, make_posterior
 from laplax_kfac.posterior.prior import PriorPrecision, Scalar
 from laplax_kfac.predictive.jacobians import in_chunks, num_that_fit
@@ -81,7 +80,7 @@ def predictive_samples(
     num_samples = positive_integer("num_samples", num_samples)
     batch_size = positive_integer("batch_size", batch_size)
     require_key("key", key)
-    require_callable("model_fn", model_fn, "a function of `input` and `params`")
+    require_model(model_fn)
     require_flags(linearised=linearised, vmap_over_data=vmap_over_data)
     posterior = make_posterior(
         curvature, prior_prec, noise_variance=noise_variance, sigma_squared=sigma_squared

@@ -5,6 +5,7 @@ likelihood, on data that were not trained on, is what one wants of it. With the 
 eigenbases worked out once it is a function of the prior that costs one contraction with them.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, PyTree
 
-from laplax_kfac import machine, pytrees
+from laplax_kfac import pytrees
 from laplax_kfac.arguments import no_type_check, require_callable, require_choice
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import as_batch, batch_size, to_arrays
@@ -28,9 +29,8 @@ from laplax_kfac.predictive.jacobians import (
     Linearised,
     in_chunks,
     most_inputs,
-    output_covariances,
 )
-from laplax_kfac.predictive.linear_model import LinearModel
+from laplax_kfac.predictive.linear_model import LinearModel, linearised_once, spreads_at
 from laplax_kfac.summaries import summarised
 
 Objective = str | Callable[[Predictive, PyTree], Any]
@@ -131,9 +131,8 @@ class HeldOutData:
         variances = [1.0 / block.eigenvalues for block in posterior.precision.blocks]
 
         def of_part(part: PyTree) -> tuple[Array, Array]:
-            known = isinstance(part, Linearised)
-            linear = part if known else self.linearise(self.expansion, part)
-            return linear.output, output_covariances(linear, variances, diagonal=diagonal)
+            at = functools.partial(self.linearise, self.expansion)
+            return spreads_at(at, part, variances, diagonal=diagonal)
 
         return in_chunks(of_part, self.kept, self.at_once, traced=True)
 
@@ -212,12 +211,8 @@ class Validation:
             vmap_over_data=self.vmap_over_data,
         )  # fmt: skip
         batch_size(batch)  # targets of another number than inputs are refused
-        shapes = jax.eval_shape(model.linearise, model.expansion, model.inputs)
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
         at_once = most_inputs(model.program, DEFAULT_BATCH_SIZE, traced=True)
-        kept = model.inputs
-        if size <= machine.MACHINE.table_bytes:
-            kept = in_chunks(model.at, model.inputs, at_once, traced=False)
+        kept = linearised_once(model.at, model.inputs, at_once)
         outputs = jax.tree.leaves(model.program.output)
         shape = outputs[0].shape if len(outputs) == 1 else (sum(o.size for o in outputs),)
         return HeldOutData(

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from support import models
 from support.linear_regression import TALL, fitted, most_probable
 from support.tolerances import tolerance
+from support.training import descended
 
 import laplax_kfac
 from laplax_kfac.evidence.fit import fit_of_batch
@@ -252,17 +252,7 @@ def test_tuning_by_layer_raises_the_evidence_on_handwritten_digits():
         norm = sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
         return fit(params, batch, jnp.ones(len(x)), jnp.uint32(0))[0].loss + 0.5 * norm
 
-    @jax.jit
-    def descend(params):
-        def step(state, _):
-            params, inner = state
-            updates, inner = optimizer.update(jax.grad(loss)(params), inner)
-            return (optax.apply_updates(params, updates), inner), None
-
-        optimizer = optax.adam(1e-2)
-        return jax.lax.scan(step, (params, optimizer.init(params)), length=150)[0][0]
-
-    params = descend(params)
+    params = descended(loss, params, steps=150, learning_rate=1e-2)
     curvature = laplax_kfac.kfac(model_fn, params, (x, y), loss_fn="cross_entropy")
     fit = laplax_kfac.data_fit(model_fn, params, (x, y), loss_fn="cross_entropy")
     one, each = (

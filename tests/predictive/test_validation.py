@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from support.machines import tune_machine
 from support.matrices import normal
+from support.training import descended
 
 import laplax_kfac
 
@@ -30,22 +30,12 @@ def trained(x, y, loss_fn, width, steps=400):
     }
     params["hidden"]["b"] = np.zeros(width)
     params = jax.tree.map(jnp.asarray, params)
-    optimizer = optax.adam(0.03)
 
     def loss(params):
         fit = laplax_kfac.data_fit(model_fn, params, (x, y), loss_fn=loss_fn)
         return fit.loss + 0.01 * sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
 
-    @jax.jit
-    def descend(params):
-        def step(state, _):
-            params, inner = state
-            updates, inner = optimizer.update(jax.grad(loss)(params), inner)
-            return (optax.apply_updates(params, updates), inner), None
-
-        return jax.lax.scan(step, (params, optimizer.init(params)), length=steps)[0][0]
-
-    params = descend(params)
+    params = descended(loss, params, steps=steps, learning_rate=0.03)
     curvature = laplax_kfac.kfac(model_fn, params, (x, y), loss_fn=loss_fn)
     return params, curvature, laplax_kfac.data_fit(model_fn, params, (x, y), loss_fn=loss_fn)
 
