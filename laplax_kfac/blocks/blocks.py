@@ -168,6 +168,12 @@ class BlockDiagonal:
         finite = [np.isfinite(x).all() for x in values] if machine.on_cpu() else are_finite(values)
         return [layer.name for (layer, _), flag in zip(covered, finite, strict=True) if not flag]
 
+    def is_zero(self) -> bool:
+        """Whether all eigenvalues are zero; False while they are traced."""
+        values = [block.eigenvalues for block in self.blocks]
+        anything = np.any if machine.on_cpu() else jnp.any
+        return not jaxprs.is_traced(values) and not any(bool(anything(x)) for x in values)
+
     def num_free(self) -> int:
         """Number of parameters that are not frozen."""
         return sum(layer.size for layer in self.layers if not layer.frozen)
