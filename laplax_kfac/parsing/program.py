@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from laplax_kfac import jaxprs, meshes
 from laplax_kfac.parsing.biases import Bias
+from laplax_kfac.parsing.complex_weights import Origin, with_real_weights
 from laplax_kfac.parsing.grouping import Resolved, resolve
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
@@ -105,6 +106,9 @@ def parse(
     function = per_example(model_fn, vmap_over_data=vmap_over_data)
     jaxpr, consts, output = jaxprs.trace(function, params, example)
     covered = [selection.covers(name) for name in space.names]
+    rest = len(jaxpr.invars) - len(consts) - len(covered)
+    origins = [Origin.PARAMETERS if used else Origin.DATA for used in covered]
+    jaxpr, consts = with_real_weights(jaxpr, consts, [*origins, *[Origin.DATA] * rest])
     findings = _find(jaxpr, consts, space, covered)
     if selection.last_layer:
         covered = _of_last_layer(findings, space)

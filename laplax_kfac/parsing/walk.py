@@ -84,7 +84,8 @@ def _outputs(step: Step) -> list[Value]:
         scaled = moves and any(isinstance(v, Scaled) for v in values)
         return [Scaled()] if scaled and len(eqn.outvars) == 1 else step.nothing
     if not jaxprs.has_body(eqn) and any(jaxprs.is_complex(v) for v in eqn.outvars):
-        return step.mark("complex", "turned into a complex number before its use")
+        reason = "used as a complex number by an equation that is no product with data and no sum"
+        return step.mark("complex", reason)
     if name in INDEX_RULES:
         return moved(eqn, values)
     selection = selected(eqn, values) if name in SELECTIONS else None

@@ -1704,12 +1704,166 @@ def scan_over_no_layers() -> Built:
     return model_fn, normal(params), inputs(4)
 
 
-@model(fallback("w", "complex", 12, "turned into a complex number"))
+# -- complex weights, made of real parameters -----------------------------------------------------
+
+TWICE = "the sum of 2 uses"
+"""The parts of a complex product are two uses of the real and imaginary part of its weight."""
+
+
+@model(dense("im", 1, 4))
 def weight_times_an_imaginary_number() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
-        return jnp.abs(jnp.sum(input) + input @ (1j * params["w"]))
+        return jnp.abs(jnp.sum(input) + input @ (1j * params["im"]))
+
+    return model_fn, normal({"im": (1, 4)}), inputs(1)
+
+
+@model(dense("w", 4, 3, 2, because=TWICE))
+def real_weight_of_complex_features() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        return jnp.abs(jnp.fft.fft(input) @ params["w"])
 
     return model_fn, normal({"w": (4, 3)}), inputs(4)
+
+
+@model(
+    dense("layers/0/w/im", 4, 6, bias=True),
+    dense("layers/1/w", 6, 2, 2, because=TWICE),
+    *[Expected(f"layers/1/b/{part}", "bias", "kronecker", 1, 2) for part in ("im", "re")],
+)  # fmt: skip
+def complex_dense_layers() -> Built:
+    def linear(x: Array, p: Any) -> Array:
+        return x @ (p["w"]["re"] + 1j * p["w"]["im"]) + lax.complex(p["b"]["re"], p["b"]["im"])
+
+    def model_fn(input: Array, params: Any) -> Array:
+        h = linear(input, params["layers"][0])
+        h = lax.complex(jnp.tanh(h.real), jnp.tanh(h.imag))
+        return jnp.abs(linear(h, params["layers"][1]))
+
+    def shapes(rows: int, columns: int) -> Any:
+        weights = {"re": (rows, columns), "im": (rows, columns)}
+        return {"w": weights, "b": {"re": (columns,), "im": (columns,)}}
+
+    return model_fn, normal({"layers": [shapes(4, 3), shapes(3, 2)]}), inputs(4)
+
+
+@model(
+    dense("out", 2, 2), dense("skip", 2, 2, 8), dense("spectral", 4, 2, 2, stack=3, because=TWICE)
+)
+def fourier_layer_with_a_skip() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        z, weight = jnp.fft.rfft(input, axis=0)[:3], params["spectral"]
+        y = jnp.einsum("mi,mio->mo", z, weight["re"] + 1j * weight["im"])
+        h = jnp.tanh(jnp.fft.irfft(y, n=len(input), axis=0) + input @ params["skip"])
+        return h.mean(0) @ params["out"]
+
+    spectral = {"re": (3, 2, 2), "im": (3, 2, 2)}
+    return model_fn, normal({"spectral": spectral, "skip": (2, 2), "out": (2, 2)}), inputs(8, 2)
+
+
+@model(
+    dense("high", 4, 3, 2, stack=6, because=TWICE), dense("low", 4, 3, 2, stack=6, because=TWICE),
+)  # fmt: skip
+def fourier_layer_in_two_dimensions() -> Built:
+    """Channels first, corners of modes put into zeros, parts packed in the last axis of a leaf."""
+
+    def model_fn(input: Array, params: Any) -> Array:
+        z = jnp.fft.rfft2(input)  # (in, 5, 4)
+
+        def product(x: Array, w: Array) -> Array:
+            return jnp.einsum("ixy,ioxy->oxy", x, lax.complex(w[..., 0], w[..., 1]))
+
+        spectrum = jnp.zeros((3, *z.shape[1:]), z.dtype)
+        spectrum = spectrum.at[:, :2, :3].set(product(z[:, :2, :3], params["low"]))
+        spectrum = spectrum.at[:, -2:, :3].set(product(z[:, -2:, :3], params["high"]))
+        return jnp.tanh(jnp.fft.irfft2(spectrum, s=input.shape[1:])).mean((1, 2))
+
+    return model_fn, normal({"low": (2, 3, 2, 3, 2), "high": (2, 3, 2, 3, 2)}), inputs(2, 5, 6)
+
+
+class _Spectral(nnx.Module):
+    """A layer of the full transform, parts in two parameters, modes last."""
+
+    def __init__(self, channels: int, modes: int, rngs: nnx.Rngs) -> None:
+        shape = (channels, channels, modes)
+        self.real = nnx.Param(jax.random.normal(rngs.params(), shape, float))
+        self.imag = nnx.Param(jax.random.normal(rngs.params(), shape, float))
+        self.modes = modes
+
+    def __call__(self, x: Array) -> Array:
+        z = jnp.fft.fft(x.astype(complex), axis=-1)[..., : self.modes]
+        y = jnp.einsum("bim,iom->bom", z, self.real[...] + 1j * self.imag[...])
+        y = jnp.pad(y, ((0, 0), (0, 0), (0, x.shape[-1] - self.modes)))
+        return jnp.fft.ifft(y, axis=-1).real
+
+
+@model(
+    dense("first", 4, 2, 2, stack=2, because=TWICE),
+    dense("second", 4, 2, 2, stack=2, because=TWICE),
+)  # fmt: skip
+def nnx_fourier_operator() -> Built:
+    class Operator(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.first, self.second = _Spectral(2, 2, rngs), _Spectral(2, 2, rngs)
+
+        def __call__(self, x: Array) -> Array:
+            return jnp.tanh(self.second(jnp.tanh(self.first(x)))).mean(-1)
+
+    graph, params = nnx.split(Operator(nnx.Rngs(0)))
+
+    def model_fn(input: Array, params: Any) -> Array:
+        return nnx.merge(graph, params)(input[None])[0]
+
+    return model_fn, params, inputs(2, 6)
+
+
+@model(dense("im", 4, 2, 2, stack=6, because=TWICE))
+def fourier_layers_in_a_scan() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        @jax.checkpoint
+        def layer(h: Array, w: Any) -> tuple[Array, None]:
+            y = jnp.einsum("mi,mio->mo", jnp.fft.rfft(h, axis=0)[1:3], lax.complex(*w))
+            return jnp.tanh(jnp.fft.irfft(y, n=len(h), axis=0)), None
+
+        return lax.scan(layer, input, (params["re"], params["im"]))[0].mean(0)
+
+    return model_fn, normal({"re": (3, 2, 2, 2), "im": (3, 2, 2, 2)}), inputs(6, 2)
+
+
+@model(
+    Expected("w", "conv", "kronecker", 2 * 2 * 3, 2, 8, because=TWICE),
+    fallback("filter/im", "scale", 2, "elementwise"),
+    fallback("filter/re", "scale", 2, "elementwise"),
+)  # fmt: skip
+def complex_convolution_and_filter() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        weight, scale = (lax.complex(params[k]["re"], params[k]["im"]) for k in ("w", "filter"))
+        z = jnp.fft.fft(input, axis=0)[None]  # (1, 4, 2)
+        layout = ("NWC", "WIO", "NWC")
+        y = lax.conv_general_dilated(z, weight, (1,), "SAME", dimension_numbers=layout)
+        return jnp.abs(y * scale).mean((0, 1))
+
+    shapes = {"w": {"re": (3, 2, 2), "im": (3, 2, 2)}, "filter": {"re": (2,), "im": (2,)}}
+    return model_fn, normal(shapes), inputs(4, 2)
+
+
+@model(dense("w", 3, 2), dense("v", 4, 3, 4, bias=False))
+def fourier_mixing_of_tokens() -> Built:
+    """Complex intermediate values without parameters."""
+
+    def model_fn(input: Array, params: Any) -> Array:
+        mixed = jnp.fft.fft2(jnp.tanh(input @ params["v"])).real
+        return jnp.sum(mixed, axis=0) @ params["w"]
+
+    return model_fn, normal({"v": (4, 3), "w": (3, 2)}), inputs(4, 4)
+
+
+@model(fallback("w", "complex", 6, "no product with data"))
+def weight_in_the_frequency_domain() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        return jnp.fft.irfft(jnp.fft.rfft(input) * jnp.fft.rfft(params["w"]), n=6)
+
+    return model_fn, normal({"w": (6,)}), inputs(6)
 
 
 @model(dense("w", 3, 4))
