@@ -169,10 +169,13 @@ class BlockDiagonal:
         return [layer.name for (layer, _), flag in zip(covered, finite, strict=True) if not flag]
 
     def is_zero(self) -> bool:
-        """Whether all eigenvalues are zero; False while they are traced."""
-        values = [block.eigenvalues for block in self.blocks]
+        """Whether all layers with a block have eigenvalues of zero; False while traced."""
+        pairs = zip(self.layers, self.blocks, strict=True)
+        values = [block.eigenvalues for layer, block in pairs if layer.block != "none"]
+        if not values or jaxprs.is_traced(values):
+            return False
         anything = np.any if machine.on_cpu() else jnp.any
-        return not jaxprs.is_traced(values) and not any(bool(anything(x)) for x in values)
+        return not any(bool(anything(x)) for x in values)
 
     def num_free(self) -> int:
         """Number of parameters that are not frozen."""
