@@ -49,14 +49,16 @@ class Plan:
 def plan_of(program: Program) -> Plan:
     """The plan of a program: its uses by where they are, and bodies with rewrites inside."""
     root = Plan({}, {}, {})
-    for number in sorted({m.claim.use for m in members_of(program)}):
+    perturbed_uses = {m.claim.use for m in members_of(program)}
+    for number in sorted({k for m in members_of(program) for k in m.claim.used}):
         use, plan = program.uses[number], root
         *path, last = use.site
         for equation, branch in zip(path[::2], path[1::2], strict=True):
             plans = plan.inside.setdefault(equation, {})
             plan = plans.setdefault(branch, Plan({}, {}, {}))
         plan.uses.setdefault(last, []).append((number, use))
-        plan.perturbations[last] = perturbation_of(program, number)
+        if number in perturbed_uses:
+            plan.perturbations[last] = perturbation_of(program, number)
     _enter_rewrites(program.jaxpr, root)
     return root
 

@@ -49,6 +49,8 @@ def _layer_io(program: Program, member: Member, inputs: Inputs, at_uses: Perturb
     claim, use = member.claim, program.uses[member.claim.use]
     found, active, operands = inputs[claim.use]
     values = jnp.asarray(found)
+    if claim.terms:
+        values = jnp.concatenate([jnp.asarray(inputs[k][0]) for k in claim.terms], axis=-1)
     positions = use.pattern.outputs(
         use.eqn, use.operand, np.empty(jaxprs.shape(use.eqn.outvars[0]), bool)
     ).shape[0]

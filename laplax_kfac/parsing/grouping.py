@@ -56,7 +56,7 @@ def resolve(
         ValueError: If parameters have no Kronecker form and their fallback is ``"error"``, or if a
             dense block is larger than `FACTOR_LIMIT`.
     """
-    claims, fallbacks = claims_and_fallbacks(findings)
+    claims, fallbacks = claims_and_fallbacks(findings, space)
     groups = group(claims, fallbacks, space.size)
     groups = biases.without_partial_sums(groups, fallbacks, findings, space)
     separate = selection.separate_weight_and_bias

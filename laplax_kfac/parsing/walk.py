@@ -21,6 +21,7 @@ from jax.extend.core import Jaxpr, Literal
 from laplax_kfac import jaxprs, patterns
 from laplax_kfac.parsing import arithmetic, control_flow
 from laplax_kfac.parsing.index_rules import INDEX_RULES, SELECTIONS, moved, selected
+from laplax_kfac.parsing.products import is_product
 from laplax_kfac.parsing.pullbacks import rearranged
 from laplax_kfac.parsing.steps import Rule, Scope, Step
 from laplax_kfac.parsing.uses import Weight
@@ -48,6 +49,8 @@ def walk(jaxpr: Jaxpr, inputs: Sequence[Value], scope: Scope) -> list[Value]:
         """What is left of a value where its cotangent is another one, or none."""
         if not isinstance(value, Symbolic):
             return value
+        if is_product(value, findings):
+            return Scaled()
         return Fixed() if findings.is_fixed(value) else None
 
     def read(atom: Any) -> Value:
