@@ -12,7 +12,7 @@ from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import Batch, batch_size, first_example, to_arrays
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.program import ModelFn, Program, parse
-from laplax_kfac.parsing.selection import CurvatureKind, Fallback, Selection
+from laplax_kfac.parsing.selection import CurvatureKind, FactorLimit, Fallback, Selection
 
 
 def parse_like(
@@ -120,6 +120,7 @@ def _selection_of(curvature: BlockDiagonal, *, separate: bool) -> Selection:
         dense_limit=curvature.space.size,
         separate_weight_and_bias=separate,
         curvature=_kind(curvature),
+        limit=FactorLimit(max(1, curvature.space.size)),  # what was affordable once is again
     )
 
 
