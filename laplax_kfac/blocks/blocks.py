@@ -140,7 +140,7 @@ class BlockDiagonal:
     def read(self, v: PyTree) -> list[Num[Array, "..."]]:
         """View a pytree like the parameters in every block: arrays of the blocks' shapes."""
         leaves = self.space.flatten(v)
-        return [_read(self.space, layer, leaves) for layer in self.layers]
+        return [read(self.space, layer, leaves) for layer in self.layers]
 
     def write(self, parts: Sequence[Num[Array, "..."]]) -> PyTree:
         """Assemble a pytree like the parameters from arrays of the blocks' shapes."""
@@ -248,7 +248,8 @@ class BlockDiagonal:
         return sum(logs, jnp.zeros(()))
 
 
-def _read(space: ParameterSpace, layer: Layer, leaves: Sequence[Array]) -> Num[Array, "..."]:
+def read(space: ParameterSpace, layer: Layer, leaves: Sequence[Array]) -> Num[Array, "..."]:
+    """View leaves like the parameters in the block of a layer: an array of its shape."""
     rows = [space.read(segment, leaves) for segment in layer.segments]
     if not layer.is_matrix:
         return rows[0]

@@ -135,6 +135,10 @@ ROWS: list[Row] = [
         "one for each of the 2 outputs",
     ),
     *rows(["log_marginal_likelihood"], "noise_variance", [np.ones(2)], ValueError, "one number"),
+    *rows(["tune"], "temperature", NOT_POSITIVE[:4], ValueError, "must be positive and finite"),
+    *rows(["tune"], "temperature", ["1", True], TypeError, REAL),
+    *rows(["tune"], "temperature", [np.ones(2)], ValueError, "one number"),
+    *rows(["tune"], "tune_noise", NO_FLAG, TypeError, "must be True or False"),
     *rows(["marglik_training"], "noise_variance", [0.0, -1.0], ValueError, "must be positive"),
     # searches
     *rows(
