@@ -199,7 +199,10 @@ class BlockDiagonal:
 
     @on_automatic_axes
     def to_dense(self) -> Float[Array, "P P"]:
-        """The whole matrix in laplax's flat order: `jax.tree.leaves`, each raveled."""
+        """The whole matrix in laplax's flat order: `jax.tree.leaves`, each raveled.
+
+        A complex number is two parameters in this order, its real and its imaginary part.
+        """
         dtype = jnp.result_type(*(b.eigenvalues for b in self.blocks))
         dense = jnp.zeros((self.space.size, self.space.size), dtype)
         for block, layer in zip(self.blocks, self.layers, strict=True):

@@ -163,8 +163,7 @@ def _fallback_layers(
         idle = ids[(number[here] == 0) & ~taken[here]]
         if mine.size:
             cause = fallbacks[number[mine[0]] - 1]
-            real = not space.is_complex(leaf)
-            kind = selection.block_of(name, mine.size, cause.reason, real=real)
+            kind = selection.block_of(name, mine.size, cause.reason)
             layers.append(_vector_layer(path, cause.pattern, kind, mine, cause.reason))
         if idle.size or not ids.size:
             pattern, reason = _why_idle(leaf, space, selection)

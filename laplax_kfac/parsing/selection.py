@@ -161,7 +161,7 @@ class Selection:
         """The block of parameters at a path that have no Kronecker form."""
         return next((f for pattern, f in self.fallback if matches(path, [pattern])), "dense")
 
-    def block_of(self, path: str, size: int, reason: str, *, real: bool) -> BlockKind:
+    def block_of(self, path: str, size: int, reason: str) -> BlockKind:
         """The block of that many parameters of a leaf that have no Kronecker form.
 
         Raises:
@@ -176,7 +176,7 @@ class Selection:
             )
             raise ValueError(msg)
         small = size <= self.dense_limit or self.curvature == "block"
-        dense = real and small and self.curvature != "diagonal"
+        dense = small and self.curvature != "diagonal"
         return "diagonal" if wanted == "dense" and not dense else wanted
 
 

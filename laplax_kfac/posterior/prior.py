@@ -167,11 +167,15 @@ def precision_matrix(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> Block
         if all(np.ndim(leaf) == 0 for leaf in leaves):
             return None
         dtype = jnp.result_type(float)
+        space = matrix.space
         full = [
             jnp.broadcast_to(jnp.asarray(leaf, dtype), shape)
-            for leaf, shape in zip(leaves, matrix.space.shapes, strict=True)
+            for leaf, shape in zip(leaves, space.shapes, strict=True)
         ]
-        parts = matrix.read(matrix.space.unflatten(full))
+        pairs = [  # real and imaginary part of a number have one precision
+            jnp.stack([x, x], axis=-1) if space.is_complex(k) else x for k, x in enumerate(full)
+        ]
+        parts = matrix.read(space.unflatten(pairs))
         blocks = [
             Block((UNROTATED,) * len(block.sides), part)
             for block, part in zip(matrix.blocks, parts, strict=True)

@@ -75,6 +75,11 @@ def by_name(name: str) -> Model:
     return found
 
 
+def num_parameters(params: Any) -> int:
+    """How many real numbers the parameters are."""
+    return sum(leaf.size * (1 + jnp.iscomplexobj(leaf)) for leaf in jax.tree.leaves(params))
+
+
 @functools.cache
 def classified(name: str) -> Any:
     """The model of that name, its parameters, and data with classes as targets."""
@@ -1782,6 +1787,41 @@ def weight_times_an_imaginary_number() -> Built:
         return jnp.abs(jnp.sum(input) + input @ (1j * params["im"]))
 
     return model_fn, normal({"im": (1, 4)}), inputs(1)
+
+
+def _complex(shapes: Any) -> Any:
+    """Random complex arrays."""
+    return jax.tree.map(lax.complex, normal(shapes), normal(shapes, seed=1))
+
+
+@model(dense("first", 4, 6, bias=True), dense("second", 6, 2, 2, because=TWICE))
+def complex_leaves() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        h = input @ params["first"]["w"] + params["first"]["b"]
+        return jnp.abs((h * jnp.exp(-jnp.abs(h))) @ params["second"])
+
+    shapes = {"first": {"w": (4, 3), "b": (3,)}, "second": (3, 2)}
+    return model_fn, _complex(shapes), inputs(4)
+
+
+@model(dense("out", 2, 2), dense("spectral", 4, 2, 2, stack=6, because=TWICE))
+def complex_leaf_of_modes_in_two_dimensions() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        z = jnp.fft.rfft2(input)  # (in, 4, 3)
+        y = jnp.einsum("ixy,ioxy->oxy", z[:, :3, :2], params["spectral"])
+        y = jnp.pad(y, ((0, 0), (0, 1), (0, 1)))
+        return jnp.tanh(jnp.fft.irfft2(y, s=input.shape[1:])).mean((1, 2)) @ params["out"]
+
+    params = {"spectral": _complex((2, 2, 3, 2)), "out": normal((2, 2))}
+    return model_fn, params, inputs(2, 4, 4)
+
+
+@model(fallback("w", "complex", 8, "no product with data"), dense("v", 4, 2))
+def complex_leaf_of_a_nonlinear_function() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        return jnp.abs(jnp.exp(params["w"]) @ jnp.sin(input @ params["v"]))
+
+    return model_fn, {"w": _complex((2, 2)), "v": normal((4, 2))}, inputs(4)
 
 
 @model(dense("w", 4, 3, 2, because=TWICE))
