@@ -33,6 +33,9 @@ def records_of(
     for number, resolved in enumerate(program.resolved):
         if resolved.members:
             records.append(tuple(_layer_io(program, m, inputs, at_uses) for m in resolved.members))
+        elif number in at_parameters and resolved.layer.is_matrix:
+            gradients = at_parameters[number]
+            records.append((LayerIO.of_features(gradients, resolved.layer.stack),))
         elif number in at_parameters:
             records.append(ParameterIO(at_parameters[number]))
         else:

@@ -82,7 +82,8 @@ class Options:
             function of the path, or ``"last_layer"``. The others are frozen at their value; all
             are covered by default.
         fallback: Block of parameters without a Kronecker form: ``"dense"`` (up to ``dense_limit``,
-            diagonal above), ``"diagonal"``, ``"none"``, or ``"error"``; or these by pattern.
+            above a diagonal, or for scale and shift of a norm layer a 2 x 2 block a feature),
+            ``"diagonal"``, ``"none"``, or ``"error"``; or these by pattern.
         dense_limit: Most parameters of a leaf that get a dense block.
         factor_kinds: What Kronecker factors may be: ``"dense"``, ``"diagonal"``, ``"identity"`` (a
             multiple of it), or ``"blocked:64"`` for blocks of 64 neighbouring features. One kind is

@@ -6,7 +6,7 @@ import numpy as np
 
 from laplax_kfac import jaxprs
 from laplax_kfac.parsing.biases import add
-from laplax_kfac.parsing.products import REASON, is_product, note
+from laplax_kfac.parsing.products import REASON, is_product, note, scaled
 from laplax_kfac.parsing.pullbacks import rearranged
 from laplax_kfac.parsing.steps import Rule, Step
 from laplax_kfac.parsing.values import Known, Numbers, Scaled, Symbolic, Value, of_parameters
@@ -73,8 +73,10 @@ def product(step: Step) -> list[Value]:
         return [note(step, *found)]
     else:
         step.mark("scale", REASON)
-    scaled = not divides and any(is_product(t, step.findings) for t in terms)
-    return [Scaled() if parameters or scaled else None]
+    if parameters or divides:
+        return [Scaled() if parameters else None]
+    left = [scaled(t, step.findings) for t in terms if is_product(t, step.findings)]
+    return [left[0] if len(left) == 1 else Scaled() if left else None]
 
 
 def negative(step: Step) -> list[Value]:

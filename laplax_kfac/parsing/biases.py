@@ -27,7 +27,8 @@ from jaxtyping import Array, Bool, Int, Shaped
 from laplax_kfac import jaxprs
 from laplax_kfac.parsing.claims import Claim, Group, constant_along
 from laplax_kfac.parsing.layout import ParameterSpace
-from laplax_kfac.parsing.products import Product, is_product, summed
+from laplax_kfac.parsing.norms import pair
+from laplax_kfac.parsing.products import Product, is_product, scaled, summed
 from laplax_kfac.parsing.segments import Scattered
 from laplax_kfac.parsing.selection import DENSE_LIMIT
 from laplax_kfac.parsing.steps import Step
@@ -241,7 +242,9 @@ def add(step: Step, terms: list[Value]) -> list[Value]:
     if not weights:
         return [output]
     (weight,) = weights
-    if any(isinstance(t, Scaled) for t in terms):
+    norms = [t for t in terms if isinstance(t, Scaled)]
+    if norms:
+        pair(norms[0].by, weight, findings)
         return step.mark("shift", SHIFT)
     # A parameter in a part of an array is a view of it, whatever is in the other parts.
     affine = all(t is weight or findings.is_fixed(t) for t in terms)
@@ -256,6 +259,7 @@ def add(step: Step, terms: list[Value]) -> list[Value]:
             product = outputs[0].source if meets else -1
             entry = Fallback.of(weight.index, "shift", SHIFT, product)
             findings.fallbacks.append(entry)
+            pair(scaled(outputs[0], findings).by, weight, findings)
             if not meets:
                 return step.nothing
         else:

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from laplax_kfac.parsing import biases
+from laplax_kfac.parsing import biases, norms
 from laplax_kfac.parsing.claims import Claim, Group
 from laplax_kfac.parsing.groups import causes, claims_and_fallbacks, group
 from laplax_kfac.parsing.layer import FROZEN, BlockKind, Layer, unique_names
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.segments import make_segment
 from laplax_kfac.parsing.selection import CurvatureKind, Selection
-from laplax_kfac.parsing.uses import Fallback, Findings
+from laplax_kfac.parsing.uses import Findings
 
 _BLOCKS: dict[CurvatureKind, BlockKind] = {
     "kronecker": "kronecker",
@@ -62,7 +62,8 @@ def resolve(
     taken = np.zeros(space.size, bool)
     for mine in groups:
         taken[mine[0].entries] = True
-    layers += _fallback_layers(fallbacks, taken, space, selection)
+    findings = replace(findings, fallbacks=fallbacks)
+    layers += _fallback_layers(findings, taken, space, selection)
     for resolved in layers:
         _require_affordable(resolved.layer, selection.limit.size)
     layers.sort(key=lambda r: (space.paths.index(r.layer.params[0]), r.layer.first))
@@ -146,14 +147,19 @@ def _matrix_layer(
 
 
 def _fallback_layers(
-    fallbacks: list[Fallback],
+    findings: Findings,
     taken: Bool[np.ndarray, " P"],
     space: ParameterSpace,
     selection: Selection,
 ) -> list[Resolved]:
     """One layer a leaf for fallback parameters, and one for what does not influence the output."""
+    fallbacks = findings.fallbacks
     number = causes(fallbacks, space.size)
+    free = (number > 0) & ~taken
     layers = []
+    for scale, shift in norms.pairs_of(findings, free, space, selection):
+        layers.append(Resolved(norms.layer_of(scale, shift, space)))
+        taken[np.concatenate([scale, shift])] = True
     for leaf, (path, name) in enumerate(zip(space.paths, space.names, strict=True)):
         here = slice(space.offsets[leaf], space.offsets[leaf + 1])
         if here.start < here.stop and taken[here].all():

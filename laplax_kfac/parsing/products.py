@@ -26,10 +26,11 @@ from jax.extend.core import JaxprEqn
 
 from laplax_kfac import jaxprs
 from laplax_kfac.parsing.claims import Claim, constant_along
+from laplax_kfac.parsing.index_rules import INDEX_RULES, moved
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.steps import Step
 from laplax_kfac.parsing.uses import Fallback, Findings, Role
-from laplax_kfac.parsing.values import Numbers, Symbolic, Value
+from laplax_kfac.parsing.values import FOREIGN, PARAMETERS, Numbers, Scaled, Symbolic, Value
 from laplax_kfac.patterns import Pattern
 from laplax_kfac.patterns.contract import Entries, Inputs, Operands, merged
 
@@ -153,6 +154,35 @@ def summed(findings: Findings, terms: Sequence[Value], outputs: list[Symbolic]) 
     # The cotangent of the second is its factor over the first one's times that of the first.
     findings.sums[second.source] = first.source, float(ratio)
     return [first]
+
+
+def scaled(value: Symbolic, findings: Findings) -> Scaled:
+    """What is left of a product where it is no term of a sum: which parameter is in which entry."""
+    role = findings.uses[value.source].role
+    assert isinstance(role, Product)
+    if (value.index == FOREIGN).any():
+        return Scaled()
+    index = role.weight.index
+    flat = index.reshape(-1, *index.shape[len(role.shape) :])
+    scans = index.ndim - len(role.shape)  # places are the same in all iterations
+    places = value.index.reshape(*value.index.shape[: value.index.ndim - scans], -1)[..., 0]
+    return Scaled(Symbolic(PARAMETERS, flat[places]))
+
+
+def carried(step: Step) -> list[Value]:
+    """What stays of data that parameters have scaled: they are moved, or scaled by other data."""
+    eqn, name = step.eqn, step.eqn.primitive.name
+    found = [k for k, v in enumerate(step.values) if isinstance(v, Scaled)]
+    if not found or len(eqn.outvars) != 1 or (name != "mul" and name not in INDEX_RULES):
+        return step.nothing
+    by = [v.by if isinstance(v, Scaled) else v for v in step.values]
+    if len(found) > 1 or by[found[0]] is None:
+        return [Scaled()]
+    if name == "mul":
+        same = jaxprs.shape(eqn.invars[found[0]]) == jaxprs.shape(eqn.outvars[0])
+        return [step.values[found[0]] if same else Scaled()]
+    (moved_by,) = moved(eqn, by)
+    return [Scaled(moved_by if isinstance(moved_by, Symbolic) else None)]
 
 
 # -- as claims ---------------------------------------------------------------------------------

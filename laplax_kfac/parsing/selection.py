@@ -23,6 +23,7 @@ from laplax_kfac.bases import kind_of
 from laplax_kfac.parsing.layer import BlockKind
 
 Fallback = Literal["dense", "diagonal", "none", "error"]
+Wanted = Fallback | Literal["joint"]
 CurvatureKind = Literal["kronecker", "diagonal", "block"]
 WideFactors = Literal["diagonal", "blocks", "error"]
 FactorKinds = tuple[str | None, str | None]
@@ -97,8 +98,10 @@ class Selection:
     Attributes:
         params_filter: Whether the parameters at a path are covered; None covers all.
         fallback: Pairs of a pattern and the block for parameters without a Kronecker form at
-            paths that match it; the first match counts, ``"dense"`` where none does.
-        dense_limit: Most parameters of a leaf that get a dense block; more get a diagonal.
+            paths that match it; the first match counts, ``"dense"`` where none does. ``"joint"``
+            stands for those that are in blocks for pairs (`joins`), whatever their number.
+        dense_limit: Most parameters of a leaf that get a dense block; more get a diagonal, or
+            those of a norm layer a block for each pair of scale and shift.
         separate_weight_and_bias: Whether biases get blocks of their own.
         last_layer: Whether only the last layer is covered.
         factor_kinds: Pairs of a pattern of layers' names and the kinds of their input and output
@@ -110,7 +113,7 @@ class Selection:
     """
 
     params_filter: Callable[[str], bool] | None = None
-    fallback: tuple[tuple[str, Fallback], ...] = ()
+    fallback: tuple[tuple[str, Wanted], ...] = ()
     dense_limit: int = DENSE_LIMIT
     separate_weight_and_bias: bool = False
     last_layer: bool = False
@@ -157,9 +160,19 @@ class Selection:
         """Whether the parameters at a path are covered."""
         return self.params_filter is None or bool(self.params_filter(path))
 
-    def fallback_for(self, path: str) -> Fallback:
+    def fallback_for(self, path: str) -> Wanted:
         """The block of parameters at a path that have no Kronecker form."""
         return next((f for pattern, f in self.fallback if matches(path, [pattern])), "dense")
+
+    def joins(self, path: str, size: int) -> bool:
+        """Whether that many scales or shifts of a norm layer, a leaf, are in one block a pair.
+
+        This is what they get in the place of a diagonal for each.
+        """
+        wanted = self.fallback_for(path)
+        large = wanted == "dense" and size > self.dense_limit
+        together = self.curvature == "kronecker" and not self.separate_weight_and_bias
+        return together and (wanted == "joint" or large)
 
     def block_of(self, path: str, size: int, reason: str) -> BlockKind:
         """The block of that many parameters of a leaf that have no Kronecker form.
@@ -177,6 +190,8 @@ class Selection:
             raise ValueError(msg)
         small = size <= self.dense_limit or self.curvature == "block"
         dense = small and self.curvature != "diagonal"
+        if wanted == "joint":  # of a pair that the model no longer has
+            return "diagonal"
         return "diagonal" if wanted == "dense" and not dense else wanted
 
 

@@ -23,6 +23,7 @@ from laplax_kfac.parsing.values import (
 )
 from laplax_kfac.patterns import Moments, Pattern
 
+Ids = Int[np.ndarray, " n"]
 Site = tuple[int, ...]
 """Where an equation sits: equation index, then (sub-jaxpr number, equation index) inward."""
 
@@ -144,12 +145,14 @@ class Findings:
         of_parameters: Numbers of the uses whose equations no data enter.
         sums: Number of a product -> that of the product which stands for the sum of both, and the
             factor of the first one's cotangent over the second one's.
+        pairs: Ids of scales, and of what is added to the entries that they scale.
     """
 
     uses: list[Use] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     of_parameters: set[int] = field(default_factory=set)
     sums: dict[int, tuple[int, float]] = field(default_factory=dict)
+    pairs: list[tuple[Ids, Ids]] = field(default_factory=list)
 
     def is_fixed(self, value: Value) -> bool:
         """Whether a value is the same for all data."""
