@@ -20,6 +20,7 @@ from jax.extend.core import Jaxpr, Literal
 
 from laplax_kfac import jaxprs, patterns
 from laplax_kfac.parsing import arithmetic, control_flow
+from laplax_kfac.parsing.custom_rules import opaque
 from laplax_kfac.parsing.index_rules import INDEX_RULES, SELECTIONS, moved, selected
 from laplax_kfac.parsing.products import carried, is_product, scaled
 from laplax_kfac.parsing.pullbacks import rearranged
@@ -99,7 +100,7 @@ def _outputs(step: Step) -> list[Value]:
     if called is not None:
         return step.enter(called, values)
     view = rearranged(step)
-    return [view] if view else step.mark("other", f"used by `{name}`, which no pattern covers")
+    return [view] if view else opaque(step)
 
 
 def _weights(step: Step) -> list[Value]:

@@ -1643,7 +1643,7 @@ def custom_vjp_activation() -> Built:
     return model_fn, params, x
 
 
-@model(dense("one", 4, 5), fallback("two", "other", 15, "used by `custom_vjp_call"))
+@model(dense("one", 4, 5), fallback("two", "other", 15, "derivative of its own"))
 def custom_vjp_around_a_product() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return _product_with_a_rule(jnp.tanh(input @ params["one"]), params["two"])
@@ -2019,3 +2019,7 @@ def weight_scaled_by_the_time() -> Built:
         return lax.scan(step, input, jnp.asarray([1.0, 2.0, 4.0]))[0]
 
     return model_fn, normal({"w": (4, 4)}), inputs(4)
+
+
+# The rest of the catalogue, which is made of what is above.
+from support import solvers as solvers  # noqa: E402
