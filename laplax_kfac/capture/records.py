@@ -87,7 +87,8 @@ def _layer_io(program: Program, member: Member, inputs: Inputs, at_uses: Perturb
         computed = Patches(
             Features(a), tuple(map(jnp.asarray, operands)), claim.moments, member.joint_bias
         )
-    return LayerIO(*claim.as_layer_sides(computed, Cotangents(g)), active[..., 0])
+    sides = claim.as_layer_sides(computed, Cotangents(g))
+    return LayerIO(*sides, active[..., 0], use.imaginary)
 
 
 def _in_part(part: Part, use: Use, inputs: Array) -> Array:

@@ -102,7 +102,8 @@ def with_real_weights(
         *[Origin.DATA] * others,
     ]
     in_pairs = [begin <= k < end and jaxprs.is_complex(v) for k, v in enumerate(jaxpr.invars)]
-    if not any(in_pairs) and not makes_complex(jaxpr, origins):
+    found = jaxprs.computes_complex(jaxpr) and makes_complex(jaxpr, origins)
+    if not found and not any(in_pairs):
         return jaxpr, consts
     known = {
         var: np.asarray(value)

@@ -125,6 +125,8 @@ def _matrix_layer(
         reason = f"{reason}; `curvature` is {selection.curvature!r}"
     if len(claims) > 1 and selection.curvature == "kronecker":
         reason += f"; nearest Kronecker product of the sum of {len(claims)} uses"
+        if any(findings.uses[c.use].imaginary for c in claims):
+            reason += ", of real and imaginary parts"
     leaves = sorted({leaf for c in parts for leaf in space.leaves_of(c.ids)})
     layer = Layer(
         name="",

@@ -12,6 +12,7 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Float, Int
 
 from laplax_kfac import jaxprs
+from laplax_kfac.parsing.complex_numbers import IMAGINARY
 from laplax_kfac.parsing.values import (
     FOREIGN,
     PARAMETERS,
@@ -95,6 +96,11 @@ class Use:
         """Factors of the parameter's entries; None stands for 1."""
         scale = self.role.view.scale
         return None if scale is None else np.broadcast_to(scale, self.ids.shape)
+
+    @property
+    def imaginary(self) -> bool:
+        """Whether it is at the positions of another use, that of a complex product's other part."""
+        return IMAGINARY in str(self.eqn.source_info.name_stack)
 
     @functools.cached_property
     def positions(self) -> int:

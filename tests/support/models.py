@@ -1777,7 +1777,7 @@ def scan_over_no_layers() -> Built:
 
 # -- complex weights, made of real parameters -----------------------------------------------------
 
-TWICE = "the sum of 2 uses"
+TWICE = "the sum of 2 uses, of real and imaginary parts"
 """The parts of a complex product are two uses of the real and imaginary part of its weight."""
 
 
