@@ -48,6 +48,7 @@ class Claim:
         moments: How sums over the inputs are formed without them, or None.
         part: The inputs and the outputs of the use that the ids are for, where constants take the
             place of a weight for the others; None for all.
+        keeps_outputs: Whether the outputs of the use are those of the layer, and not a map of them.
     """
 
     use: int
@@ -61,6 +62,7 @@ class Claim:
     transposed: bool = False
     moments: Moments | None = None
     part: Part | None = None
+    keeps_outputs: bool = True
 
     @classmethod
     def of(cls, number: int, use: Use, ids: Int[np.ndarray, "*scans stack rows out"]) -> "Claim":
@@ -99,7 +101,8 @@ class Claim:
         The inputs of a transposed weight are its columns, those of a lookup are row numbers:
         neither has a place for a constant 1. A scale of the outputs is not one of the bias.
         """
-        return not (self.transposed or self.indexed) and self.output_scale is None
+        moved = self.transposed or self.indexed or not self.keeps_outputs
+        return not moved and self.output_scale is None
 
     @functools.cached_property
     def segment(self) -> Segment:
@@ -148,9 +151,12 @@ def _claim(number: int, use: Use, part: Part | None) -> Claim | str:
     """The claim of a part of a use, or why there is none."""
     if use.role.refusal:
         return use.role.refusal
-    moments = use.moments if part is None else None
+    made = use.role.map
+    moments = use.moments if part is None and made is None else None
+    indexed = use.pattern.indexed and (made is None or made.diagonal[0])
     claim = Claim.of(number, use, _of_part(use.ids, part))
-    claim = replace(claim, indexed=use.pattern.indexed, moments=moments, part=part)
+    claim = replace(claim, indexed=indexed, moments=moments, part=part)
+    claim = replace(claim, keeps_outputs=made is None or made.keeps_outputs)
     if claim.problem or use.scale is None:
         return claim.problem or claim
     scale = _of_part(use.scale, part)

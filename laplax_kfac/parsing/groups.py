@@ -15,7 +15,12 @@ def claims_and_fallbacks(findings: Findings) -> tuple[list[Claim], list[Fallback
     claims: list[Claim] = []
     fallbacks = list(findings.fallbacks)
     weights = [k for k, use in enumerate(findings.uses) if not isinstance(use.role, biases.Bias)]
+    for number in findings.passed_on & findings.ended:
+        reason = "used in a weight that is made of parameters, and in another way"
+        fallbacks.append(Fallback.of(findings.uses[number].ids, "other", reason))
     for entry in [*weights, *biases.on_outputs(findings)]:
+        if entry in findings.passed_on or getattr(entry, "use", None) in findings.passed_on:
+            continue
         found = claims_of(entry, findings.uses[entry]) if isinstance(entry, int) else [entry]
         claims += [f for f in found if isinstance(f, Claim)]
         fallbacks += [f for f in found if isinstance(f, Fallback)]

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from laplax_kfac import jaxprs, meshes
+from laplax_kfac.parsing import made_weights
 from laplax_kfac.parsing.biases import Bias
 from laplax_kfac.parsing.complex_weights import Origin, with_real_weights
 from laplax_kfac.parsing.grouping import Resolved, resolve
@@ -21,7 +22,7 @@ from laplax_kfac.parsing.model_calls import ModelFn as ModelFn
 from laplax_kfac.parsing.model_calls import call
 from laplax_kfac.parsing.model_calls import require_model as require_model
 from laplax_kfac.parsing.selection import Selection
-from laplax_kfac.parsing.steps import Scope
+from laplax_kfac.parsing.steps import Given, Scope
 from laplax_kfac.parsing.uses import Fallback, Findings, Use
 from laplax_kfac.parsing.values import PARAMETERS, Symbolic, Value, constant
 from laplax_kfac.parsing.walk import walk
@@ -132,8 +133,11 @@ def _find(
             reason = "complex: real and imaginary part share one eigenvalue"
             findings.fallbacks.append(Fallback(space.leaf_ids(leaf).ravel(), "complex", reason))
     values = _initial_values(jaxpr, consts, space, covered)
-    for value in walk(jaxpr, values, Scope(findings)):
+    given = Given(space, consts, list)
+    for value in walk(jaxpr, values, Scope(findings, given=given)):
         findings.mark(value, "direct", "is part of the output itself")
+        for ending in made_weights.endings_of([value]):
+            findings.end(ending)
     return findings
 
 

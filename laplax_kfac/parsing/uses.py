@@ -12,9 +12,11 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Float, Int
 
 from laplax_kfac import jaxprs
+from laplax_kfac.parsing.separable_maps import SeparableMap
 from laplax_kfac.parsing.values import (
     FOREIGN,
     PARAMETERS,
+    Ending,
     Fixed,
     Known,
     Symbolic,
@@ -38,6 +40,8 @@ class Role:
         refusal: Why these cannot be matrices of distinct parameters; empty if that depends on
             their ids alone.
         reason: What a report says of the use.
+        map: How gradients in the equation's weight are pulled back to the parameter, where it is
+            not the weight itself, but what that is made of.
     """
 
     pattern: Pattern
@@ -45,6 +49,7 @@ class Role:
     view: Symbolic
     refusal: str
     reason: str
+    map: SeparableMap | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +61,7 @@ class Weight(Role):
     view: Symbolic
     reason: str
     refusal: str = ""
+    map: SeparableMap | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,11 +137,16 @@ class Findings:
         uses: The uses, in the order of the jaxpr; their place is their number.
         fallbacks: Parameters without a Kronecker form.
         of_parameters: Numbers of the uses whose equations no data enter.
+        passed_on: Of these, the ones whose parameters are uses of a weight that is made of the
+            output.
+        ended: Of these, the ones whose output is used in another way, too.
     """
 
     uses: list[Use] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     of_parameters: set[int] = field(default_factory=set)
+    passed_on: set[int] = field(default_factory=set)
+    ended: set[int] = field(default_factory=set)
 
     def is_fixed(self, value: Value) -> bool:
         """Whether a value is the same for all data."""
@@ -143,6 +154,13 @@ class Findings:
             alone = value.source == PARAMETERS or value.source in self.of_parameters
             return alone and not value.mixed
         return isinstance(value, Known | Fixed)
+
+    def end(self, ending: Ending) -> None:
+        """Note that parameters make no weight: they get what the equation that they met allows."""
+        if ending.use is None:
+            self.fallbacks.append(Fallback.of(ending.view.index, ending.pattern, ending.reason))
+        else:
+            self.ended.add(ending.use)
 
     def mark(self, value: Value, pattern: str, reason: str) -> None:
         """Note that the parameters in a value have no Kronecker form."""
