@@ -50,6 +50,7 @@ class Claim:
             place of a weight for the others; None for all.
         terms: Numbers of the uses whose inputs, one after the other, are those of the layer, where
             these are the terms of a sum; none where they are the inputs of ``use`` alone.
+        keeps_outputs: Whether the outputs of the use are those of the layer, and not a map of them.
     """
 
     use: int
@@ -64,6 +65,7 @@ class Claim:
     moments: Moments | None = None
     part: Part | None = None
     terms: tuple[int, ...] = ()
+    keeps_outputs: bool = True
 
     @classmethod
     def of(cls, number: int, use: Use, ids: Int[np.ndarray, "*scans stack rows out"]) -> "Claim":
@@ -116,7 +118,8 @@ class Claim:
         The inputs of a transposed weight are its columns, those of a lookup are row numbers:
         neither has a place for a constant 1. A scale of the outputs is not one of the bias.
         """
-        return not (self.transposed or self.indexed) and self.output_scale is None
+        moved = self.transposed or self.indexed or not self.keeps_outputs
+        return not moved and self.output_scale is None
 
     @functools.cached_property
     def segment(self) -> Segment:
@@ -165,9 +168,12 @@ def _claim(number: int, use: Use, part: Part | None) -> Claim | str:
     """The claim of a part of a use, or why there is none."""
     if use.role.refusal:
         return use.role.refusal
-    moments = use.moments if part is None else None
+    made = use.role.map
+    moments = use.moments if part is None and made is None else None
+    indexed = use.pattern.indexed and (made is None or made.diagonal[0])
     claim = Claim.of(number, use, _of_part(use.ids, part))
-    claim = replace(claim, indexed=use.pattern.indexed, moments=moments, part=part)
+    claim = replace(claim, indexed=indexed, moments=moments, part=part)
+    claim = replace(claim, keeps_outputs=made is None or made.keeps_outputs)
     if claim.problem or use.scale is None:
         return claim.problem or claim
     return claim.scaled(_of_part(use.scale, part))

@@ -21,7 +21,12 @@ def claims_and_fallbacks(
     fallbacks = [entry for entry in findings.fallbacks if entry.product not in root_of]
     added = (biases.Bias, products.Product)
     weights = [k for k, use in enumerate(findings.uses) if not isinstance(use.role, added)]
+    for number in findings.passed_on & findings.ended:
+        reason = "used in a weight that is made of parameters, and in another way"
+        fallbacks.append(Fallback.of(findings.uses[number].ids, "other", reason))
     for entry in [*weights, *biases.on_outputs(findings, root_of)]:
+        if entry in findings.passed_on or getattr(entry, "use", None) in findings.passed_on:
+            continue
         found = claims_of(entry, findings.uses[entry]) if isinstance(entry, int) else [entry]
         claims += [f for f in found if isinstance(f, Claim)]
         fallbacks += [f for f in found if isinstance(f, Fallback)]

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from laplax_kfac import jaxprs, meshes
+from laplax_kfac.parsing import made_weights
 from laplax_kfac.parsing.biases import Bias
 from laplax_kfac.parsing.complex_weights import with_real_weights
 from laplax_kfac.parsing.grouping import Resolved, resolve
@@ -22,7 +23,7 @@ from laplax_kfac.parsing.model_calls import call
 from laplax_kfac.parsing.model_calls import require_model as require_model
 from laplax_kfac.parsing.products import Product
 from laplax_kfac.parsing.selection import Selection
-from laplax_kfac.parsing.steps import Scope
+from laplax_kfac.parsing.steps import Given, Scope
 from laplax_kfac.parsing.uses import Findings, Use
 from laplax_kfac.parsing.values import PARAMETERS, Symbolic, Value, constant
 from laplax_kfac.parsing.walk import walk
@@ -127,8 +128,11 @@ def _find(
     """Walk the jaxpr with the leaves that are covered."""
     findings = Findings()
     values = _initial_values(jaxpr, consts, space, covered)
-    for value in walk(jaxpr, values, Scope(findings)):
+    given = Given(space, consts, list)
+    for value in walk(jaxpr, values, Scope(findings, given=given)):
         findings.mark(value, "direct", "is part of the output itself")
+        for ending in made_weights.endings_of([value]):
+            findings.end(ending)
     return findings
 
 

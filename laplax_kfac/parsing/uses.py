@@ -13,9 +13,11 @@ from jaxtyping import Float, Int
 
 from laplax_kfac import jaxprs
 from laplax_kfac.parsing.complex_numbers import IMAGINARY
+from laplax_kfac.parsing.separable_maps import SeparableMap
 from laplax_kfac.parsing.values import (
     FOREIGN,
     PARAMETERS,
+    Ending,
     Fixed,
     Known,
     Symbolic,
@@ -40,6 +42,8 @@ class Role:
         refusal: Why these cannot be matrices of distinct parameters; empty if that depends on
             their ids alone.
         reason: What a report says of the use.
+        map: How gradients in the equation's weight are pulled back to the parameter, where it is
+            not the weight itself, but what that is made of.
     """
 
     pattern: Pattern
@@ -47,6 +51,7 @@ class Role:
     view: Symbolic
     refusal: str
     reason: str
+    map: SeparableMap | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +63,7 @@ class Weight(Role):
     view: Symbolic
     reason: str
     refusal: str = ""
+    map: SeparableMap | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +158,9 @@ class Findings:
         sums: Number of a product -> that of the product which stands for the sum of both, and the
             factor of the first one's cotangent over the second one's.
         pairs: Ids of scales, and of what is added to the entries that they scale.
+        passed_on: Of these, the ones whose parameters are uses of a weight that is made of the
+            output.
+        ended: Of these, the ones whose output is used in another way, too.
     """
 
     uses: list[Use] = field(default_factory=list)
@@ -159,6 +168,8 @@ class Findings:
     of_parameters: set[int] = field(default_factory=set)
     sums: dict[int, tuple[int, float]] = field(default_factory=dict)
     pairs: list[tuple[Ids, Ids]] = field(default_factory=list)
+    passed_on: set[int] = field(default_factory=set)
+    ended: set[int] = field(default_factory=set)
 
     def is_fixed(self, value: Value) -> bool:
         """Whether a value is the same for all data."""
@@ -166,6 +177,13 @@ class Findings:
             alone = value.source == PARAMETERS or value.source in self.of_parameters
             return alone and not value.mixed
         return isinstance(value, Known | Fixed)
+
+    def end(self, ending: Ending) -> None:
+        """Note that parameters make no weight: they get what the equation that they met allows."""
+        if ending.use is None:
+            self.fallbacks.append(Fallback.of(ending.view.index, ending.pattern, ending.reason))
+        else:
+            self.ended.add(ending.use)
 
     def mark(self, value: Value, pattern: str, reason: str) -> None:
         """Note that the parameters in a value have no Kronecker form."""

@@ -19,7 +19,7 @@ import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
 from laplax_kfac import jaxprs, patterns
-from laplax_kfac.parsing import arithmetic, control_flow
+from laplax_kfac.parsing import arithmetic, control_flow, made_weights
 from laplax_kfac.parsing.custom_rules import opaque
 from laplax_kfac.parsing.index_rules import INDEX_RULES, SELECTIONS, moved, selected
 from laplax_kfac.parsing.products import carried, is_product, scaled
@@ -58,8 +58,9 @@ def walk(jaxpr: Jaxpr, inputs: Sequence[Value], scope: Scope) -> list[Value]:
             return Known(lambda: np.asarray(atom.val))
         value = env.get(atom)
         # A use's output that is read twice has a cotangent that its bias does not see.
-        shared = counts.get(atom, 0) > 1 and not of_parameters(value)
-        return without_derivative(value) if shared else value
+        if counts.get(atom, 0) > 1 and isinstance(value, Symbolic) and not of_parameters(value):
+            return Fixed(value.endings) if findings.is_fixed(value) else None
+        return value
 
     for number, eqn in enumerate(jaxpr.eqns):
         values = [read(a) for a in eqn.invars]
@@ -67,8 +68,9 @@ def walk(jaxpr: Jaxpr, inputs: Sequence[Value], scope: Scope) -> list[Value]:
             values = [without_derivative(v) for v in values]
         fixed = not eqn.effects and all(map(findings.is_fixed, values))
         step = Step(jaxpr, number, eqn, values, scope, walk)
-        for var, value in zip(eqn.outvars, _outputs(step), strict=True):
-            if fixed and not isinstance(value, Symbolic | Known):
+        outputs = made_weights.outputs(step, _outputs, fixed=fixed)
+        for var, value in zip(eqn.outvars, outputs, strict=True):
+            if fixed and not isinstance(value, Symbolic | Known | Fixed):
                 value = Fixed()
             empty = isinstance(value, Symbolic) and value.index.size == 0
             kept = isinstance(value, Known | Fixed) or (jaxprs.is_inexact(var) and not empty)
