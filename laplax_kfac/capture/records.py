@@ -34,8 +34,7 @@ def records_of(
         if resolved.members:
             records.append(tuple(_layer_io(program, m, inputs, at_uses) for m in resolved.members))
         elif number in at_parameters and resolved.layer.is_matrix:
-            gradients = at_parameters[number]
-            records.append((LayerIO.of_features(gradients, resolved.layer.stack),))
+            records.append((LayerIO.of_columns(at_parameters[number], resolved.layer),))
         elif number in at_parameters:
             records.append(ParameterIO(at_parameters[number]))
         else:

@@ -6,6 +6,7 @@ what the parameter is to the equation: its `Weight`, or (`biases.Bias`) what it 
 
 import functools
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from jax.extend.core import JaxprEqn
@@ -39,6 +40,7 @@ class Role:
         refusal: Why these cannot be matrices of distinct parameters; empty if that depends on
             their ids alone.
         reason: What a report says of the use.
+        added: Whether the parameter is added to something.
     """
 
     pattern: Pattern
@@ -46,6 +48,7 @@ class Role:
     view: Symbolic
     refusal: str
     reason: str
+    added: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,12 +123,14 @@ class Fallback:
         reason: Why there is no such form.
         product: Number of the use, an elementwise product, that a sum may still give such a form
             (see `products`); -1 if there is none.
+        added: Whether they are added to data, each at places of its own (see `tables`).
     """
 
     ids: Int[np.ndarray, " n"]
     pattern: str
     reason: str
     product: int = -1
+    added: bool = False
 
     @classmethod
     def of(
