@@ -56,8 +56,7 @@ def records_of(
                 tuple(_layer_io(program, m, inputs, at_uses, sides) for m in resolved.members)
             )
         elif number in at_parameters and resolved.layer.is_matrix:
-            gradients = at_parameters[number]
-            records.append((LayerIO.of_features(gradients, resolved.layer.stack),))
+            records.append((LayerIO.of_columns(at_parameters[number], resolved.layer),))
         elif number in at_parameters:
             records.append(ParameterIO(at_parameters[number]))
         else:

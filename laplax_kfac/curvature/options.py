@@ -82,7 +82,7 @@ class Options:
             function of the path, or ``"last_layer"``. The others are frozen at their value; all
             are covered by default.
         fallback: Block of parameters without a Kronecker form: ``"dense"`` (up to ``dense_limit``,
-            above a diagonal, or for scale and shift of a norm layer a 2 x 2 block a feature),
+            above a diagonal, but exact blocks of a few for norm layers and tables of positions),
             ``"diagonal"``, ``"none"``, or ``"error"``; or these by pattern.
         dense_limit: Most parameters of a leaf that get a dense block.
         factor_kinds: What Kronecker factors may be: ``"dense"``, ``"diagonal"``, ``"identity"`` (a

@@ -112,6 +112,7 @@ class Bias(Role):
     output: Symbolic | None
     operand: int = -1
     reason: str = "added to data"
+    added = True
 
     @functools.cached_property
     def _places(self) -> Int[np.ndarray, "positions features"]:
@@ -233,7 +234,11 @@ def add(step: Step, terms: list[Value]) -> list[Value]:
         and jaxprs.shape(a) == jaxprs.shape(eqn.outvars[0])
     ]  # fmt: skip
     if len(weights) == 2:
-        return step.mark("other", "added to another parameter before its use")
+        for term in weights:
+            entry = Fallback.of(term.index, "other", "added to another parameter before its use")
+            with_data = any(t.mixed for t in weights)  # a class token beside the others
+            findings.fallbacks.append(replace(entry, added=with_data))
+        return step.nothing
     # The output of a use plus anything has the same cotangent: one bias serves two products. But
     # what is added may be data, and then data are in the sum.
     mixed = not all(map(findings.is_fixed, terms))
@@ -380,7 +385,7 @@ def without_partial_sums(
             kept.append(group)
             continue
         whole = np.concatenate([space.leaf_ids(k).ravel() for k in leaves])
-        fallbacks.append(Fallback(whole, "shift", "added to data in part"))
+        fallbacks.append(Fallback(whole, "shift", "added to data in part", added=True))
     return kept
 
 

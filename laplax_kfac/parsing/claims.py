@@ -158,7 +158,8 @@ def claims_of(number: int, use: Use) -> list[Claim | Fallback]:
     for part in [None] if use.role.view.mixed else parts_of(use.ids):
         claim = _claim(number, use, part)
         if isinstance(claim, str):
-            found.append(Fallback.of(_of_part(use.ids, part), use.pattern.name, claim))
+            entry = Fallback.of(_of_part(use.ids, part), use.pattern.name, claim)
+            found.append(replace(entry, added=use.role.added))
         else:
             found.append(claim)
     return found

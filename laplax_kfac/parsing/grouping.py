@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from laplax_kfac.parsing import biases, norms
+from laplax_kfac.parsing import biases, norms, tables
 from laplax_kfac.parsing.claims import Claim, Group
 from laplax_kfac.parsing.groups import causes, claims_and_fallbacks, group
 from laplax_kfac.parsing.layer import FROZEN, BlockKind, Layer, unique_names
@@ -171,8 +171,14 @@ def _fallback_layers(
         idle = ids[(number[here] == 0) & ~taken[here]]
         if mine.size:
             cause = fallbacks[number[mine[0]] - 1]
-            kind = selection.block_of(name, mine.size, cause.reason)
-            layers.append(_vector_layer(path, cause.pattern, kind, mine, cause.reason))
+            rows = space.shapes[leaf][-1:]
+            tabular = cause.added and not space.is_complex(leaf)
+            table = tables.layer_of(path, mine, rows) if tabular else None
+            if table is not None and selection.joins(name, mine.size):
+                layers.append(Resolved(table))
+            else:
+                kind = selection.block_of(name, mine.size, cause.reason)
+                layers.append(_vector_layer(path, cause.pattern, kind, mine, cause.reason))
         if idle.size or not ids.size:
             pattern, reason = _why_idle(leaf, space, selection)
             layers.append(_vector_layer(path, pattern, "none", idle, reason))

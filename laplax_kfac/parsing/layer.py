@@ -16,6 +16,8 @@ FROZEN = "frozen"
 
 NORM = "norm"
 """Pattern of the scale and the shift of a norm layer, in one block a feature."""
+TABLE = "table"
+"""Pattern of parameters that are added, each at places of its own, in one block a row."""
 
 ROOTS = ("", "params", "~")
 """Paths at which frameworks keep what belongs to no module: flax.linen's and haiku's."""

@@ -99,9 +99,9 @@ class Selection:
         params_filter: Whether the parameters at a path are covered; None covers all.
         fallback: Pairs of a pattern and the block for parameters without a Kronecker form at
             paths that match it; the first match counts, ``"dense"`` where none does. ``"joint"``
-            stands for those that are in blocks for pairs (`joins`), whatever their number.
+            stands for those that are in blocks of some each (`joins`), whatever their number.
         dense_limit: Most parameters of a leaf that get a dense block; more get a diagonal, or
-            those of a norm layer a block for each pair of scale and shift.
+            blocks of some each, if they are those of a norm layer or of a table that is added.
         separate_weight_and_bias: Whether biases get blocks of their own.
         last_layer: Whether only the last layer is covered.
         factor_kinds: Pairs of a pattern of layers' names and the kinds of their input and output
@@ -165,14 +165,13 @@ class Selection:
         return next((f for pattern, f in self.fallback if matches(path, [pattern])), "dense")
 
     def joins(self, path: str, size: int) -> bool:
-        """Whether that many scales or shifts of a norm layer, a leaf, are in one block a pair.
+        """Whether that many parameters of a leaf may be in exact blocks of some of them each.
 
-        This is what they get in the place of a diagonal for each.
+        This is what some get in the place of a diagonal: see `norms` and `tables`.
         """
         wanted = self.fallback_for(path)
         large = wanted == "dense" and size > self.dense_limit
-        together = self.curvature == "kronecker" and not self.separate_weight_and_bias
-        return together and (wanted == "joint" or large)
+        return self.curvature == "kronecker" and (wanted == "joint" or large)
 
     def block_of(self, path: str, size: int, reason: str) -> BlockKind:
         """The block of that many parameters of a leaf that have no Kronecker form.

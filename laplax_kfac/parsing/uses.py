@@ -6,6 +6,7 @@ what the parameter is to the equation: its `Weight`, or (`biases.Bias`) what it 
 
 import functools
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from jax.extend.core import JaxprEqn
@@ -44,6 +45,7 @@ class Role:
         reason: What a report says of the use.
         map: How gradients in the equation's weight are pulled back to the parameter, where it is
             not the weight itself, but what that is made of.
+        added: Whether the parameter is added to something.
     """
 
     pattern: Pattern
@@ -52,6 +54,7 @@ class Role:
     refusal: str
     reason: str
     map: SeparableMap | None = None
+    added: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +135,14 @@ class Fallback:
         reason: Why there is no such form.
         product: Number of the use, an elementwise product, that a sum may still give such a form
             (see `products`); -1 if there is none.
+        added: Whether they are added to data, each at places of its own (see `tables`).
     """
 
     ids: Int[np.ndarray, " n"]
     pattern: str
     reason: str
     product: int = -1
+    added: bool = False
 
     @classmethod
     def of(
