@@ -15,6 +15,7 @@ from laplax_kfac import jaxprs, meshes
 from laplax_kfac.parsing import made_weights
 from laplax_kfac.parsing.biases import Bias
 from laplax_kfac.parsing.complex_weights import with_real_weights
+from laplax_kfac.parsing.expansion import expanded
 from laplax_kfac.parsing.grouping import Resolved, resolve
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
@@ -107,6 +108,7 @@ def parse(
     selection.check_paths(space.names, trainable)
     function = per_example(model_fn, vmap_over_data=vmap_over_data)
     jaxpr, consts, output = jaxprs.trace(function, params, example)
+    jaxpr, consts = expanded(jaxpr, consts)
     covered = [selection.covers(name) for name in space.names]
     jaxpr, consts = with_real_weights(jaxpr, consts, covered)
     findings = _find(jaxpr, consts, space, covered)

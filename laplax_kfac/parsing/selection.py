@@ -344,8 +344,19 @@ def matches(path: str, chosen: Sequence[str]) -> bool:
 
 @functools.cache
 def slashed(pattern: str) -> str:
-    """A path as frontends print it, as a path with slashes; other patterns as they are."""
-    if "/" in pattern:
-        return pattern
-    keys = re.sub(r"""\[(?:'([^']*)'|"([^"]*)"|(\d+))\]""", r"/\1\2\3", pattern)
-    return re.sub(r"\.(?=\w|\*)", "/", keys.removesuffix(".value")).lstrip("/")
+    """A path as frontends print it, as a path with slashes; other patterns as they are.
+
+    A key in brackets may hold dots and slashes of its own (haiku's do). What follows a number in
+    brackets is no further digit: ``layers[2]*`` is all of layer 2, and nothing of layer 21.
+    """
+    dotted = "/" not in re.sub(r"\['[^']*'\]|\[\"[^\"]*\"\]", "", pattern)
+
+    def key(found: re.Match[str]) -> str:
+        first, second, number, star = found.groups()
+        if found[0] == ".":
+            return "/" if dotted else "."
+        within = star and found.end() < len(pattern)
+        return f"/{first or second or number or ''}" + ("/*" if within else "")
+
+    keys = r"""\['([^']*)'\]|\["([^"]*)"\]|\[(\d+)\](\*?)|\.(?=\w|\*)"""
+    return re.sub(keys, key, pattern.removesuffix(".value")).lstrip("/")
