@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from laplax_kfac import likelihood, patterns
+from laplax_kfac import likelihood, masks, patterns
 from laplax_kfac.blocks.merging import merge
 from laplax_kfac.caches import clear_caches
 from laplax_kfac.capture.intermediates import LayerRecord, intermediates_and_gradients
@@ -67,6 +67,7 @@ __all__ = [
     "log_marginal_likelihood",
     "make_posterior",
     "marglik_training",
+    "masks",
     "merge",
     "patterns",
     "predictive_covariance",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Jaxpr
 from jaxtyping import Array
 
@@ -101,7 +102,9 @@ def perturbations_of_parameters(program: Program) -> Perturbations:
     """Zeros like the fallback parameters, by number of the layer."""
     dtype = dict(zip(program.space.paths, program.space.dtypes, strict=True))
     return {
-        number: jnp.zeros(resolved.layer.size, dtype[resolved.layer.params[0]])
+        number: jnp.zeros(
+            resolved.layer.size, jnp.result_type(*(dtype[p] for p in resolved.layer.params))
+        )
         for number, resolved in enumerate(program.resolved)
         if is_fallback(resolved)
     }
@@ -114,10 +117,15 @@ def perturbed(
     space, moved = program.space, list(leaves)
     for number, perturbation in perturbations.items():
         ids = space.ids(program.layers[number].segments[0])
-        leaf = space.leaf_at(int(ids[0]))
-        if ids.size == moved[leaf].size:
-            moved[leaf] = moved[leaf] + perturbation.reshape(moved[leaf].shape)
-        else:
-            flat = moved[leaf].reshape(-1).at[ids - space.offsets[leaf]].add(perturbation)
-            moved[leaf] = flat.reshape(moved[leaf].shape)
+        for leaf in space.leaves_of(ids):  # one, but for a block of all
+            inside = (ids >= space.offsets[leaf]) & (ids < space.offsets[leaf + 1])
+            mine, zeros = ids[inside], perturbation
+            if mine.size < ids.size:
+                zeros = perturbation[np.flatnonzero(inside)]
+            zeros = zeros.astype(moved[leaf].dtype)
+            if mine.size == moved[leaf].size:
+                moved[leaf] = moved[leaf] + zeros.reshape(moved[leaf].shape)
+            else:
+                flat = moved[leaf].reshape(-1).at[mine - space.offsets[leaf]].add(zeros)
+                moved[leaf] = flat.reshape(moved[leaf].shape)
     return moved

@@ -14,6 +14,10 @@ from laplax_kfac.parsing.segments import Segment
 FROZEN = "frozen"
 """Pattern of parameters that are left out: fixed at their value."""
 
+CHOSEN = "chosen"
+"""Pattern of parameters whose block is on themselves, whatever their use: the dense matrix of all
+that are covered, or the diagonal of some that are chosen one by one."""
+
 ROOTS = ("", "params", "~")
 """Paths at which frameworks keep what belongs to no module: flax.linen's and haiku's."""
 
@@ -27,7 +31,8 @@ class Layer:
     Attributes:
         name: Path of the layer in the parameter pytree, e.g. ``"encoder/attention/query"``.
         pattern: How the model uses the parameters: ``"dense"``, ``"conv"``, ``"bias"``,
-            ``"scale"``, ..., ``"unused"``, or ``"frozen"``.
+            ``"scale"``, ..., ``"unused"``, ``"frozen"``, or ``"chosen"`` where a block is on them
+            whatever their use.
         params: Paths of the leaves, as ``jax.tree_util.keystr`` writes them.
         block: ``"kronecker"``, ``"dense"``, ``"diagonal"``, or ``"none"`` where the parameters
             cannot influence the output, so that their posterior is the prior, and where they are

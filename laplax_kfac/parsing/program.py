@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from laplax_kfac import jaxprs, meshes
 from laplax_kfac.parsing.biases import Bias
-from laplax_kfac.parsing.grouping import Resolved, resolve
+from laplax_kfac.parsing.grouping import Resolved, resolve, resolve_entries
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.model_calls import ModelFn as ModelFn
@@ -111,7 +111,10 @@ def parse(
         names = {name for name, used in zip(space.names, covered, strict=True) if used}
         selection = replace(selection, params_filter=lambda path: path in names)
         findings = _find(jaxpr, consts, space, covered)
-    resolved = resolve(findings, space, selection)
+    if selection.by_entries:
+        resolved = resolve_entries(space, covered, selection)
+    else:
+        resolved = resolve(findings, space, selection)
     used = {m.claim.use for r in resolved for m in r.members}
     uses = {number: findings.uses[number] for number in used}
     custom_vjp = jaxprs.has_custom_vjp(jaxpr)
