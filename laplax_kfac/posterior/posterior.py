@@ -49,7 +49,7 @@ class Posterior:
 
     Attributes:
         precision: Its precision matrix.
-        mean: The trained parameters, if it was made with them; `save` does not keep them.
+        mean: The trained parameters, if it was made with them.
     """
 
     precision: BlockDiagonal
