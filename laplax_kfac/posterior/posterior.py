@@ -10,6 +10,7 @@ Frozen parameters have infinite precision: no variance, and no part in the deter
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from laplax_kfac.arguments import (
 )
 from laplax_kfac.blocks.blocks import BlockDiagonal, rotate_back
 from laplax_kfac.blocks.merging import add, require_curvature
+from laplax_kfac.blocks.operators import linear_operator
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.posterior.prior import (
     Hyperparameters,
@@ -36,6 +38,9 @@ from laplax_kfac.posterior.prior import (
     prior_distance,
 )
 
+if TYPE_CHECKING:
+    import lineax
+
 
 @pytrees.register
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Posterior:
 
     Attributes:
         precision: Its precision matrix.
-        mean: The trained parameters, if it was made with them; `save` does not keep them.
+        mean: The trained parameters, if it was made with them.
     """
 
     precision: BlockDiagonal
@@ -59,6 +64,18 @@ class Posterior:
     def covariance_mv(self, v: PyTree) -> PyTree:
         """Covariance times a pytree like the parameters."""
         return self.precision.map(jnp.reciprocal).mv(v)
+
+    @no_type_check
+    def as_linear_operator(self) -> "lineax.FunctionLinearOperator":
+        """The covariance as an operator of lineax; the precision's own is its inverse.
+
+        ``posterior.precision.as_linear_operator()`` is the inverse where nothing is frozen.
+
+        Raises:
+            ImportError: If lineax is not installed.
+            ValueError: If some parameters are no real numbers.
+        """
+        return linear_operator(self.covariance_mv, self.precision.space)
 
     @on_automatic_axes
     def scale_mv(self, v: PyTree) -> PyTree:
