@@ -40,7 +40,12 @@ class LayerRecord:
         layer = resolved.layer
         a = jnp.concatenate([use.inputs.features()[:, 0] for use in record], axis=1)
         g = jnp.concatenate([use.gradients.features()[:, 0] for use in record], axis=1)
-        a = a[..., : layer.in_features]
+        if layer.bias:
+            # The bias's column c is not 1 where a factor is between the product and the sum:
+            # a g^T = (a / c) (c g)^T, and c g is the gradient in the bias.
+            c = a[..., layer.in_features :]
+            scale = jnp.where(c == 0, 1, c)  # 0 where a use did not run
+            a, g = a[..., : layer.in_features] / scale, g * scale
         return cls(a, g) if layer.stack > 1 else cls(a[:, :, 0], g[:, :, 0])
 
 

@@ -14,6 +14,9 @@ from laplax_kfac.parsing.segments import Segment
 FROZEN = "frozen"
 """Pattern of parameters that are left out: fixed at their value."""
 
+NORM = "norm"
+"""Pattern of the scale and the shift of a norm layer, in one block a feature."""
+
 ROOTS = ("", "params", "~")
 """Paths at which frameworks keep what belongs to no module: flax.linen's and haiku's."""
 

@@ -20,6 +20,7 @@ from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.model_calls import ModelFn as ModelFn
 from laplax_kfac.parsing.model_calls import call
 from laplax_kfac.parsing.model_calls import require_model as require_model
+from laplax_kfac.parsing.products import Product
 from laplax_kfac.parsing.selection import Selection
 from laplax_kfac.parsing.steps import Scope
 from laplax_kfac.parsing.uses import Findings, Use
@@ -114,7 +115,7 @@ def parse(
         selection = replace(selection, params_filter=lambda path: path in names)
         findings = _find(jaxpr, consts, space, covered)
     resolved = resolve(findings, space, selection)
-    used = {m.claim.use for r in resolved for m in r.members}
+    used = {number for r in resolved for m in r.members for number in m.claim.used}
     uses = {number: findings.uses[number] for number in used}
     custom_vjp = jaxprs.has_custom_vjp(jaxpr)
     return Program(jaxpr, consts, space, resolved, uses, custom_vjp, selection, output)
@@ -133,7 +134,7 @@ def _find(
 
 def _of_last_layer(findings: Findings, space: ParameterSpace) -> list[bool]:
     """The leaves of the last weight in the jaxpr, and of what is added to its output."""
-    weights = [k for k, use in enumerate(findings.uses) if not isinstance(use.role, Bias)]
+    weights = [k for k, use in enumerate(findings.uses) if not isinstance(use.role, Bias | Product)]
     if not weights:
         msg = "`params_filter='last_layer'` needs a layer with a weight; the model has none."
         raise ValueError(msg)

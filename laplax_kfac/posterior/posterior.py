@@ -275,6 +275,7 @@ def make_posterior(
             negative log-likelihood of s = 1/2, which is the default.
         sigma_squared: Factor of the loss, positive, in place of ``noise_variance``: 1 / (2 s). The
             curvature is multiplied by it; an empirical Fisher matrix, by its square. 1 by default.
+            A likelihood of temperature T, to the power 1/T beside the prior, is 1 / T here.
         loss_scaling_factor: Factor by which the loss was scaled, positive.
 
     Raises:
@@ -284,8 +285,10 @@ def make_posterior(
     """
     require_curvature("curvature", curvature)
     dtype = jnp.result_type(*(block.eigenvalues for block in curvature.blocks))
+    temperature = Hyperparameters.temperature_of(prior_prec, None)
     prior_prec, noise_variance = Hyperparameters.split(prior_prec, noise_variance)
     factor = loss_factor(sigma_squared, noise_variance, dtype)
+    factor = factor if temperature is None else factor / temperature
     require_positive("loss_scaling_factor", loss_scaling_factor, shape=(), dtype=dtype)
     prior = as_prior(prior_prec)
     scaled = curvature.of_scaled_loss(factor)

@@ -422,6 +422,72 @@ def depthwise_conv() -> Built:
     return model_fn, normal({"conv": {"w": (3, 3, 1, 4), "b": (4,)}}), inputs(4, 4, 2)
 
 
+def taps(name: str, kernel: int, positions: int, stack: int, **other: Any) -> Expected:
+    return Expected(name, "taps", "kronecker", kernel, 1, positions, stack, **other)
+
+
+@model(taps("conv", 4, 6, 3, bias=True))
+def taps_of_a_causal_conv() -> Built:
+    """A depthwise kernel as Mamba has it: one slice of the padded input a tap."""
+
+    def model_fn(input: Array, params: Any) -> Array:
+        x, w = jnp.pad(input, ((3, 0), (0, 0))), params["conv"]["w"][:, 0]
+        y = w[0] * x[:6]
+        for j in range(1, 4):
+            y = y + w[j] * x[j : j + 6]
+        return jnp.mean(jnp.tanh(y + params["conv"]["b"]), axis=0)
+
+    return model_fn, normal({"conv": {"w": (4, 1, 3), "b": (3,)}}), inputs(6, 3)
+
+
+@model(dense("last", 3, 2), taps("layers", 3, 5, 6, bias=True))
+def taps_in_a_scan() -> Built:
+    """Channels first, the taps in reverse and halved, and added to the bias, in stacked layers."""
+
+    def layer(x: Array, params: Any) -> tuple[Array, None]:
+        padded, y = jnp.pad(x, ((0, 0), (1, 1))), params["b"][:, None]
+        for j in range(3):
+            y = y + (0.5 if j else -0.5) * params["w"][:, 2 - j, None] * padded[:, j : j + 5]
+        return jnp.tanh(y), None
+
+    def model_fn(input: Array, params: Any) -> Array:
+        return jnp.mean(lax.scan(layer, input, params["layers"])[0], axis=1) @ params["last"]
+
+    shapes = {"layers": {"w": (2, 3, 3), "b": (2, 3)}, "last": (3, 2)}
+    return model_fn, normal(shapes), inputs(3, 5)
+
+
+class _Taps(eqx.Module):
+    """A depthwise convolution of images, the difference of products summed in pairs."""
+
+    weight: Array
+    bias: Array
+
+    @jax.jit
+    def __call__(self, x: Array) -> Array:
+        tap = lambda i, j: self.weight[i, j] * x[i : i + 3, j : j + 4]  # noqa: E731
+        y = (tap(0, 0) - tap(0, 1)) - 3.0 * (tap(1, 0) + tap(1, 1))
+        return jnp.mean(jnp.transpose(y, (2, 0, 1)) + self.bias[:, None, None], axis=(1, 2)) ** 2
+
+
+@model(taps("weight", 4, 12, 2, bias=True))
+def equinox_taps_of_images() -> Built:
+    return from_equinox(lambda _: _Taps(normal((2, 2, 2)), normal((2,), 3)), inputs(4, 5, 2))
+
+
+@model(
+    fallback("gains/0", "scale", 3, "elementwise"), fallback("gains/1", "scale", 3, "elementwise")
+)
+def gains_of_two_branches() -> Built:
+    """A sum of products, but of leaves of their own: each has its exact block."""
+
+    def model_fn(input: Array, params: Any) -> Array:
+        first, second = params["gains"]
+        return jnp.mean(jnp.tanh(first * input + second * jnp.sin(input)), axis=0)
+
+    return model_fn, normal({"gains": [(3,), (3,)]}), inputs(4, 3)
+
+
 @model(conv("conv", 6, 3, 4, stack=2, bias=True))
 def vmapped_conv() -> Built:
     """Groups are made of what is vmapped over, by reshapes that also transpose."""
@@ -1577,7 +1643,7 @@ def custom_vjp_activation() -> Built:
     return model_fn, params, x
 
 
-@model(dense("one", 4, 5), fallback("two", "other", 15, "used by `custom_vjp_call"))
+@model(dense("one", 4, 5), fallback("two", "other", 15, "derivative of its own"))
 def custom_vjp_around_a_product() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return _product_with_a_rule(jnp.tanh(input @ params["one"]), params["two"])
@@ -1953,3 +2019,7 @@ def weight_scaled_by_the_time() -> Built:
         return lax.scan(step, input, jnp.asarray([1.0, 2.0, 4.0]))[0]
 
     return model_fn, normal({"w": (4, 4)}), inputs(4)
+
+
+# The rest of the catalogue, which is made of what is above.
+from support import solvers as solvers  # noqa: E402
