@@ -91,7 +91,7 @@ def intermediates_and_gradients(
     )  # fmt: skip
     records = capture_batch(
         program,
-        ([jnp.asarray(leaf) for leaf in jax.tree.leaves(params)], program.consts),
+        (program.space.flatten(params, name="params"), program.consts),
         batch,
         Columns(resolve_likelihood(loss_fn), fisher_type_of("empirical")),
         keys=jax.random.split(jax.random.key(0), size),

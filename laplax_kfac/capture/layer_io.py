@@ -245,6 +245,16 @@ class LayerIO:
     gradients: SideIO
     active: Float[Array, "*batch S stack"]
 
+    @classmethod
+    def of_features(cls, gradients: Float[Array, "R p"], stack: int) -> "LayerIO":
+        """Of one example's gradients in a stack of columns, row after row: ``g 1^T`` for each."""
+        g = gradients.reshape(len(gradients), gradients.shape[1] // stack, stack)
+        return cls(
+            Cotangents(g.swapaxes(1, 2)[:, None]),
+            Features(jnp.ones((1, stack, 1), g.dtype)),
+            jnp.ones((1, stack)),
+        )
+
     @property
     def num_positions(self) -> int:
         """Positions S that share the weight."""

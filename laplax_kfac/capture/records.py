@@ -55,6 +55,9 @@ def records_of(
             records.append(
                 tuple(_layer_io(program, m, inputs, at_uses, sides) for m in resolved.members)
             )
+        elif number in at_parameters and resolved.layer.is_matrix:
+            gradients = at_parameters[number]
+            records.append((LayerIO.of_features(gradients, resolved.layer.stack),))
         elif number in at_parameters:
             records.append(ParameterIO(at_parameters[number]))
         else:
@@ -73,6 +76,8 @@ def _layer_io(
     claim, use = member.claim, program.uses[member.claim.use]
     found, active, operands = inputs[claim.use]
     values = jnp.asarray(found)
+    if claim.terms:
+        values = jnp.concatenate([jnp.asarray(inputs[k][0]) for k in claim.terms], axis=-1)
     positions = use.pattern.outputs(
         use.eqn, use.operand, np.empty(jaxprs.shape(use.eqn.outvars[0]), bool)
     ).shape[0]

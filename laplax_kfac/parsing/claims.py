@@ -49,6 +49,8 @@ class Claim:
         part: The inputs and the outputs of the use that the ids are for, where constants take the
             place of a weight for the others; None for all.
         keeps_outputs: Whether the outputs of the use are those of the layer, and not a map of them.
+        terms: Numbers of the uses whose inputs, one after the other, are those of the layer, where
+            these are the terms of a sum; none where they are the inputs of ``use`` alone.
     """
 
     use: int
@@ -63,6 +65,7 @@ class Claim:
     moments: Moments | None = None
     part: Part | None = None
     keeps_outputs: bool = True
+    terms: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, number: int, use: Use, ids: Int[np.ndarray, "*scans stack rows out"]) -> "Claim":
@@ -75,6 +78,20 @@ class Claim:
         sizes = (*use.scans, ids.shape[-3])
         along = math.prod(n for n, s in zip(sizes, shared, strict=True) if s)
         return cls(number, take_first(ids, shared), shared, use.positions * along)
+
+    def scaled(self, scale: Float[np.ndarray, "*scans stack rows out"]) -> "Claim | str":
+        """This claim with factors of all entries, or why there is none."""
+        if any(s and not constant_along(scale, a) for a, s in enumerate(self.shared)):
+            return "scaled differently where it is shared"
+        factors = rank_one(take_first(scale, self.shared))
+        if factors is None:
+            return "scaled entry by entry, which no Kronecker product can follow"
+        return replace(self, input_scale=factors[0], output_scale=factors[1])
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """Numbers of all uses that are read for it."""
+        return self.terms or (self.use,)
 
     def as_layer_sides(self, computed: Side, cotangents: Side) -> tuple[Side, Side]:
         """What belongs to a use's inputs and to its outputs, as those of the layer's weight.
@@ -159,13 +176,7 @@ def _claim(number: int, use: Use, part: Part | None) -> Claim | str:
     claim = replace(claim, keeps_outputs=made is None or made.keeps_outputs)
     if claim.problem or use.scale is None:
         return claim.problem or claim
-    scale = _of_part(use.scale, part)
-    if any(s and not constant_along(scale, a) for a, s in enumerate(claim.shared)):
-        return "scaled differently where it is shared"
-    factors = rank_one(take_first(scale, claim.shared))
-    if factors is None:
-        return "scaled entry by entry, which no Kronecker product can follow"
-    return replace(claim, input_scale=factors[0], output_scale=factors[1])
+    return claim.scaled(_of_part(use.scale, part))
 
 
 def parts_of(ids: Int[np.ndarray, "*scans stack rows out"]) -> list[Part | None]:

@@ -1,6 +1,6 @@
 """Complex numbers as their real and imaginary parts, and products of data with complex weights.
 
-Parameters are real. A complex weight ``W = R + iJ`` that is made of them acts on the parts of the
+Parameters are real. A complex weight ``W = R + iJ`` that consists of them acts on the parts of the
 complex input ``x = a + ib`` as a real one. Of the two ways to put its parts into one matrix,
 
     Re(x W) = [a, -b] [R; J],    Im(x W) = [b, a] [R; J],                                   (rows)
@@ -55,6 +55,11 @@ class Parts:
             known = np.asarray(value)
             return cls(known.real, known.imag if np.any(known.imag) else None).without_zero()
         return cls(lax.real(value), lax.imag(value))
+
+    @classmethod
+    def of_pairs(cls, pairs: Value) -> "Parts":
+        """The numbers whose parts lie along a last axis of two."""
+        return cls(*(lax.index_in_dim(pairs, part, -1, keepdims=False) for part in (0, 1)))
 
     def without_zero(self) -> "Parts":
         """Without a known real part of zero beside an imaginary one."""

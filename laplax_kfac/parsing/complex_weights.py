@@ -1,12 +1,12 @@
 """Models with complex weights as models with real ones.
 
 Parameters are followed by the real entries that they consist of. So a jaxpr in which some of them
-are made into complex numbers (``re + 1j * im``, ``lax.complex``, a cast) is evaluated once more,
-with these numbers as `Parts`: what is linear over the real numbers is done to both parts, a product
-with data is written with real products (`Product`), and any other equation gets the complex number
-itself. What is traced so is another jaxpr with the same values and derivatives, in which uses of
-the parameters are those of real weights. Complex numbers of data (transforms, complex activations)
-stay as they are.
+are complex, or made into complex numbers (``re + 1j * im``, ``lax.complex``, a cast), is evaluated
+once more, with these numbers as `Parts`: what is linear over the real numbers is done to both
+parts, a product with data is written with real products (`Product`), and any other equation gets
+the complex number itself. What is traced so is another jaxpr with the same values and derivatives,
+in which uses of the parameters are those of real weights. Complex numbers of data (transforms,
+complex activations) stay as they are.
 """
 
 from collections.abc import Callable, Sequence
@@ -81,17 +81,28 @@ def origins_inside(eqn: JaxprEqn, origins: list[Origin]) -> list[Origin]:
 
 
 def with_real_weights(
-    jaxpr: Jaxpr, consts: list[ArrayLike], origins: Sequence[Origin]
+    jaxpr: Jaxpr, consts: list[ArrayLike], covered: Sequence[bool]
 ) -> tuple[Jaxpr, list[ArrayLike]]:
-    """The same function with real weights, where it makes parameters into complex numbers.
+    """The same function with real weights, where it has complex ones.
 
     Args:
-        jaxpr: A jaxpr whose inputs are the constants, then others.
+        jaxpr: A jaxpr whose inputs are the constants, the leaves of the parameters, and others.
         consts: The constants.
-        origins: What the other inputs are.
+        covered: For every leaf, whether it counts as parameters; else it is fixed, like data.
+
+    Returns:
+        The jaxpr, which takes complex leaves as pairs of real numbers, in a last axis, and its
+        constants.
     """
-    everything = [*[Origin.CONSTANTS] * len(consts), *origins]
-    if not makes_complex(jaxpr, everything):
+    begin, end = len(consts), len(consts) + len(covered)
+    others = len(jaxpr.invars) - end
+    origins = [
+        *[Origin.CONSTANTS] * begin,
+        *[Origin.PARAMETERS if used else Origin.DATA for used in covered],
+        *[Origin.DATA] * others,
+    ]
+    in_pairs = [begin <= k < end and jaxprs.is_complex(v) for k, v in enumerate(jaxpr.invars)]
+    if not any(in_pairs) and not makes_complex(jaxpr, origins):
         return jaxpr, consts
     known = {
         var: np.asarray(value)
@@ -100,10 +111,15 @@ def with_real_weights(
     }
 
     def function(*values: Value) -> list[Value]:
-        outputs = _Evaluation(jaxpr, known).run(values, everything)
+        inputs = [Parts.of_pairs(x) if p else x for x, p in zip(values, in_pairs, strict=True)]
+        outputs = _Evaluation(jaxpr, known).run(inputs, origins)
         return [whole(out, var) for out, var in zip(outputs, jaxpr.outvars, strict=True)]
 
-    rewritten, more, _ = jaxprs.trace(function, *map(jaxprs.spec, jaxpr.invars))
+    specs = [
+        jax.ShapeDtypeStruct((*s.shape, 2), real_dtype(s.dtype)) if pair else s
+        for s, pair in zip(map(jaxprs.spec, jaxpr.invars), in_pairs, strict=True)
+    ]
+    rewritten, more, _ = jaxprs.trace(function, *specs)
     return rewritten, [*more, *consts]
 
 

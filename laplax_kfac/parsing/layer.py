@@ -14,6 +14,9 @@ from laplax_kfac.parsing.segments import Segment
 FROZEN = "frozen"
 """Pattern of parameters that are left out: fixed at their value."""
 
+NORM = "norm"
+"""Pattern of the scale and the shift of a norm layer, in one block a feature."""
+
 ROOTS = ("", "params", "~")
 """Paths at which frameworks keep what belongs to no module: flax.linen's and haiku's."""
 
@@ -185,5 +188,5 @@ def _with_range(name: str, layer: Layer, space: ParameterSpace) -> str:
         return name
     leaf = space.leaf_at(layer.first)
     begin = layer.first - space.offsets[leaf]
-    end = min(begin + math.prod(layer.segments[0].shape), math.prod(space.shapes[leaf]))
+    end = min(begin + math.prod(layer.segments[0].shape), math.prod(space.real_shapes[leaf]))
     return f"{name}[{begin}:{end}]"

@@ -25,6 +25,7 @@ from laplax_kfac.parsing.values import (
 )
 from laplax_kfac.patterns import Moments, Pattern
 
+Ids = Int[np.ndarray, " n"]
 Site = tuple[int, ...]
 """Where an equation sits: equation index, then (sub-jaxpr number, equation index) inward."""
 
@@ -117,16 +118,27 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class Fallback:
-    """Parameters used in a way that has no Kronecker form."""
+    """Parameters used in a way that has no Kronecker form.
+
+    Attributes:
+        ids: The parameters.
+        pattern: What a report calls their use.
+        reason: Why there is no such form.
+        product: Number of the use, an elementwise product, that a sum may still give such a form
+            (see `products`); -1 if there is none.
+    """
 
     ids: Int[np.ndarray, " n"]
     pattern: str
     reason: str
+    product: int = -1
 
     @classmethod
-    def of(cls, ids: Int[np.ndarray, "..."], pattern: str, reason: str) -> "Fallback":
+    def of(
+        cls, ids: Int[np.ndarray, "..."], pattern: str, reason: str, product: int = -1
+    ) -> "Fallback":
         """Those among some ids, each once."""
-        return cls(np.unique(ids[ids != FOREIGN]), pattern, reason)
+        return cls(np.unique(ids[ids != FOREIGN]), pattern, reason, product)
 
 
 @dataclass
@@ -140,6 +152,9 @@ class Findings:
         passed_on: Of these, the ones whose parameters are uses of a weight that is made of the
             output.
         ended: Of these, the ones whose output is used in another way, too.
+        sums: Number of a product -> that of the product which stands for the sum of both, and the
+            factor of the first one's cotangent over the second one's.
+        pairs: Ids of scales, and of what is added to the entries that they scale.
     """
 
     uses: list[Use] = field(default_factory=list)
@@ -147,6 +162,8 @@ class Findings:
     of_parameters: set[int] = field(default_factory=set)
     passed_on: set[int] = field(default_factory=set)
     ended: set[int] = field(default_factory=set)
+    sums: dict[int, tuple[int, float]] = field(default_factory=dict)
+    pairs: list[tuple[Ids, Ids]] = field(default_factory=list)
 
     def is_fixed(self, value: Value) -> bool:
         """Whether a value is the same for all data."""

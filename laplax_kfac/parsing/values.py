@@ -182,7 +182,13 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Scaled:
-    """Data that a parameter has multiplied: what is added to it is the shift of a norm layer."""
+    """Data that a parameter has multiplied: what is added to it is the shift of a norm layer.
+
+    Attributes:
+        by: The parameter that has multiplied each entry; None if that is not known.
+    """
+
+    by: Symbolic | None = None
 
 
 Value = Symbolic | Known | Fixed | Scaled | None

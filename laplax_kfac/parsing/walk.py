@@ -20,14 +20,15 @@ from jax.extend.core import Jaxpr, Literal
 
 from laplax_kfac import jaxprs, patterns
 from laplax_kfac.parsing import arithmetic, control_flow, made_weights
+from laplax_kfac.parsing.custom_rules import opaque
 from laplax_kfac.parsing.index_rules import INDEX_RULES, SELECTIONS, moved, selected
+from laplax_kfac.parsing.products import carried, is_product, scaled
 from laplax_kfac.parsing.pullbacks import rearranged
 from laplax_kfac.parsing.steps import Rule, Scope, Step
 from laplax_kfac.parsing.uses import Weight
 from laplax_kfac.parsing.values import (
     Fixed,
     Known,
-    Scaled,
     Symbolic,
     Value,
     known_outputs,
@@ -48,6 +49,8 @@ def walk(jaxpr: Jaxpr, inputs: Sequence[Value], scope: Scope) -> list[Value]:
         """What is left of a value where its cotangent is another one, or none."""
         if not isinstance(value, Symbolic):
             return value
+        if is_product(value, findings):
+            return scaled(value, findings)
         return Fixed() if findings.is_fixed(value) else None
 
     def read(atom: Any) -> Value:
@@ -82,9 +85,7 @@ def _outputs(step: Step) -> list[Value]:
         known = [v for v in values if isinstance(v, Known)]
         if len(known) == len(values):
             return step.nothing if eqn.effects else [*known_outputs(step.jaxpr, eqn, known)]
-        moves = name in INDEX_RULES or name == "mul"
-        scaled = moves and any(isinstance(v, Scaled) for v in values)
-        return [Scaled()] if scaled and len(eqn.outvars) == 1 else step.nothing
+        return carried(step)
     if not jaxprs.has_body(eqn) and any(jaxprs.is_complex(v) for v in eqn.outvars):
         reason = "used as a complex number by an equation that is no product with data and no sum"
         return step.mark("complex", reason)
@@ -101,7 +102,7 @@ def _outputs(step: Step) -> list[Value]:
     if called is not None:
         return step.enter(called, values)
     view = rearranged(step)
-    return [view] if view else step.mark("other", f"used by `{name}`, which no pattern covers")
+    return [view] if view else opaque(step)
 
 
 def _weights(step: Step) -> list[Value]:

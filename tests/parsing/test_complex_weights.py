@@ -13,7 +13,7 @@ from support.tolerances import tolerance
 
 import laplax_kfac
 from laplax_kfac import jaxprs
-from laplax_kfac.parsing.complex_weights import Origin, with_real_weights
+from laplax_kfac.parsing.complex_weights import with_real_weights
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -63,8 +63,7 @@ def test_values_and_derivatives_are_the_same(function):
 
     params, x = normal({"re": (2, 3), "im": (2, 3)}), inputs(4)[0]
     jaxpr, consts, _ = jaxprs.trace(model, params, x)
-    origins = [Origin.PARAMETERS, Origin.PARAMETERS, Origin.DATA]
-    rewritten, more = with_real_weights(jaxpr, consts, origins)
+    rewritten, more = with_real_weights(jaxpr, consts, [True, True])
     assert rewritten is not jaxpr
 
     def evaluated(params, x):
@@ -83,7 +82,7 @@ def test_models_without_complex_weights_are_left_alone():
     for name in ("mlp", "fourier_mixing_of_tokens"):
         model_fn, params, x, _ = models.by_name(name).make()
         jaxpr, consts, _ = jaxprs.trace(lambda p, x, f=model_fn: f(input=x, params=p), params, x[0])
-        assert with_real_weights(jaxpr, consts, [Origin.DATA] * len(jaxpr.invars))[0] is jaxpr
+        assert with_real_weights(jaxpr, consts, [True] * len(jax.tree.leaves(params)))[0] is jaxpr
 
 
 def test_frozen_weights_are_data():
@@ -217,3 +216,125 @@ def test_one_example_of_a_real_input_is_exact():
     exact = oracles.dense_ggn(model_fn, params, data, "mse")
     curvature = laplax_kfac.kfac(model_fn, params, data, loss_fn="mse")
     np.testing.assert_allclose(curvature.to_dense(), exact, **CLOSE)
+
+
+# -- leaves of complex numbers ---------------------------------------------------------------------
+
+
+def split(params):
+    """The same parameters with real and imaginary part of complex leaves as leaves of their own."""
+    return jax.tree.map(
+        lambda x: {"re": x.real, "im": x.imag} if jnp.iscomplexobj(x) else x, params
+    )
+
+
+def joined(params):
+    return jax.tree.map(
+        lambda x: lax.complex(x["re"], x["im"]) if isinstance(x, dict) and "re" in x else x,
+        params, is_leaf=lambda x: isinstance(x, dict) and "re" in x,
+    )  # fmt: skip
+
+
+@functools.cache
+def fits(name, kind):
+    """A curvature of a model with complex leaves, and one where their parts are leaves."""
+    model_fn, params, x, outputs = models.by_name(name).make()
+    data = x, np.zeros((len(x), outputs))
+
+    def apart(input, params):
+        return model_fn(input=input, params=joined(params))
+
+    fit = getattr(laplax_kfac, kind)
+    return data, *(
+        (function, p, fit(function, p, data, loss_fn="mse"))
+        for function, p in ((model_fn, params), (apart, split(params)))
+    )
+
+
+def assert_same(found, expected):
+    pairs = zip(jax.tree.leaves(split(found)), jax.tree.leaves(expected), strict=True)
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("complex_leaves", "ekfac"), ("complex_leaf_of_modes_in_two_dimensions", "kfac")],
+)
+def test_complex_leaves_are_pairs_of_real_ones(name, kind):
+    data, (model_fn, params, ours), (apart, pair, theirs) = fits(name, kind)
+    assert ours.num_free() == theirs.num_free() == models.num_parameters(params)
+    np.testing.assert_allclose(ours.trace(), theirs.trace(), **CLOSE)
+    assert_same(ours.diagonal(), theirs.diagonal())
+    vector = jax.tree.map(jnp.sin, params)
+    assert_same(ours.mv(vector), theirs.mv(split(vector)))
+    np.testing.assert_allclose(
+        ours.quadratic_form(vector), theirs.quadratic_form(split(vector)), **CLOSE
+    )
+    dense = np.asarray(ours.to_dense())
+    assert dense.shape == (models.num_parameters(params),) * 2
+    np.testing.assert_allclose(
+        np.linalg.eigvalsh(dense), np.linalg.eigvalsh(theirs.to_dense()), atol=1e-9
+    )
+    first, second = (
+        laplax_kfac.relative_error(*args, data, loss_fn="mse").total
+        for args in ((ours, model_fn, params), (theirs, apart, pair))
+    )
+    np.testing.assert_allclose(first, second, rtol=1e-6)
+
+
+def test_posteriors_of_complex_leaves_are_those_of_pairs(tmp_path):
+    (x, _), (model_fn, params, ours), (apart, pair, theirs) = fits("complex_leaves", "ekfac")
+    key = jax.random.key(1)
+    laplax_kfac.save(tmp_path / "curvature", ours)
+    loaded = laplax_kfac.load(tmp_path / "curvature")
+    posteriors = [laplax_kfac.make_posterior(c, 0.7, sigma_squared=2.0) for c in (loaded, theirs)]
+    samples = [p.sample(key, 3, at) for p, at in zip(posteriors, (params, pair), strict=True)]
+    assert jax.tree.map(jnp.result_type, samples[0]) == jax.tree.map(jnp.result_type, params)
+    assert_same(*samples)
+    deviations = [p.standard_deviation() for p in posteriors]
+    assert_same(*deviations)
+    cases = (ours, model_fn, params), (theirs, apart, pair)
+    spreads = [
+        laplax_kfac.predictive_covariance(*case, x, prior_prec=0.7, sigma_squared=2.0).covariance
+        for case in cases
+    ]
+    np.testing.assert_allclose(spreads[0], spreads[1], **CLOSE)
+    drawn = [
+        laplax_kfac.predictive_samples(*case, x, key, 2, prior_prec=0.7, sigma_squared=2.0)
+        for case in cases
+    ]
+    np.testing.assert_allclose(drawn[0], drawn[1], **CLOSE)
+
+
+@pytest.mark.parametrize("prior", ["scalar", "each"])
+def test_the_evidence_of_complex_leaves_is_that_of_pairs(prior):
+    data, ours, theirs = fits("complex_leaves", "ekfac")
+    found = []
+    for model_fn, params, curvature in (ours, theirs):
+        each = jax.tree.map(
+            lambda p: 0.5 + jnp.abs(jnp.cos(jnp.arange(p.size))).reshape(p.shape), params
+        )
+        fit = laplax_kfac.data_fit(model_fn, params, data, loss_fn="mse")
+        found.append(
+            laplax_kfac.log_marginal_likelihood(
+                curvature, params, log_likelihood=fit, noise_variance=0.3,
+                prior_prec=0.7 if prior == "scalar" else each,
+            ).value
+        )  # fmt: skip
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-10)
+
+
+def test_the_dense_block_of_a_complex_leaf_holds_both_parts():
+    model_fn, params, x, outputs = models.by_name("complex_leaf_of_a_nonlinear_function").make()
+    data = x, np.zeros((len(x), outputs))
+
+    def apart(input, params):
+        return model_fn(input=input, params=joined(params))
+
+    exact = np.asarray(oracles.dense_ggn(apart, split(params), data, "mse"))
+    found = np.asarray(laplax_kfac.kfac(model_fn, params, data, loss_fn="mse").to_dense())
+    # In the pytree of parts all imaginary ones come first; in that of pairs they alternate.
+    num, first = params["w"].size, params["v"].size
+    order = first + np.stack([num + np.arange(num), np.arange(num)], axis=1).ravel()
+    np.testing.assert_allclose(found[first:, first:], exact[np.ix_(order, order)], **CLOSE)

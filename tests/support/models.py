@@ -75,6 +75,11 @@ def by_name(name: str) -> Model:
     return found
 
 
+def num_parameters(params: Any) -> int:
+    """How many real numbers the parameters are."""
+    return sum(leaf.size * (1 + jnp.iscomplexobj(leaf)) for leaf in jax.tree.leaves(params))
+
+
 @functools.cache
 def classified(name: str) -> Any:
     """The model of that name, its parameters, and data with classes as targets."""
@@ -415,6 +420,72 @@ def depthwise_conv() -> Built:
         return jnp.mean(jnp.tanh(y[0] + params["conv"]["b"]), axis=(0, 1))
 
     return model_fn, normal({"conv": {"w": (3, 3, 1, 4), "b": (4,)}}), inputs(4, 4, 2)
+
+
+def taps(name: str, kernel: int, positions: int, stack: int, **other: Any) -> Expected:
+    return Expected(name, "taps", "kronecker", kernel, 1, positions, stack, **other)
+
+
+@model(taps("conv", 4, 6, 3, bias=True))
+def taps_of_a_causal_conv() -> Built:
+    """A depthwise kernel as Mamba has it: one slice of the padded input a tap."""
+
+    def model_fn(input: Array, params: Any) -> Array:
+        x, w = jnp.pad(input, ((3, 0), (0, 0))), params["conv"]["w"][:, 0]
+        y = w[0] * x[:6]
+        for j in range(1, 4):
+            y = y + w[j] * x[j : j + 6]
+        return jnp.mean(jnp.tanh(y + params["conv"]["b"]), axis=0)
+
+    return model_fn, normal({"conv": {"w": (4, 1, 3), "b": (3,)}}), inputs(6, 3)
+
+
+@model(dense("last", 3, 2), taps("layers", 3, 5, 6, bias=True))
+def taps_in_a_scan() -> Built:
+    """Channels first, the taps in reverse and halved, and added to the bias, in stacked layers."""
+
+    def layer(x: Array, params: Any) -> tuple[Array, None]:
+        padded, y = jnp.pad(x, ((0, 0), (1, 1))), params["b"][:, None]
+        for j in range(3):
+            y = y + (0.5 if j else -0.5) * params["w"][:, 2 - j, None] * padded[:, j : j + 5]
+        return jnp.tanh(y), None
+
+    def model_fn(input: Array, params: Any) -> Array:
+        return jnp.mean(lax.scan(layer, input, params["layers"])[0], axis=1) @ params["last"]
+
+    shapes = {"layers": {"w": (2, 3, 3), "b": (2, 3)}, "last": (3, 2)}
+    return model_fn, normal(shapes), inputs(3, 5)
+
+
+class _Taps(eqx.Module):
+    """A depthwise convolution of images, the difference of products summed in pairs."""
+
+    weight: Array
+    bias: Array
+
+    @jax.jit
+    def __call__(self, x: Array) -> Array:
+        tap = lambda i, j: self.weight[i, j] * x[i : i + 3, j : j + 4]  # noqa: E731
+        y = (tap(0, 0) - tap(0, 1)) - 3.0 * (tap(1, 0) + tap(1, 1))
+        return jnp.mean(jnp.transpose(y, (2, 0, 1)) + self.bias[:, None, None], axis=(1, 2)) ** 2
+
+
+@model(taps("weight", 4, 12, 2, bias=True))
+def equinox_taps_of_images() -> Built:
+    return from_equinox(lambda _: _Taps(normal((2, 2, 2)), normal((2,), 3)), inputs(4, 5, 2))
+
+
+@model(
+    fallback("gains/0", "scale", 3, "elementwise"), fallback("gains/1", "scale", 3, "elementwise")
+)
+def gains_of_two_branches() -> Built:
+    """A sum of products, but of leaves of their own: each has its exact block."""
+
+    def model_fn(input: Array, params: Any) -> Array:
+        first, second = params["gains"]
+        return jnp.mean(jnp.tanh(first * input + second * jnp.sin(input)), axis=0)
+
+    return model_fn, normal({"gains": [(3,), (3,)]}), inputs(4, 3)
 
 
 @model(conv("conv", 6, 3, 4, stack=2, bias=True))
@@ -1572,7 +1643,7 @@ def custom_vjp_activation() -> Built:
     return model_fn, params, x
 
 
-@model(dense("one", 4, 5), fallback("two", "other", 15, "used by `custom_vjp_call"))
+@model(dense("one", 4, 5), fallback("two", "other", 15, "derivative of its own"))
 def custom_vjp_around_a_product() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return _product_with_a_rule(jnp.tanh(input @ params["one"]), params["two"])
@@ -1716,6 +1787,41 @@ def weight_times_an_imaginary_number() -> Built:
         return jnp.abs(jnp.sum(input) + input @ (1j * params["im"]))
 
     return model_fn, normal({"im": (1, 4)}), inputs(1)
+
+
+def _complex(shapes: Any) -> Any:
+    """Random complex arrays."""
+    return jax.tree.map(lax.complex, normal(shapes), normal(shapes, seed=1))
+
+
+@model(dense("first", 4, 6, bias=True), dense("second", 6, 2, 2, because=TWICE))
+def complex_leaves() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        h = input @ params["first"]["w"] + params["first"]["b"]
+        return jnp.abs((h * jnp.exp(-jnp.abs(h))) @ params["second"])
+
+    shapes = {"first": {"w": (4, 3), "b": (3,)}, "second": (3, 2)}
+    return model_fn, _complex(shapes), inputs(4)
+
+
+@model(dense("out", 2, 2), dense("spectral", 4, 2, 2, stack=6, because=TWICE))
+def complex_leaf_of_modes_in_two_dimensions() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        z = jnp.fft.rfft2(input)  # (in, 4, 3)
+        y = jnp.einsum("ixy,ioxy->oxy", z[:, :3, :2], params["spectral"])
+        y = jnp.pad(y, ((0, 0), (0, 1), (0, 1)))
+        return jnp.tanh(jnp.fft.irfft2(y, s=input.shape[1:])).mean((1, 2)) @ params["out"]
+
+    params = {"spectral": _complex((2, 2, 3, 2)), "out": normal((2, 2))}
+    return model_fn, params, inputs(2, 4, 4)
+
+
+@model(fallback("w", "complex", 8, "no product with data"), dense("v", 4, 2))
+def complex_leaf_of_a_nonlinear_function() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        return jnp.abs(jnp.exp(params["w"]) @ jnp.sin(input @ params["v"]))
+
+    return model_fn, {"w": _complex((2, 2)), "v": normal((4, 2))}, inputs(4)
 
 
 @model(dense("w", 4, 3, 2, because=TWICE))
@@ -1913,3 +2019,7 @@ def weight_scaled_by_the_time() -> Built:
         return lax.scan(step, input, jnp.asarray([1.0, 2.0, 4.0]))[0]
 
     return model_fn, normal({"w": (4, 4)}), inputs(4)
+
+
+# The rest of the catalogue, which is made of what is above.
+from support import solvers as solvers  # noqa: E402
