@@ -29,16 +29,16 @@ CASES: list[dict[str, Any]] = [
     for name in names
     for workload in [{"name": name} | ({"examples": sizes[name]} if name in sizes else {})]
 ]
-ROUNDS = 9
-FRESH = 2
-"""New processes of each, for the first runs."""
+ROUNDS = 5
+FRESH = 4
+"""New processes of each: a process's memory alone can shift all its times by several per cent."""
 
 
 def measured(case: dict[str, Any], roots: dict[str, Path]) -> dict[str, Any]:
     """Processor seconds of each checkout, first runs apart."""
     firsts: dict[str, list[float]] = {name: [] for name in roots}
     timed: dict[str, list[float]] = {name: [] for name in roots}
-    for fresh in range(FRESH):
+    for _ in range(FRESH):
         workers = {name: harness.Worker(harness.OURS, root) for name, root in roots.items()}
         for name, worker in workers.items():
             began = worker.ask(do="prepare", case=case)
@@ -46,7 +46,7 @@ def measured(case: dict[str, Any], roots: dict[str, Path]) -> dict[str, Any]:
             if "error" in reply:
                 return {"error": f"{name}: {reply['error']}"}
             firsts[name].append(began["cpu"] + reply["cpu"])
-        for number in range(ROUNDS if fresh == FRESH - 1 else 0):
+        for number in range(ROUNDS):
             for name in list(workers)[:: 1 if number % 2 else -1]:
                 timed[name].append(workers[name].ask(do="run")["cpu"])
         for worker in workers.values():

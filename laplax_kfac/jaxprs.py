@@ -112,14 +112,20 @@ def has_body(eqn: JaxprEqn) -> bool:
 def has_custom_vjp(jaxpr: Jaxpr) -> bool:
     """Whether a pullback may run a rule that somebody wrote, at any depth."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name.startswith("custom_vjp"):
+        if eqn.primitive.name.startswith("custom_vjp") or any(map(has_custom_vjp, held(eqn))):
             return True
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                body = getattr(inner, "jaxpr", inner)
-                if isinstance(body, Jaxpr) and has_custom_vjp(body):
-                    return True
     return False
+
+
+def held(eqn: JaxprEqn) -> list[Jaxpr]:
+    """All jaxprs among an equation's parameters, whatever they are to it."""
+    values = [
+        inner
+        for value in eqn.params.values()
+        for inner in (value if isinstance(value, tuple | list) else (value,))
+    ]
+    found = [getattr(value, "jaxpr", value) for value in values]
+    return [body for body in found if isinstance(body, Jaxpr)]
 
 
 def with_derivative(jaxpr: Jaxpr) -> dict[int, JaxprEqn]:
@@ -254,6 +260,14 @@ def called_jaxpr(eqn: JaxprEqn) -> tuple[Jaxpr, Consts] | None:
     jaxpr, consts = open_jaxpr(found[0])
     same = _avals(jaxpr.invars) == _avals(eqn.invars) and len(jaxpr.outvars) == len(eqn.outvars)
     return (jaxpr, consts) if same else None
+
+
+def ruled_jaxpr(eqn: JaxprEqn) -> tuple[Jaxpr, Consts] | None:
+    """What an equation with a derivative rule of the model's own computes, without the rule."""
+    if not eqn.primitive.name.startswith(("custom_jvp_call", "custom_vjp_call")):
+        return None
+    found = eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
+    return None if found is None else open_jaxpr(found)
 
 
 def bodies(eqn: JaxprEqn) -> list[Jaxpr]:

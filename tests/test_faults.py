@@ -267,3 +267,19 @@ def test_relative_error_and_training_name_the_batch():
         laplax_kfac.marglik_training(model_fn, PARAMS, data, **LOSS, epochs=1)
     with pytest.raises(ValueError, match=r"outside 0\.\.1"):
         laplax_kfac.marglik_training(model_fn, PARAMS, (X, -Y), **LOSS, epochs=1)
+
+
+# -- squares below the range ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fit", [laplax_kfac.kfac, laplax_kfac.ekfac, laplax_kfac.kfoc])
+def test_a_curvature_that_is_zero_is_noticed(fit):
+    x, y, params = jnp.full((4, 3), 1e-185), jnp.ones((4, 2)), {"w": jnp.ones((3, 2))}
+
+    def model_fn(input, params):
+        return input @ params["w"]
+
+    with pytest.warns(UserWarning, match="The curvature is zero"):
+        curvature = fit(model_fn, params, (x, y), loss_fn="mse")
+    assert float(curvature.trace()) == 0
+    assert float(fit(model_fn, params, (x * 1e185, y), loss_fn="mse").trace()) > 0

@@ -140,7 +140,7 @@ class BlockDiagonal:
     def read(self, v: PyTree) -> list[Num[Array, "..."]]:
         """View a pytree like the parameters in every block: arrays of the blocks' shapes."""
         leaves = self.space.flatten(v)
-        return [_read(self.space, layer, leaves) for layer in self.layers]
+        return [read(self.space, layer, leaves) for layer in self.layers]
 
     def write(self, parts: Sequence[Num[Array, "..."]]) -> PyTree:
         """Assemble a pytree like the parameters from arrays of the blocks' shapes."""
@@ -168,6 +168,15 @@ class BlockDiagonal:
         finite = [np.isfinite(x).all() for x in values] if machine.on_cpu() else are_finite(values)
         return [layer.name for (layer, _), flag in zip(covered, finite, strict=True) if not flag]
 
+    def is_zero(self) -> bool:
+        """Whether all layers with a block have eigenvalues of zero; False while traced."""
+        pairs = zip(self.layers, self.blocks, strict=True)
+        values = [block.eigenvalues for layer, block in pairs if layer.block != "none"]
+        if not values or jaxprs.is_traced(values):
+            return False
+        anything = np.any if machine.on_cpu() else jnp.any
+        return not any(bool(anything(x)) for x in values)
+
     def num_free(self) -> int:
         """Number of parameters that are not frozen."""
         return sum(layer.size for layer in self.layers if not layer.frozen)
@@ -190,7 +199,10 @@ class BlockDiagonal:
 
     @on_automatic_axes
     def to_dense(self) -> Float[Array, "P P"]:
-        """The whole matrix in laplax's flat order: `jax.tree.leaves`, each raveled."""
+        """The whole matrix in laplax's flat order: `jax.tree.leaves`, each raveled.
+
+        A complex number is two parameters in this order, its real and its imaginary part.
+        """
         dtype = jnp.result_type(*(b.eigenvalues for b in self.blocks))
         dense = jnp.zeros((self.space.size, self.space.size), dtype)
         for block, layer in zip(self.blocks, self.layers, strict=True):
@@ -239,7 +251,8 @@ class BlockDiagonal:
         return sum(logs, jnp.zeros(()))
 
 
-def _read(space: ParameterSpace, layer: Layer, leaves: Sequence[Array]) -> Num[Array, "..."]:
+def read(space: ParameterSpace, layer: Layer, leaves: Sequence[Array]) -> Num[Array, "..."]:
+    """View leaves like the parameters in the block of a layer: an array of its shape."""
     rows = [space.read(segment, leaves) for segment in layer.segments]
     if not layer.is_matrix:
         return rows[0]

@@ -64,7 +64,8 @@ def _run_nested(
         return _run_scan(eqn, values, plans[0], perturbations)
     if name == "cond":
         return _run_cond(eqn, values, plans, perturbations)
-    called = jaxprs.called_jaxpr(eqn)
+    # A rule that the walk has found to be the derivative of its body needs none of its own.
+    called = jaxprs.called_jaxpr(eqn) or jaxprs.ruled_jaxpr(eqn)
     assert called is not None
     body, consts = called
     mine = {p: perturbations[p] for p in plans[0].all_perturbations()}

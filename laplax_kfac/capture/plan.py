@@ -102,7 +102,9 @@ def is_fallback(resolved: Resolved) -> bool:
 
 def perturbations_of_parameters(program: Program) -> Perturbations:
     """Zeros like the fallback parameters, by number of the layer."""
-    dtype = dict(zip(program.space.paths, program.space.dtypes, strict=True))
+    space = program.space
+    real = [jnp.finfo(d).dtype if jnp.issubdtype(d, jnp.inexact) else d for d in space.dtypes]
+    dtype = dict(zip(space.paths, real, strict=True))
     return {
         number: jnp.zeros(resolved.layer.size, dtype[resolved.layer.params[0]])
         for number, resolved in enumerate(program.resolved)

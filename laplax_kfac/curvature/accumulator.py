@@ -283,6 +283,8 @@ class Accumulator:
     def finite(self, curvature: Curvature) -> Curvature:
         """A curvature as it is, if it is finite: products of finite sums may be too large.
 
+        One that is zero gets a warning.
+
         Raises:
             ValueError: If it is not, unless numbers that are not finite are kept.
         """
@@ -294,6 +296,14 @@ class Accumulator:
                 "compute with jax_enable_x64, or pass nonfinite='keep' for a result with NaN."
             )
             raise ValueError(msg)
+        if curvature.is_zero():
+            msg = (
+                "The curvature is zero: for all examples the output's gradients or the layers' "
+                "inputs vanish, or they are so small that their squares are zero in their "
+                "floating-point type. The posterior is the prior. Scale the inputs, or compute "
+                "with jax_enable_x64."
+            )
+            warnings.warn(msg, UserWarning, stacklevel=3)
         return curvature
 
     @on_automatic_axes
@@ -340,9 +350,10 @@ class Accumulator:
     ) -> tuple["Compiled", "Arrays"]:
         """What is compiled for a batch, and its arguments; batches have a number each."""
         compiled = self._compiled(batch)
-        leaves, consts = jax.tree.leaves(self.params), compiled.program.consts
+        leaves = compiled.program.space.as_real(jax.tree.leaves(self.params))
         number = jnp.asarray(number, jnp.uint32)
         shards = Shards.of(batch, leaves)
+        consts = compiled.program.consts
         return compiled, Arrays(leaves, consts, batch, weights, self.settings.key, number, shards)
 
     def _compiled(self, batch: Batch) -> "Compiled":

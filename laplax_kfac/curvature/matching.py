@@ -12,7 +12,7 @@ from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import Batch, batch_size, first_example, to_arrays
 from laplax_kfac.parsing.layer import NORM, TABLE, Layer
 from laplax_kfac.parsing.program import ModelFn, Program, parse
-from laplax_kfac.parsing.selection import CurvatureKind, Selection, Wanted
+from laplax_kfac.parsing.selection import CurvatureKind, FactorLimit, Selection, Wanted
 
 
 def parse_like(
@@ -121,6 +121,7 @@ def _selection_of(curvature: BlockDiagonal, *, separate: bool) -> Selection:
         dense_limit=curvature.space.size,
         separate_weight_and_bias=separate,
         curvature=_kind(curvature),
+        limit=FactorLimit(max(1, curvature.space.size)),  # what was affordable once is again
     )
 
 

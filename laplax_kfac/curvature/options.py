@@ -23,6 +23,8 @@ from laplax_kfac.likelihood.named import Loss, resolve_likelihood
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.selection import (
     DENSE_LIMIT,
+    FACTOR_LIMIT,
+    FactorLimit,
     PathFilter,
     Selection,
     matches,
@@ -45,6 +47,8 @@ class OptionKeywords(TypedDict, total=False):
     fallback: str | Mapping[str, str]
     dense_limit: int
     factor_kinds: str | Mapping[str, Any] | None
+    max_factor_size: int
+    wide_factors: str | Mapping[str, str]
     separate_weight_and_bias: bool
     vmap_over_data: bool
     nonfinite: str
@@ -84,8 +88,13 @@ class Options:
         factor_kinds: What Kronecker factors may be: ``"dense"``, ``"diagonal"``, ``"identity"`` (a
             multiple of it), or ``"blocked:64"`` for blocks of 64 neighbouring features. One kind is
             for all input factors but those of lookups; or give, by patterns of layers' names, one
-            for both factors, or a pair for inputs and outputs. Dense by default, and diagonal for
-            rows that data pick and for very wide factors.
+            for both factors, or a pair for inputs and outputs. Dense by default up to
+            ``max_factor_size``, and diagonal for rows that data pick.
+        max_factor_size: Most features of a factor that is dense by default, and most parameters of
+            any dense block.
+        wide_factors: What wider factors are: ``"diagonal"``; ``"blocks"``, of ``max_factor_size``
+            neighbouring features; or an ``"error"``. Or these by patterns of layers' names,
+            ``"diagonal"`` for those that match none. `find_layers` says which are.
         separate_weight_and_bias: Whether biases get blocks of their own.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
         nonfinite: ``"error"`` refuses data, parameters or a model that make the curvature NaN or
@@ -108,6 +117,8 @@ class Options:
     fallback: str | Mapping[str, str] = "dense"
     dense_limit: int = DENSE_LIMIT
     factor_kinds: str | Mapping[str, Any] | None = None
+    max_factor_size: int = FACTOR_LIMIT
+    wide_factors: str | Mapping[str, str] = "diagonal"
     separate_weight_and_bias: bool = False
     vmap_over_data: bool = True
     nonfinite: str = "error"
@@ -160,7 +171,7 @@ class Options:
 
     def selection(self) -> Selection:
         """Which parameters are covered, and which blocks they get."""
-        return select(
+        selection = select(
             self.params_filter,
             self.fallback,
             self.dense_limit,
@@ -168,6 +179,7 @@ class Options:
             curvature=self.curvature,
             factor_kinds=self.factor_kinds,
         )
+        return replace(selection, limit=FactorLimit.of(self.max_factor_size, self.wide_factors))
 
     def settings(self, loss_fn: Loss) -> "Settings":
         """What a pass over data needs of the options.

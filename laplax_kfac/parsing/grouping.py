@@ -21,9 +21,6 @@ from laplax_kfac.parsing.segments import make_segment
 from laplax_kfac.parsing.selection import CurvatureKind, Selection
 from laplax_kfac.parsing.uses import Findings
 
-FACTOR_LIMIT = 16384
-"""Largest Kronecker factor that is kept dense; larger ones are diagonal."""
-
 _BLOCKS: dict[CurvatureKind, BlockKind] = {
     "kronecker": "kronecker",
     "diagonal": "diagonal",
@@ -54,7 +51,7 @@ def resolve(
 
     Raises:
         ValueError: If parameters have no Kronecker form and their fallback is ``"error"``, or if a
-            dense block is larger than `FACTOR_LIMIT`.
+            dense block or a factor is larger than the selection's limit, and shall not be.
     """
     claims, fallbacks = claims_and_fallbacks(findings, space)
     groups = group(claims, fallbacks, space.size)
@@ -68,27 +65,28 @@ def resolve(
     findings = replace(findings, fallbacks=fallbacks)
     layers += _fallback_layers(findings, taken, space, selection)
     for resolved in layers:
-        _require_affordable(resolved.layer)
+        _require_affordable(resolved.layer, selection.limit.size)
     layers.sort(key=lambda r: (space.paths.index(r.layer.params[0]), r.layer.first))
     names = unique_names([r.layer for r in layers], space)
     selection.check_kinds(names)
     named = [replace(r.layer, name=name) for r, name in zip(layers, names, strict=True)]
     return tuple(
-        replace(r, layer=replace(layer, sides=sides_of(layer, r.members, selection)))
+        replace(r, layer=with_sides(layer, r.members, selection))
         for r, layer in zip(layers, named, strict=True)
     )
 
 
-def sides_of(layer: Layer, members: Sequence[Member], selection: Selection) -> tuple[str, str]:
-    """Kinds of a layer's input and output factor: diagonal where data pick rows, or by size.
+def with_sides(layer: Layer, members: Sequence[Member], selection: Selection) -> Layer:
+    """A layer with the kinds of its factors: diagonal where data pick rows, or by size.
 
     Raises:
-        ValueError: If another kind is asked for where data pick rows.
+        ValueError: If another kind is asked for where data pick rows, or a factor is wider than
+            allowed.
     """
     if layer.block != "kronecker":
-        return layer.sides
-    wanted, kinds = selection.kinds_for(layer.name), []
-    for side, size in enumerate((layer.in_features, layer.out_features)):
+        return layer
+    wanted, kinds, reason = selection.kinds_for(layer.name), [], layer.reason
+    for side, size in enumerate((layer.rows, layer.out_features)):
         lookup = any(m.claim.lookup_side == side for m in members)
         asked = wanted[side]
         if asked is not None and not (lookup and None in wanted):  # None: all that are no lookups
@@ -101,8 +99,14 @@ def sides_of(layer: Layer, members: Sequence[Member], selection: Selection) -> t
                 raise ValueError(msg)
             kinds.append(asked)
         else:
-            kinds.append("diagonal" if lookup or size > FACTOR_LIMIT else "dense")
-    return kinds[0], kinds[1]
+            kinds.append("diagonal" if lookup else selection.limit.kind_for(layer.name, size))
+            if not lookup and kinds[-1] != "dense":
+                reason += (
+                    f"; the {'output' if side else 'input'} factor is {kinds[-1]}: {size:,} "
+                    f"features are more than `max_factor_size` = {selection.limit.size:,}; "
+                    "`wide_factors` and `factor_kinds` have other kinds"
+                )
+    return replace(layer, sides=(kinds[0], kinds[1]), reason=reason)
 
 
 def _matrix_layer(
@@ -119,8 +123,6 @@ def _matrix_layer(
         names, reason = ["bias"], "added to the output of a layer, not joint with its weight"
     if selection.curvature != "kronecker":
         reason = f"{reason}; `curvature` is {selection.curvature!r}"
-    elif columns > FACTOR_LIMIT or (rows > FACTOR_LIMIT and first.lookup_side is None):
-        reason += f"; a factor is diagonal, for it is larger than {FACTOR_LIMIT}"
     if len(claims) > 1 and selection.curvature == "kronecker":
         reason += f"; nearest Kronecker product of the sum of {len(claims)} uses"
     leaves = sorted({leaf for c in parts for leaf in space.leaves_of(c.ids)})
@@ -167,13 +169,11 @@ def _fallback_layers(
         idle = ids[(number[here] == 0) & ~taken[here]]
         if mine.size:
             cause = fallbacks[number[mine[0]] - 1]
-            real = not space.is_complex(leaf)
-            rows = space.shapes[leaf][-1:]
-            table = tables.layer_of(path, mine, rows) if cause.added and real else None
+            table = tables.layer_of(path, mine, space.shapes[leaf][-1:]) if cause.added else None
             if table is not None and selection.joins(name, mine.size):
                 layers.append(Resolved(table))
             else:
-                kind = selection.block_of(name, mine.size, cause.reason, real=real)
+                kind = selection.block_of(name, mine.size, cause.reason)
                 layers.append(_vector_layer(path, cause.pattern, kind, mine, cause.reason))
         if idle.size or not ids.size:
             pattern, reason = _why_idle(leaf, space, selection)
@@ -202,12 +202,12 @@ def _vector_layer(
     )
 
 
-def _require_affordable(layer: Layer) -> None:
-    if layer.block == "dense" and layer.size > FACTOR_LIMIT:
+def _require_affordable(layer: Layer, most: int) -> None:
+    if layer.block == "dense" and layer.size > most:
         msg = (
             f"the dense block of {', '.join(layer.params)} would have {layer.size:,} parameters; "
-            f"at most {FACTOR_LIMIT:,} are allowed. Lower `dense_limit`, leave parameters out by "
-            "`params_filter` ('last_layer' for the last layer alone), or choose "
-            "`curvature='kronecker'`."
+            f"at most {most:,} are allowed. Lower `dense_limit`, leave parameters out by "
+            "`params_filter` ('last_layer' for the last layer alone), choose "
+            "`curvature='kronecker'`, or raise `max_factor_size`."
         )
         raise ValueError(msg)

@@ -151,13 +151,14 @@ def through(eqn: JaxprEqn, operands: list[Along | None]) -> list[Along | None]:
     """Where the examples lie in the outputs of an equation."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        consts, carries = params["num_consts"], params["num_carry"]
-        if any(x is not None and x.axis == 0 for x in operands[consts + carries :]):
+        scan = jaxprs.scan_parts(eqn)
+        first_carry, first_x = scan.num_consts, scan.num_consts + scan.num_carry
+        if any(x is not None and x.axis == 0 for x in operands[first_x:]):
             msg = "`scan` along the examples"
             raise Unknown(msg)
-        rest = [x and x.moved(x.axis - 1) for x in operands[consts + carries :]]
-        loop = Loop(opened(params["jaxpr"]), operands[:consts], rest)
-        found, stacked = loop.settle(operands[consts : consts + carries])
+        rest = [x and x.moved(x.axis - 1) for x in operands[first_x:]]
+        loop = Loop(scan.body, operands[:first_carry], rest)
+        found, stacked = loop.settle(operands[first_carry:first_x])
         return [*found, *(x and x.moved(x.axis + 1) for x in stacked)]
     if name == "while":
         # The condition is of all examples, but what it decides is only when all have finished.

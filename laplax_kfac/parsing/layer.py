@@ -190,5 +190,5 @@ def _with_range(name: str, layer: Layer, space: ParameterSpace) -> str:
         return name
     leaf = space.leaf_at(layer.first)
     begin = layer.first - space.offsets[leaf]
-    end = min(begin + math.prod(layer.segments[0].shape), math.prod(space.shapes[leaf]))
+    end = min(begin + math.prod(layer.segments[0].shape), math.prod(space.real_shapes[leaf]))
     return f"{name}[{begin}:{end}]"

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from laplax_kfac import jaxprs, meshes
 from laplax_kfac.parsing.biases import Bias
+from laplax_kfac.parsing.complex_weights import with_real_weights
 from laplax_kfac.parsing.grouping import Resolved, resolve
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
@@ -22,7 +23,7 @@ from laplax_kfac.parsing.model_calls import require_model as require_model
 from laplax_kfac.parsing.products import Product
 from laplax_kfac.parsing.selection import Selection
 from laplax_kfac.parsing.steps import Scope
-from laplax_kfac.parsing.uses import Fallback, Findings, Use
+from laplax_kfac.parsing.uses import Findings, Use
 from laplax_kfac.parsing.values import PARAMETERS, Symbolic, Value, constant
 from laplax_kfac.parsing.walk import walk
 
@@ -34,8 +35,8 @@ class Program:
     """A model traced for one example, and its layers.
 
     Attributes:
-        jaxpr: Inputs are the constants, then the leaves of the parameters, then those of the
-            example; every equation matters for the output.
+        jaxpr: Inputs are the constants, then the leaves of the parameters as real numbers, then
+            those of the example; every equation matters for the output.
         consts: Arrays that the model closes over.
         space: Structure of the parameters.
         resolved: The layers, and how their statistics are read.
@@ -106,6 +107,7 @@ def parse(
     function = per_example(model_fn, vmap_over_data=vmap_over_data)
     jaxpr, consts, output = jaxprs.trace(function, params, example)
     covered = [selection.covers(name) for name in space.names]
+    jaxpr, consts = with_real_weights(jaxpr, consts, covered)
     findings = _find(jaxpr, consts, space, covered)
     if selection.last_layer:
         covered = _of_last_layer(findings, space)
@@ -124,10 +126,6 @@ def _find(
 ) -> Findings:
     """Walk the jaxpr with the leaves that are covered."""
     findings = Findings()
-    for leaf, used in enumerate(covered):
-        if used and space.is_complex(leaf):
-            reason = "complex: real and imaginary part share one eigenvalue"
-            findings.fallbacks.append(Fallback(space.leaf_ids(leaf).ravel(), "complex", reason))
     values = _initial_values(jaxpr, consts, space, covered)
     for value in walk(jaxpr, values, Scope(findings)):
         findings.mark(value, "direct", "is part of the output itself")
@@ -155,7 +153,7 @@ def _initial_values(
     leaves: list[Value] = [
         Symbolic(PARAMETERS, space.leaf_ids(leaf))
         if covered[leaf]
-        and jnp.issubdtype(space.dtypes[leaf], jnp.floating)
+        and jnp.issubdtype(space.dtypes[leaf], jnp.inexact)
         and 0 not in space.shapes[leaf]
         else None
         for leaf in range(len(space.shapes))

@@ -7,6 +7,7 @@ import numpy as np
 
 from laplax_kfac import jaxprs
 from laplax_kfac.parsing.steps import Scope, Step
+from laplax_kfac.parsing.supports import everywhere, of_constant, supports
 from laplax_kfac.parsing.uses import Findings
 from laplax_kfac.parsing.values import (
     COTANGENT,
@@ -53,7 +54,12 @@ def rearranged(step: Step) -> Symbolic | None:
     if not isinstance(found, Symbolic):
         return None
     # No place of the output twice: else the pullback sums over its places.
-    places = found.index[found.index != FOREIGN]
+    inside = found.index != FOREIGN
+    places = found.index[inside]
     if np.unique(places).size != places.size:
         return None
+    if not inside.all():  # what is no entry of the cotangent must be zero, not a product with it
+        known = [*map(of_constant, consts), *map(everywhere, rule.invars[len(consts) :])]
+        if (supports(rule, known)[0] & ~inside).any():
+            return None
     return parameter.put(found, jaxprs.shape(out))

@@ -25,12 +25,70 @@ from laplax_kfac.parsing.layer import BlockKind
 Fallback = Literal["dense", "diagonal", "none", "error"]
 Wanted = Fallback | Literal["joint"]
 CurvatureKind = Literal["kronecker", "diagonal", "block"]
+WideFactors = Literal["diagonal", "blocks", "error"]
 FactorKinds = tuple[str | None, str | None]
 PathFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 LAST_LAYER = "last_layer"
 ALL_INPUTS = "*"
 DENSE_LIMIT = 256
+FACTOR_LIMIT = 16384
+
+
+@dataclass(frozen=True)
+class FactorLimit:
+    """What becomes of Kronecker factors that are wider than a limit.
+
+    Attributes:
+        size: Most features of a dense factor.
+        above: Pairs of a pattern of layers' names and what a wider one is: diagonal, blocks of at
+            most that many features, or an error; the first match counts, diagonal where none does.
+    """
+
+    size: int = FACTOR_LIMIT
+    above: tuple[tuple[str, WideFactors], ...] = ()
+
+    @classmethod
+    @no_type_check
+    def of(cls, size: int, above: str | Mapping[str, str]) -> "FactorLimit":
+        """The limit that the options ``max_factor_size`` and ``wide_factors`` stand for, checked.
+
+        Raises:
+            ValueError: If a value is unknown.
+            TypeError: If a pattern is no string.
+        """
+        require_patterns("wide_factors", above)
+        pairs = above.items() if isinstance(above, Mapping) else [(ALL_INPUTS, above)]
+        for _, value in pairs:
+            require_choice("wide_factors", value, get_args(WideFactors))
+        return cls(positive_integer("max_factor_size", size), tuple(pairs))  # type: ignore[arg-type]
+
+    def kind_for(self, layer: str, size: int) -> str:
+        """The kind of a layer's factor of that many features, unless `factor_kinds` names one.
+
+        Raises:
+            ValueError: If it is too wide, and that is an error.
+        """
+        if size <= self.size:
+            return "dense"
+        found = (value for pattern, value in self.above if matches(layer, [pattern]))
+        chosen = next(found, "diagonal")
+        if chosen == "error":
+            msg = (
+                f"layer {layer!r} has a factor of {size:,} features, more than `max_factor_size` = "
+                f"{self.size:,}, and `wide_factors` is 'error' for it. Raise `max_factor_size`, "
+                "choose 'blocks' or 'diagonal', or give the layer a kind by `factor_kinds`."
+            )
+            raise ValueError(msg)
+        return f"blocked:{self.size}" if chosen == "blocks" else "diagonal"
+
+    def check_layers(self, layers: Sequence[str]) -> None:
+        """Refuse patterns that are no layer's.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        require_matches("wide_factors", [pattern for pattern, _ in self.above], layers)
 
 
 @dataclass(frozen=True)
@@ -49,6 +107,7 @@ class Selection:
         factor_kinds: Pairs of a pattern of layers' names and the kinds of their input and output
             factors; the first match counts, and where there is none, or None, the default.
         patterns: The patterns that ``params_filter`` is made of, where it is.
+        limit: What becomes of wide factors for which ``factor_kinds`` names no kind.
         curvature: Whether layers with a Kronecker form get Kronecker blocks; or every parameter
             its exact diagonal entry; or every layer its exact dense block.
     """
@@ -61,6 +120,7 @@ class Selection:
     curvature: CurvatureKind = "kronecker"
     factor_kinds: tuple[tuple[str, FactorKinds], ...] = ()
     patterns: tuple[str, ...] = ()
+    limit: FactorLimit = FactorLimit()
 
     def kinds_for(self, layer: str) -> FactorKinds:
         """The kinds of factors that are asked for in a layer; None for the default."""
@@ -68,12 +128,13 @@ class Selection:
         return next(kinds, (None, None))
 
     def check_kinds(self, layers: Sequence[str]) -> None:
-        """Refuse patterns of `factor_kinds` that are no layer's.
+        """Refuse patterns of `factor_kinds` and `wide_factors` that are no layer's.
 
         Raises:
             ValueError: If there is one.
         """
         require_matches("factor_kinds", [pattern for pattern, _ in self.factor_kinds], layers)
+        self.limit.check_layers(layers)
 
     def check_paths(self, paths: Sequence[str], trainable: Sequence[bool]) -> None:
         """Refuse patterns that match no parameter, and a selection that covers none.
@@ -112,7 +173,7 @@ class Selection:
         large = wanted == "dense" and size > self.dense_limit
         return self.curvature == "kronecker" and (wanted == "joint" or large)
 
-    def block_of(self, path: str, size: int, reason: str, *, real: bool) -> BlockKind:
+    def block_of(self, path: str, size: int, reason: str) -> BlockKind:
         """The block of that many parameters of a leaf that have no Kronecker form.
 
         Raises:
@@ -127,7 +188,7 @@ class Selection:
             )
             raise ValueError(msg)
         small = size <= self.dense_limit or self.curvature == "block"
-        dense = real and small and self.curvature != "diagonal"
+        dense = small and self.curvature != "diagonal"
         if wanted == "joint":  # of a pair that the model no longer has
             return "diagonal"
         return "diagonal" if wanted == "dense" and not dense else wanted
@@ -242,7 +303,8 @@ def require_matches(
     for pattern in patterns:
         if pattern == ALL_INPUTS or any(matches(name, [pattern]) for name in names):
             continue
-        what = "layers" if argument in ("factor_kinds", "kfac_approx") else "parameters"
+        of_layers = ("factor_kinds", "kfac_approx", "wide_factors")
+        what = "layers" if argument in of_layers else "parameters"
         msg = f"`{argument}` names {pattern!r}, which matches none of the {what}: {listed(names)}."
         if pattern in words:
             msg += f" The word {pattern!r} stands alone, not in a list."

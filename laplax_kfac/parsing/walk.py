@@ -20,6 +20,7 @@ from jax.extend.core import Jaxpr, Literal
 
 from laplax_kfac import jaxprs, patterns
 from laplax_kfac.parsing import arithmetic, control_flow
+from laplax_kfac.parsing.custom_rules import opaque
 from laplax_kfac.parsing.index_rules import INDEX_RULES, SELECTIONS, moved, selected
 from laplax_kfac.parsing.products import carried, is_product, scaled
 from laplax_kfac.parsing.pullbacks import rearranged
@@ -84,7 +85,8 @@ def _outputs(step: Step) -> list[Value]:
             return step.nothing if eqn.effects else [*known_outputs(step.jaxpr, eqn, known)]
         return carried(step)
     if not jaxprs.has_body(eqn) and any(jaxprs.is_complex(v) for v in eqn.outvars):
-        return step.mark("complex", "turned into a complex number before its use")
+        reason = "used as a complex number by an equation that is no product with data and no sum"
+        return step.mark("complex", reason)
     if name in INDEX_RULES:
         return moved(eqn, values)
     selection = selected(eqn, values) if name in SELECTIONS else None
@@ -98,7 +100,7 @@ def _outputs(step: Step) -> list[Value]:
     if called is not None:
         return step.enter(called, values)
     view = rearranged(step)
-    return [view] if view else step.mark("other", f"used by `{name}`, which no pattern covers")
+    return [view] if view else opaque(step)
 
 
 def _weights(step: Step) -> list[Value]:
