@@ -122,10 +122,12 @@ def perturbed(
         for segment in program.layers[number].segments:
             ids = space.ids(segment).ravel()
             mine, rest = rest[: ids.size], rest[ids.size :]
-            leaf = space.leaf_at(int(ids[0]))
-            if np.array_equal(ids, space.leaf_ids(leaf).ravel()):
-                moved[leaf] = moved[leaf] + mine.reshape(moved[leaf].shape)
-            else:
-                flat = moved[leaf].reshape(-1).at[ids - space.offsets[leaf]].add(mine)
+            for leaf in space.leaves_of(ids):
+                begin, end = space.offsets[leaf : leaf + 2]
+                if np.array_equal(ids, space.leaf_ids(leaf).ravel()):
+                    moved[leaf] = moved[leaf] + mine.reshape(moved[leaf].shape)
+                    continue
+                here = np.flatnonzero((ids >= begin) & (ids < end))
+                flat = moved[leaf].reshape(-1).at[ids[here] - begin].add(mine[here])
                 moved[leaf] = flat.reshape(moved[leaf].shape)
     return moved
