@@ -25,7 +25,7 @@ FAST := LAPLAX_KFAC_UNCHECKED=1
 FAST_OPTIONS := -q -n 2 --dist loadfile -m "not slow" --ignore tests/fuzz
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test shapes oldest newest devices fuzz recognised lint types docs wheel bench clean
+.PHONY: help quickstart test shapes oldest newest devices fuzz recognised lint types docs wheel bench study clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ bench: $(DEV) $(BENCH_TORCH) $(BENCH_KFAC_JAX) ## measure against the peers; ONL
 	@for question in $(ONLY); do \
 		echo ">> $$question"; $(BIN)/python benchmarks/$$question.py || exit 1; done
 	@$(BIN)/python benchmarks/table.py
+
+study: $(DEV) ## run what is missing of the study of predictions, then write its page; at most an hour
+	@cd benchmarks && PYTHONPATH=.:.. ../$(BIN)/python -m study
 
 clean: ## remove environments, build outputs and caches
 	rm -rf .venv .venv-oldest .venv-newest .venv-bench-torch .venv-bench-kfac-jax build dist site .mypy_cache .pytest_cache .ruff_cache

@@ -92,7 +92,7 @@ def factor_matrices(
     return inputs / scale, outputs / scale
 
 
-def _image(matrix: Float[Array, "p p"], top: float, axes: Axes) -> Axes:
+def _image(matrix: Float[Array | np.ndarray, "p p"], top: float, axes: Axes) -> Axes:
     """Draw a matrix; its colour scale is logarithmic in the size of the entries."""
     from matplotlib.colors import SymLogNorm
 

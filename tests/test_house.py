@@ -15,7 +15,7 @@ ORDER = [
     "jaxprs", "gram", "faults", "patterns", "bases", "parsing", "blocks", "likelihood", "fisher",
     "capture", "factors", "posterior", "curvature", "evidence", "predictive", "laplax_adapter",
 ]  # fmt: skip
-SIDE_ROOMS = ["report", "checkpoint", "links", "plotting"]  # nobody reads these
+SIDE_ROOMS = ["report", "checkpoint", "links", "masks", "plotting"]  # nobody reads these
 
 
 def module_name(path):

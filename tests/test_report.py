@@ -73,7 +73,7 @@ def test_shares_are_those_of_all_parameters(name):
     counts = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in lines}
     shares = [float(line.split()[-1].rstrip("%")) for line in lines]
     _, params, *_ = models.by_name(name).make()
-    assert sum(counts.values()) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert sum(counts.values()) == models.num_parameters(params)
     assert sum(shares) == pytest.approx(100.0, abs=0.05 * len(shares) + 1e-9)
     for block, count in counts.items():
         assert count == sum(layer.size for layer in report if layer.block == block)

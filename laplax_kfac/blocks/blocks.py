@@ -16,7 +16,7 @@ diagonal                       (UNROTATED,)              (p,)
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Num, PyTree
 
 from laplax_kfac import jaxprs, machine, pytrees, summaries
+from laplax_kfac.arguments import no_type_check
 from laplax_kfac.bases import UNROTATED, Basis, Dense, Side
+from laplax_kfac.blocks.operators import linear_operator
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.layer import Layer, Repeated
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.segments import Segment
+
+if TYPE_CHECKING:
+    import lineax
 
 
 @pytrees.register
@@ -140,7 +145,7 @@ class BlockDiagonal:
     def read(self, v: PyTree) -> list[Num[Array, "..."]]:
         """View a pytree like the parameters in every block: arrays of the blocks' shapes."""
         leaves = self.space.flatten(v)
-        return [_read(self.space, layer, leaves) for layer in self.layers]
+        return [read(self.space, layer, leaves) for layer in self.layers]
 
     def write(self, parts: Sequence[Num[Array, "..."]]) -> PyTree:
         """Assemble a pytree like the parameters from arrays of the blocks' shapes."""
@@ -169,10 +174,13 @@ class BlockDiagonal:
         return [layer.name for (layer, _), flag in zip(covered, finite, strict=True) if not flag]
 
     def is_zero(self) -> bool:
-        """Whether all eigenvalues are zero; False while they are traced."""
-        values = [block.eigenvalues for block in self.blocks]
+        """Whether all layers with a block have eigenvalues of zero; False while traced."""
+        pairs = zip(self.layers, self.blocks, strict=True)
+        values = [block.eigenvalues for layer, block in pairs if layer.block != "none"]
+        if not values or jaxprs.is_traced(values):
+            return False
         anything = np.any if machine.on_cpu() else jnp.any
-        return not jaxprs.is_traced(values) and not any(bool(anything(x)) for x in values)
+        return not any(bool(anything(x)) for x in values)
 
     def num_free(self) -> int:
         """Number of parameters that are not frozen."""
@@ -194,9 +202,25 @@ class BlockDiagonal:
         parts = [apply(b, x) for b, x in zip(self.blocks, self.read(v), strict=True)]
         return jax.tree.map(lambda out, x: out.astype(jnp.result_type(x)), self.write(parts), v)
 
+    @no_type_check
+    def as_linear_operator(self) -> "lineax.FunctionLinearOperator":
+        """The matrix as an operator of lineax, symmetric and positive semi-definite.
+
+        A flat one, of vectors in laplax's order, is
+        ``lambda v: ravel(operator.mv(unravel(v)))``, with `jax.flatten_util.ravel_pytree`.
+
+        Raises:
+            ImportError: If lineax is not installed.
+            ValueError: If some parameters are no real numbers.
+        """
+        return linear_operator(self.mv, self.space)
+
     @on_automatic_axes
     def to_dense(self) -> Float[Array, "P P"]:
-        """The whole matrix in laplax's flat order: `jax.tree.leaves`, each raveled."""
+        """The whole matrix in laplax's flat order: `jax.tree.leaves`, each raveled.
+
+        A complex number is two parameters in this order, its real and its imaginary part.
+        """
         dtype = jnp.result_type(*(b.eigenvalues for b in self.blocks))
         dense = jnp.zeros((self.space.size, self.space.size), dtype)
         for block, layer in zip(self.blocks, self.layers, strict=True):
@@ -245,7 +269,8 @@ class BlockDiagonal:
         return sum(logs, jnp.zeros(()))
 
 
-def _read(space: ParameterSpace, layer: Layer, leaves: Sequence[Array]) -> Num[Array, "..."]:
+def read(space: ParameterSpace, layer: Layer, leaves: Sequence[Array]) -> Num[Array, "..."]:
+    """View leaves like the parameters in the block of a layer: an array of its shape."""
     rows = [space.read(segment, leaves) for segment in layer.segments]
     if not layer.is_matrix:
         return rows[0]

@@ -26,15 +26,18 @@ from laplax_kfac.capture.plan import (
     perturbed,
     plan_of,
 )
-from laplax_kfac.capture.records import records_of
+from laplax_kfac.capture.records import Sides, records_of, sides_of
 from laplax_kfac.fisher import Columns
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.program import Program
 
+Values = tuple[Sequence[Array], Sequence[ArrayLike]]
+"""Leaves of the parameters, and values of ``program.consts``."""
+
 
 def capture(
     program: Program,
-    values: tuple[Sequence[Array], Sequence[ArrayLike]],
+    values: Values | tuple[Sequence[Array], Sequence[ArrayLike], Sides],
     example: PyTree,
     vectors: Callable[[PyTree], PyTree] | None,
     *,
@@ -45,7 +48,8 @@ def capture(
 
     Args:
         program: The parsed model.
-        values: Leaves of the parameters, and values of ``program.consts``.
+        values: Leaves of the parameters, values of ``program.consts``, and what `sides_of` gives if
+            it has been asked for already.
         example: One input without a batch axis.
         vectors: Output -> R vectors like the output, stacked in front; None pulls nothing back:
             the records then have R = 0.
@@ -57,7 +61,8 @@ def capture(
         The model's output, and for every layer what its uses, or its parameters, saw; None for a
         layer that does not influence the output.
     """
-    leaves, consts = values
+    leaves, consts = values[:2]
+    sides = values[2] if len(values) == 3 else sides_of(program, leaves, consts)
     plan = plan_of(program)
     treedef = jax.tree.structure(program.output)
 
@@ -71,7 +76,8 @@ def capture(
     if vectors is None:
         outputs, inputs = forward(zeros)
         none = jax.tree.map(lambda zero: jnp.zeros((0, *zero.shape), zero.dtype), zeros)
-        return jax.tree.unflatten(treedef, outputs), records_of(program, inputs, *none)
+        records = records_of(program, inputs, none[0], none[1], sides)
+        return jax.tree.unflatten(treedef, outputs), records
     outputs, pullback, inputs = jax.vjp(forward, zeros, has_aux=True)
     output = jax.tree.unflatten(treedef, outputs)
     wanted = jax.tree.leaves(vectors(output))
@@ -90,7 +96,7 @@ def capture(
             lambda g: jnp.tensordot(mix.astype(g.dtype), g, 1, precision=lax.Precision.HIGHEST),
             (at_uses, at_parameters),
         )
-    return output, records_of(program, inputs, at_uses, at_parameters)
+    return output, records_of(program, inputs, at_uses, at_parameters, sides)
 
 
 def unit_vectors(output: PyTree) -> PyTree:
@@ -130,7 +136,7 @@ def _cotangent(vector: Array, output: Array) -> Array | np.ndarray:
 
 def capture_batch(
     program: Program,
-    values: tuple[Sequence[Array], Sequence[ArrayLike]],
+    values: Values,
     batch: Batch,
     columns: Columns,
     *,
@@ -147,6 +153,7 @@ def capture_batch(
         keys: Random keys of the examples.
         window: The first column, and how many, if only some are pulled back; zeros beyond the last.
     """
+    sides = sides_of(program, *values)  # here, for the examples may be worked on in a loop
 
     def one(
         example: tuple[PyTree, PyTree, Key[Array, ""]], *, sequential: bool = False
@@ -159,7 +166,8 @@ def capture_batch(
 
         by_units = program.custom_vjp and columns.are_root(program.output, y)
         pulled = vectors if columns.pull_back else None
-        return capture(program, values, x, pulled, by_units=by_units, sequential=sequential)[1]
+        everything = *values, sides
+        return capture(program, everything, x, pulled, by_units=by_units, sequential=sequential)[1]
 
     return map_examples(one, (batch["input"], batch["target"], keys))
 

@@ -40,7 +40,12 @@ class LayerRecord:
         layer = resolved.layer
         a = jnp.concatenate([use.inputs.features()[:, 0] for use in record], axis=1)
         g = jnp.concatenate([use.gradients.features()[:, 0] for use in record], axis=1)
-        a = a[..., : layer.in_features]
+        if layer.bias:
+            # The bias's column c is not 1 where a factor is between the product and the sum:
+            # a g^T = (a / c) (c g)^T, and c g is the gradient in the bias.
+            c = a[..., layer.in_features :]
+            scale = jnp.where(c == 0, 1, c)  # 0 where a use did not run
+            a, g = a[..., : layer.in_features] / scale, g * scale
         return cls(a, g) if layer.stack > 1 else cls(a[:, :, 0], g[:, :, 0])
 
 
@@ -86,7 +91,7 @@ def intermediates_and_gradients(
     )  # fmt: skip
     records = capture_batch(
         program,
-        ([jnp.asarray(leaf) for leaf in jax.tree.leaves(params)], program.consts),
+        (program.space.flatten(params, name="params"), program.consts),
         batch,
         Columns(resolve_likelihood(loss_fn), fisher_type_of("empirical")),
         keys=jax.random.split(jax.random.key(0), size),

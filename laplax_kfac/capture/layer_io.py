@@ -12,6 +12,7 @@ what they are made of; or `Rows`, numbers that stand for one-hot vectors. Each i
 its second moment, of whatever kind the side's factor is, and its coordinates in a basis.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,12 +20,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Inexact, Int, Num, Shaped
 
 from laplax_kfac import pytrees
 from laplax_kfac.bases import Basis, Kind, Sum, sum_into_rows
 from laplax_kfac.gram import bordered
 from laplax_kfac.parsing.grouping import Member, Resolved
+from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.patterns import Moments, one_hot
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -239,11 +242,25 @@ class LayerIO:
         inputs: Vectors a of the layer's rows; a joint bias is the last.
         gradients: Vectors g of the layer's outputs.
         active: 1 where the use was evaluated, 0 where a cond did not take it.
+        imaginary: Whether its positions are those of another use, which has the real part of the
+            same complex numbers.
     """
 
     inputs: SideIO
     gradients: SideIO
     active: Float[Array, "*batch S stack"]
+    imaginary: bool = field(default=False, metadata={"static": True})
+
+    @classmethod
+    def of_columns(cls, gradients: Float[Array, "R p"], layer: Layer) -> "LayerIO":
+        """Of one example's gradients in a stack of columns, by segment: ``g 1^T`` for each."""
+        stack, sizes = layer.stack, [math.prod(s.shape) for s in layer.segments]
+        parts = jnp.split(gradients, np.cumsum(sizes)[:-1], axis=1)
+        columns = [g.reshape(len(g), 1, stack, -(-g.shape[1] // stack)) for g in parts]
+        ones = jnp.ones((1, stack, 1), gradients.dtype)
+        return cls(
+            Cotangents(jnp.concatenate(columns, axis=-1)), Features(ones), jnp.ones((1, stack))
+        )
 
     @property
     def num_positions(self) -> int:
@@ -302,17 +319,21 @@ class LayerIO:
 def as_one_use(record: tuple[LayerIO, ...]) -> tuple[LayerIO, ...]:
     """Uses of a weight as one with the positions of all; transposed uses for themselves.
 
-    A function that is called twice, and two copies of it that are vmapped, then are the same.
+    A function that is called twice, and two copies of it that are vmapped, then are the same. Real
+    and imaginary parts are no positions: those of all uses are one use each.
     """
-    groups = [[use for use in record if isinstance(use.inputs, Cotangents) == k] for k in (0, 1)]
+    groups: dict[tuple[bool, bool], list[LayerIO]] = {}
+    for use in record:
+        kind = isinstance(use.inputs, Cotangents), use.imaginary
+        groups.setdefault(kind, []).append(use)
     return tuple(
         LayerIO(
             side_by_side([use.inputs for use in group]),
             side_by_side([use.gradients for use in group]),
             jnp.concatenate([use.active for use in group], axis=-2),
+            imaginary,
         )
-        for group in groups
-        if group
+        for (_, imaginary), group in sorted(groups.items(), key=lambda item: item[0])
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Jaxpr
 from jaxtyping import Array
 
@@ -49,14 +50,16 @@ class Plan:
 def plan_of(program: Program) -> Plan:
     """The plan of a program: its uses by where they are, and bodies with rewrites inside."""
     root = Plan({}, {}, {})
-    for number in sorted({m.claim.use for m in members_of(program)}):
+    perturbed_uses = {m.claim.use for m in members_of(program)}
+    for number in sorted({k for m in members_of(program) for k in m.claim.used}):
         use, plan = program.uses[number], root
         *path, last = use.site
         for equation, branch in zip(path[::2], path[1::2], strict=True):
             plans = plan.inside.setdefault(equation, {})
             plan = plans.setdefault(branch, Plan({}, {}, {}))
         plan.uses.setdefault(last, []).append((number, use))
-        plan.perturbations[last] = perturbation_of(program, number)
+        if number in perturbed_uses:
+            plan.perturbations[last] = perturbation_of(program, number)
     _enter_rewrites(program.jaxpr, root)
     return root
 
@@ -94,14 +97,18 @@ def perturbations_of_uses(program: Program) -> Perturbations:
 
 def is_fallback(resolved: Resolved) -> bool:
     """Whether a layer's parameters are perturbed themselves."""
-    return resolved.layer.block in ("dense", "diagonal") and not resolved.members
+    return resolved.layer.block != "none" and not resolved.members
 
 
 def perturbations_of_parameters(program: Program) -> Perturbations:
     """Zeros like the fallback parameters, by number of the layer."""
-    dtype = dict(zip(program.space.paths, program.space.dtypes, strict=True))
+    space = program.space
+    real = [jnp.finfo(d).dtype if jnp.issubdtype(d, jnp.inexact) else d for d in space.dtypes]
+    dtype = dict(zip(space.paths, real, strict=True))
     return {
-        number: jnp.zeros(resolved.layer.size, dtype[resolved.layer.params[0]])
+        number: jnp.zeros(
+            resolved.layer.size, jnp.result_type(*(dtype[p] for p in resolved.layer.params))
+        )
         for number, resolved in enumerate(program.resolved)
         if is_fallback(resolved)
     }
@@ -113,11 +120,18 @@ def perturbed(
     """Leaves of the parameters with the perturbations of fallback parameters added."""
     space, moved = program.space, list(leaves)
     for number, perturbation in perturbations.items():
-        ids = space.ids(program.layers[number].segments[0])
-        leaf = space.leaf_at(int(ids[0]))
-        if ids.size == moved[leaf].size:
-            moved[leaf] = moved[leaf] + perturbation.reshape(moved[leaf].shape)
-        else:
-            flat = moved[leaf].reshape(-1).at[ids - space.offsets[leaf]].add(perturbation)
-            moved[leaf] = flat.reshape(moved[leaf].shape)
+        rest = perturbation
+        for segment in program.layers[number].segments:
+            ids = space.ids(segment).ravel()
+            mine, rest = rest[: ids.size], rest[ids.size :]
+            for leaf in space.leaves_of(ids):  # one, but for a block of all
+                first, last = space.offsets[leaf : leaf + 2]
+                inside = np.flatnonzero((ids >= first) & (ids < last))
+                zeros = mine if inside.size == ids.size else mine[inside]
+                zeros = zeros.astype(moved[leaf].dtype)
+                if np.array_equal(ids[inside], space.leaf_ids(leaf).ravel()):
+                    moved[leaf] = moved[leaf] + zeros.reshape(moved[leaf].shape)
+                    continue
+                flat = moved[leaf].reshape(-1).at[ids[inside] - first].add(zeros)
+                moved[leaf] = flat.reshape(moved[leaf].shape)
     return moved

@@ -1,8 +1,11 @@
 """From what equations saw to the inputs and gradients of layers: orientation, scale and parts."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from laplax_kfac import jaxprs
@@ -24,15 +27,36 @@ from laplax_kfac.parsing.grouping import Member
 from laplax_kfac.parsing.program import Program
 from laplax_kfac.parsing.uses import Use
 
+Sides = dict[int, tuple[Array, Array | None]]
+"""Number of a use of what its weight is made of -> the matrices that inputs and gradients meet."""
+
+
+def sides_of(program: Program, leaves: Sequence[ArrayLike], consts: Sequence[ArrayLike]) -> Sides:
+    """These of all uses, at values of the parameters."""
+    values = [*consts, *leaves]
+    return {
+        number: use.role.map.sides([values[k] for k in use.role.map.made.inputs])
+        for number, use in program.uses.items()
+        if use.role.map is not None
+    }
+
 
 def records_of(
-    program: Program, inputs: Inputs, at_uses: Perturbations, at_parameters: Perturbations
+    program: Program,
+    inputs: Inputs,
+    at_uses: Perturbations,
+    at_parameters: Perturbations,
+    sides: Sides,
 ) -> list[Record]:
     """What every layer saw, from what its uses and its parameters did."""
     records: list[Record] = []
     for number, resolved in enumerate(program.resolved):
         if resolved.members:
-            records.append(tuple(_layer_io(program, m, inputs, at_uses) for m in resolved.members))
+            records.append(
+                tuple(_layer_io(program, m, inputs, at_uses, sides) for m in resolved.members)
+            )
+        elif number in at_parameters and resolved.layer.is_matrix:
+            records.append((LayerIO.of_columns(at_parameters[number], resolved.layer),))
         elif number in at_parameters:
             records.append(ParameterIO(at_parameters[number]))
         else:
@@ -40,7 +64,9 @@ def records_of(
     return records
 
 
-def _layer_io(program: Program, member: Member, inputs: Inputs, at_uses: Perturbations) -> LayerIO:
+def _layer_io(
+    program: Program, member: Member, inputs: Inputs, at_uses: Perturbations, sides: Sides
+) -> LayerIO:
     """Inputs and cotangents of one use as the layer has them.
 
     Scans and stacks become positions or stack indices, parts are cut out, constant factors are
@@ -49,6 +75,8 @@ def _layer_io(program: Program, member: Member, inputs: Inputs, at_uses: Perturb
     claim, use = member.claim, program.uses[member.claim.use]
     found, active, operands = inputs[claim.use]
     values = jnp.asarray(found)
+    if claim.terms:
+        values = jnp.concatenate([jnp.asarray(inputs[k][0]) for k in claim.terms], axis=-1)
     positions = use.pattern.outputs(
         use.eqn, use.operand, np.empty(jaxprs.shape(use.eqn.outvars[0]), bool)
     ).shape[0]
@@ -65,6 +93,8 @@ def _layer_io(program: Program, member: Member, inputs: Inputs, at_uses: Perturb
     if use.pattern.active is not None:
         g = g * active.astype(g.dtype)
     kind = computed_type(member)
+    if claim.use in sides and claim.bias is None:
+        a, g = _through(sides[claim.use], a, g, rows=kind is Rows, indexed=use.pattern.indexed)
     if claim.input_scale is not None and kind is Rows:
         rows = jnp.asarray(claim.input_scale, g.dtype)  # (stack, rows)
         g = g * jnp.take_along_axis(rows, a[..., 0].T, axis=1).T[..., None]
@@ -82,7 +112,24 @@ def _layer_io(program: Program, member: Member, inputs: Inputs, at_uses: Perturb
         computed = Patches(
             Features(a), tuple(map(jnp.asarray, operands)), claim.moments, member.joint_bias
         )
-    return LayerIO(*claim.as_layer_sides(computed, Cotangents(g)), active[..., 0])
+    inputs_of, gradients_of = claim.as_layer_sides(computed, Cotangents(g))
+    return LayerIO(inputs_of, gradients_of, active[..., 0], use.imaginary)
+
+
+def _through(
+    sides: tuple[Array, Array | None], a: Array, g: Array, *, rows: bool, indexed: bool
+) -> tuple[Array, Array]:
+    """Inputs and gradients of a weight as those of the parameters that it is made of."""
+    left, right = sides
+    if rows:
+        g = g * left.astype(g.dtype)[a]
+    elif indexed:  # numbers of rows stand for one-hot vectors; -1 for a vector of zeros
+        a = left.astype(g.dtype).T[a[..., 0]] * (a >= 0)
+    else:
+        a = a * left.astype(a.dtype) if left.ndim == 1 else a @ left.T.astype(a.dtype)
+    if right is not None:
+        g = g * right.astype(g.dtype) if right.ndim == 1 else g @ right.T.astype(g.dtype)
+    return a, g
 
 
 def _in_part(part: Part, use: Use, inputs: Array) -> Array:

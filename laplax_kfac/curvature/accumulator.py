@@ -350,9 +350,10 @@ class Accumulator:
     ) -> tuple["Compiled", "Arrays"]:
         """What is compiled for a batch, and its arguments; batches have a number each."""
         compiled = self._compiled(batch)
-        leaves, consts = jax.tree.leaves(self.params), compiled.program.consts
+        leaves = compiled.program.space.as_real(jax.tree.leaves(self.params))
         number = jnp.asarray(number, jnp.uint32)
         shards = Shards.of(batch, leaves)
+        consts = compiled.program.consts
         return compiled, Arrays(leaves, consts, batch, weights, self.settings.key, number, shards)
 
     def _compiled(self, batch: Batch) -> "Compiled":

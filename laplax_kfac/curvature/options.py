@@ -23,6 +23,8 @@ from laplax_kfac.likelihood.named import Loss, resolve_likelihood
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.selection import (
     DENSE_LIMIT,
+    FACTOR_LIMIT,
+    FactorLimit,
     PathFilter,
     Selection,
     matches,
@@ -45,6 +47,8 @@ class OptionKeywords(TypedDict, total=False):
     fallback: str | Mapping[str, str]
     dense_limit: int
     factor_kinds: str | Mapping[str, Any] | None
+    max_factor_size: int
+    wide_factors: str | Mapping[str, str]
     separate_weight_and_bias: bool
     vmap_over_data: bool
     nonfinite: str
@@ -71,20 +75,29 @@ class Options:
         kfac_approx: How positions that share a weight are treated: ``"expand"`` as if they were
             examples, ``"reduce"`` summed up over all uses (Eschenhagen et al. 2023); or these
             by patterns of layers' names, ``"expand"`` for those that match none.
-        curvature: ``"kronecker"``; or, from the same quantities, the exact ``"diagonal"``, or the
-            exact dense ``"block"`` of every layer.
+        curvature: ``"kronecker"``; or, from the same quantities, the exact ``"diagonal"``, the
+            exact dense ``"block"`` of every layer, or ``"full"``, the exact matrix of all covered
+            parameters as one dense block. `find_layers` says before what that costs.
         params_filter: Which parameters get curvature: patterns of paths as in a shell
             (``"encoder/*"``, or as frontends print them, ``"layers[2]*"``; one or several), a
-            function of the path, or ``"last_layer"``. The others are frozen at their value; all
-            are covered by default.
+            function of the path, or ``"last_layer"``. With ``curvature`` ``"full"`` or
+            ``"diagonal"`` also single parameters, a subnetwork: a pytree of booleans like the
+            parameters, as `masks` makes them, or an array of indices in their flat order. The
+            others are frozen at their value; all are covered by default.
         fallback: Block of parameters without a Kronecker form: ``"dense"`` (up to ``dense_limit``,
-            diagonal above), ``"diagonal"``, ``"none"``, or ``"error"``; or these by pattern.
+            above a diagonal, but exact blocks of a few for norm layers and tables of positions),
+            ``"diagonal"``, ``"none"``, or ``"error"``; or these by pattern.
         dense_limit: Most parameters of a leaf that get a dense block.
         factor_kinds: What Kronecker factors may be: ``"dense"``, ``"diagonal"``, ``"identity"`` (a
             multiple of it), or ``"blocked:64"`` for blocks of 64 neighbouring features. One kind is
             for all input factors but those of lookups; or give, by patterns of layers' names, one
-            for both factors, or a pair for inputs and outputs. Dense by default, and diagonal for
-            rows that data pick and for very wide factors.
+            for both factors, or a pair for inputs and outputs. Dense by default up to
+            ``max_factor_size``, and diagonal for rows that data pick.
+        max_factor_size: Most features of a factor that is dense by default, and most parameters of
+            any dense block.
+        wide_factors: What wider factors are: ``"diagonal"``; ``"blocks"``, of ``max_factor_size``
+            neighbouring features; or an ``"error"``. Or these by patterns of layers' names,
+            ``"diagonal"`` for those that match none. `find_layers` says which are.
         separate_weight_and_bias: Whether biases get blocks of their own.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
         nonfinite: ``"error"`` refuses data, parameters or a model that make the curvature NaN or
@@ -107,6 +120,8 @@ class Options:
     fallback: str | Mapping[str, str] = "dense"
     dense_limit: int = DENSE_LIMIT
     factor_kinds: str | Mapping[str, Any] | None = None
+    max_factor_size: int = FACTOR_LIMIT
+    wide_factors: str | Mapping[str, str] = "diagonal"
     separate_weight_and_bias: bool = False
     vmap_over_data: bool = True
     nonfinite: str = "error"
@@ -159,7 +174,7 @@ class Options:
 
     def selection(self) -> Selection:
         """Which parameters are covered, and which blocks they get."""
-        return select(
+        selection = select(
             self.params_filter,
             self.fallback,
             self.dense_limit,
@@ -167,6 +182,7 @@ class Options:
             curvature=self.curvature,
             factor_kinds=self.factor_kinds,
         )
+        return replace(selection, limit=FactorLimit.of(self.max_factor_size, self.wide_factors))
 
     def settings(self, loss_fn: Loss) -> "Settings":
         """What a pass over data needs of the options.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, Num, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from laplax_kfac import pytrees
 from laplax_kfac.arguments import (
@@ -28,7 +28,6 @@ from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.grouping import Resolved
 from laplax_kfac.parsing.layer import Layer
-from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.program import ModelFn, require_model
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -118,14 +117,9 @@ def relative_error(
         curvature, model_fn, params, first_example(first[0]), vmap_over_data=vmap_over_data
     )
     key = jax.random.key(0) if key is None else key
-    exactly = [
-        layer.size <= num_probes and not _is_complex(layer, curvature.space)
-        for layer in curvature.layers
-    ]
+    exactly = [layer.size <= num_probes for layer in curvature.layers]
     vectors = tuple(
-        _units(layer)
-        if small
-        else _normal(jax.random.fold_in(key, number), num_probes, layer, curvature.space)
+        _units(layer) if small else _normal(jax.random.fold_in(key, number), num_probes, layer)
         for number, (layer, small) in enumerate(zip(curvature.layers, exactly, strict=True))
     )
     settings = Options(vmap_over_data=vmap_over_data).settings(loss_fn)
@@ -145,24 +139,14 @@ def relative_error(
     return RelativeError(jnp.sqrt(errors / norms), total, names)
 
 
-def _is_complex(layer: Layer, space: ParameterSpace) -> bool:
-    return any(space.is_complex(space.paths.index(path)) for path in layer.params)
-
-
 def _units(layer: Layer) -> Float[Array, "size *shape"]:
     """All unit vectors in a layer's block."""
     return jnp.eye(layer.size, dtype=jnp.result_type(float)).reshape(layer.size, *layer.shape)
 
 
-def _normal(
-    key: Key[Array, ""], number: int, layer: Layer, space: ParameterSpace
-) -> Num[Array, "number *shape"]:
-    """Standard normal vectors in a layer's block; real and imaginary part where it is complex."""
-    shape, dtype = (number, *layer.shape), jnp.result_type(float)
-    real = jax.random.normal(key, shape, dtype)
-    if not _is_complex(layer, space):
-        return real
-    return jax.lax.complex(real, jax.random.normal(jax.random.fold_in(key, 0), shape, dtype))
+def _normal(key: Key[Array, ""], number: int, layer: Layer) -> Float[Array, "number *shape"]:
+    """Standard normal vectors in a layer's block."""
+    return jax.random.normal(key, (number, *layer.shape), jnp.result_type(float))
 
 
 def _squares(
@@ -198,7 +182,7 @@ def _product(
         g = record.gradients
         sizes = jnp.real(jnp.einsum("nrp,vp->nrv", g, vectors, precision=_HIGHEST))
         sizes = sizes * weights[:, None, None]
-        return jnp.einsum("nrv,nrp->vp", sizes, jnp.conj(g), precision=_HIGHEST)
+        return jnp.einsum("nrv,nrp->vp", sizes, g, precision=_HIGHEST)
     layer = resolved.layer
     matrices = vectors.reshape(len(vectors), layer.stack, layer.rows, layer.out_features)
     sizes = sum((use.inner(matrices) for use in record), jnp.zeros(()))

@@ -72,7 +72,8 @@ def log_marginal_likelihood(
     Args:
         curvature: Curvature of the loss over the data, from `kfac` or `ekfac`.
         params: The trained parameters.
-        log_likelihood: The fit to the same data, from `data_fit`.
+        log_likelihood: The fit to the same data, from `data_fit`; of a likelihood of temperature T,
+            ``fit.at_temperature(T)``.
         prior_prec: Prior precision tau: a scalar, an array with one value a layer, or a pytree
             prefix of the parameters. Or a matrix, which is added to the curvature by the rules of
             `merge` at every call: a pytree with one value for every parameter (or axes of length
@@ -89,11 +90,15 @@ def log_marginal_likelihood(
         TypeError: If ``log_likelihood`` is no `DataFit`, or ``prior_prec`` is a function.
     """
     require_curvature("curvature", curvature)
+    temperature = Hyperparameters.temperature_of(prior_prec, None)
     prior_prec, noise_variance = Hyperparameters.split(prior_prec, noise_variance)
     prior_mean = prior_mean_of(prior_prec, prior_mean)
     require_fit(log_likelihood, noise_variance)
-    fit = log_likelihood.log_likelihood(noise_variance)
-    factor = log_likelihood.loss_factor(noise_variance)
+    tempered = log_likelihood
+    if log_likelihood.temperature is None:
+        tempered = log_likelihood.at_temperature(temperature)
+    fit = tempered.log_likelihood(noise_variance)
+    factor = tempered.loss_factor(noise_variance)
     prior = as_prior(prior_prec)
     prior_determinant = log_prior_determinant(prior, curvature)
     if precision_matrix(prior, curvature) is not None:
@@ -105,7 +110,9 @@ def log_marginal_likelihood(
     return Evidence(fit - complexity, fit, complexity, prior_determinant + growth)
 
 
-def _growth(curvature: BlockDiagonal, prior_prec: Sequence[Scalar]) -> Float[Array, ""]:
+def _growth(
+    curvature: BlockDiagonal, prior_prec: Sequence[Scalar | Float[Array, "*block"]]
+) -> Float[Array, ""]:
     """By how much the data increase the log-determinant of the precision."""
     total = jnp.zeros(())
     for block, layer, value in zip(curvature.blocks, curvature.layers, prior_prec, strict=True):

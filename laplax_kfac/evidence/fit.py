@@ -50,11 +50,33 @@ class DataFit:
         num_outputs: Number of scalar outputs over the data, N C; weighted as the loss is.
         gaussian: Whether the loss is ``mse``, so that it is a likelihood only with a noise
             variance. (`likelihood.gaussian` has one, and needs none here.)
+        temperature: What loss and number were divided by; None for 1.
     """
 
     loss: Float[Array, ""]
     num_outputs: Float[Array, ""]
     gaussian: bool = field(metadata={"static": True})
+    temperature: Scalar | None = None
+
+    @no_type_check
+    def at_temperature(self, temperature: Scalar | None) -> "DataFit":
+        """The fit of the likelihood to the power 1 / temperature, its constants with it.
+
+        With it the evidence is that of a tempered (cold or warm) posterior.
+
+        Args:
+            temperature: Positive; None leaves the fit as it is.
+
+        Raises:
+            ValueError: If it is not positive and finite.
+            TypeError: If it is no number.
+        """
+        if temperature is None:
+            return self
+        require_positive("temperature", temperature, shape=())
+        loss, number = self.loss / temperature, self.num_outputs / temperature
+        total = temperature if self.temperature is None else self.temperature * temperature
+        return DataFit(loss, number, self.gaussian, total)
 
     def log_likelihood(self, noise_variance: Scalar | None = None) -> Float[Array, ""]:
         """Fit, log p(D | theta); ``mse`` is a Gaussian, of variance 1/2 where none is given."""
@@ -66,7 +88,8 @@ class DataFit:
 
     def loss_factor(self, noise_variance: Scalar | None = None) -> Scalar:
         """The negative log-likelihood over the loss, up to its constant."""
-        return 1.0 / (2 * noise_variance) if noise_variance is not None else 1.0
+        factor = 1.0 / (2 * noise_variance) if noise_variance is not None else 1.0
+        return factor if self.temperature is None else factor / self.temperature
 
 
 FitOfBatch = Callable[[PyTree, Batch, Float[Array, " N"], UInt[Array, ""]], tuple[DataFit, Faults]]

@@ -16,7 +16,7 @@ from laplax_kfac.evidence.evidence import Evidence, log_marginal_likelihood
 from laplax_kfac.evidence.fit import DataFit
 from laplax_kfac.evidence.held_out import HeldOut, Validated
 from laplax_kfac.posterior.posterior import Posterior, as_prior, make_posterior
-from laplax_kfac.posterior.prior import Hyperparameters, log_prior_determinant
+from laplax_kfac.posterior.prior import Hyperparameters, Scalar, log_prior_determinant
 
 PriorFunction = Callable[[PyTree], Any]
 DEFAULT_BOUNDS = (1e-8, 1e8)
@@ -27,7 +27,9 @@ def identity(hyperparameters: PyTree) -> PyTree:
     return hyperparameters
 
 
-def start_of(prior_prec: Any, hyperparameters: PyTree, noise_variance: Any) -> tuple[Any, PyTree]:
+def start_of(
+    prior_prec: Any, hyperparameters: PyTree, noise_variance: Any, *, tune_noise: bool = True
+) -> tuple[Any, PyTree]:
     """The prior precision as a function of hyperparameters, and where all of them start."""
     prior_prec, noise_variance = Hyperparameters.split(prior_prec, noise_variance)
     if callable(prior_prec) != (hyperparameters is not None):
@@ -46,10 +48,13 @@ def start_of(prior_prec: Any, hyperparameters: PyTree, noise_variance: Any) -> t
         raise ValueError(msg)  # noqa: TRY004 (the type is right, for other functions)
     function = prior_prec if callable(prior_prec) else identity
     start = {"hyperparameters": hyperparameters if callable(prior_prec) else prior_prec}
-    if noise_variance is not None:
+    if noise_variance is not None and tune_noise:
         start["noise_variance"] = noise_variance
     if not jax.tree.leaves(start):
-        msg = "There is nothing to tune: `hyperparameters` is empty and `noise_variance` is None."
+        msg = (
+            "There is nothing to tune: `hyperparameters` is empty, and `noise_variance` is None or "
+            "stays fixed."
+        )
         raise ValueError(msg)
     return function, start
 
@@ -80,24 +85,38 @@ def check_start(start: PyTree, bounds: tuple[float, float], argument: str = "pri
 @pytrees.register
 @dataclass(frozen=True)
 class Problem:
-    """What the evidence depends on besides the hyperparameters, and what is maximised instead."""
+    """What the evidence depends on besides the hyperparameters, and what is maximised instead.
+
+    Attributes:
+        curvature: The curvature.
+        params: The trained parameters.
+        log_likelihood: The fit, at its temperature.
+        prior_mean: Mean of the prior.
+        held_out: Predictions of what is maximised instead.
+        noise_variance: A noise variance that stays as it is.
+    """
 
     curvature: BlockDiagonal
     params: PyTree
     log_likelihood: DataFit
     prior_mean: PyTree | None
     held_out: HeldOut | None = None
+    noise_variance: Scalar | None = None
+
+    def noise(self, values: PyTree) -> Scalar | None:
+        """The noise variance: one of the hyperparameters, or fixed."""
+        noise_variance: Scalar | None = values.get("noise_variance", self.noise_variance)
+        return noise_variance
 
     def value(self, function: PriorFunction, values: PyTree) -> Array:
         """What is maximised: the evidence, or how likely targets are that were held out."""
         if self.held_out is None:
             return self.evidence(function, values).value
-        noise_variance = values.get("noise_variance")
-        return self.held_out.score(self.posterior(function, values), noise_variance)
+        return self.held_out.score(self.posterior(function, values), self.noise(values))
 
     def posterior(self, function: PriorFunction, values: PyTree) -> Posterior:
         """The posterior with these hyperparameters."""
-        factor = self.log_likelihood.loss_factor(values.get("noise_variance"))
+        factor = self.log_likelihood.loss_factor(self.noise(values))
         prior = function(values["hyperparameters"])
         return make_posterior(self.curvature, prior, sigma_squared=factor)
 
@@ -105,8 +124,7 @@ class Problem:
         """Predictions for data that were held out, if there are any."""
         if self.held_out is None:
             return None
-        noise_variance = values.get("noise_variance")
-        return self.held_out.validated(self.posterior(function, values), noise_variance)
+        return self.held_out.validated(self.posterior(function, values), self.noise(values))
 
     def evidence(self, function: PriorFunction, values: PyTree) -> Evidence:
         """The evidence, with ``function`` the prior precision of ``values["hyperparameters"]``."""
@@ -116,7 +134,7 @@ class Problem:
             log_likelihood=self.log_likelihood,
             prior_prec=function(values["hyperparameters"]),
             prior_mean=self.prior_mean,
-            noise_variance=values.get("noise_variance"),
+            noise_variance=self.noise(values),
         )
 
     def shares(self, function: PriorFunction, values: PyTree) -> Array:

@@ -19,7 +19,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
 from laplax_kfac import pytrees
-from laplax_kfac.arguments import no_type_check, require_positive, shown
+from laplax_kfac.arguments import no_type_check, require_flags, require_positive, shown
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.blocks.merging import require_curvature
 from laplax_kfac.evidence.evidence import Evidence
@@ -74,6 +74,7 @@ class Tuned(Hyperparameters):
         hyperparameters: The hyperparameters, where ``prior_prec`` is a function of them.
         validated: Predictions for the data that were held out, with ``validation``: what was
             minimised there, and how confident they are beside the parameters themselves.
+        temperature: That of the likelihood.
     """
 
     prior_prec: PyTree
@@ -84,6 +85,7 @@ class Tuned(Hyperparameters):
     at_bound: PyTree = None
     hyperparameters: PyTree = None
     validated: Validated | None = None
+    temperature: Scalar | None = None
 
 
 @no_type_check
@@ -97,6 +99,8 @@ def tune(
     hyperparameters: PyTree = None,
     prior_mean: PyTree | None = None,
     noise_variance: Scalar | None = None,
+    tune_noise: bool = True,
+    temperature: Scalar | None = None,
     validation: MakesHeldOut | None = None,
     method: Method = "lbfgs",
     steps: int | None = None,
@@ -121,6 +125,9 @@ def tune(
             numbers, all of which are tuned. An empty one leaves the noise variance alone.
         prior_mean: Mean of the prior, a pytree like the parameters; zero by default.
         noise_variance: Where to start; None leaves it out.
+        tune_noise: Whether the noise variance is tuned; if not, it stays what it is.
+        temperature: Temperature T of the likelihood, whose power 1/T takes its place. It stays what
+            it is, and goes with the result wherever that is passed as ``prior_prec``.
         validation: A `Validation`, data that were held out: what is maximised is then their
             likelihood under the predictive, not the evidence, from the best of a few multiples
             of the start. For priors with one value a layer, or fewer.
@@ -145,8 +152,11 @@ def tune(
     """
     require_curvature("curvature", curvature)
     curvature.space.require_like(params, "params")
-    function, start = start_of(prior_prec, hyperparameters, noise_variance)
-    require_fit(log_likelihood, start.get("noise_variance"))
+    require_flags(tune_noise=tune_noise)
+    temperature = Hyperparameters.temperature_of(prior_prec, temperature)
+    function, start = start_of(prior_prec, hyperparameters, noise_variance, tune_noise=tune_noise)
+    noise_variance = Hyperparameters.split(prior_prec, noise_variance)[1]
+    require_fit(log_likelihood, noise_variance)
     steps = checked_steps(method, steps, bounds)
     require_positive("learning_rate", learning_rate, shape=())
     require_positive("tolerance", tolerance, shape=())
@@ -157,7 +167,9 @@ def tune(
             msg = f"`validation` must be a `Validation`, found {shown(validation)}."
             raise TypeError(msg)
         held_out = validation.of(curvature, params, gaussian=log_likelihood.gaussian)
-    problem = Problem(curvature, params, log_likelihood, prior_mean, held_out)
+    fixed = None if tune_noise else noise_variance
+    fit = log_likelihood.at_temperature(temperature)
+    problem = Problem(curvature, params, fit, prior_mean, held_out, fixed)
     # Inside the loop the values are not known, and not refused.
     prior = as_prior(function(start["hyperparameters"]))
     log_prior_determinant(prior, curvature)
@@ -220,13 +232,15 @@ def _tuned(
     converged = hill.is_top(logs, gradient) & jnp.isfinite(best)
     at_bound = hill.at_bound(logs) & jnp.isfinite(gradient) & (gradient != 0)
     values = jax.tree.map(jnp.exp, unravel(logs))
+    noise = problem.noise(values)
     return Tuned(
         function(values["hyperparameters"]),
-        values.get("noise_variance"),
+        noise if noise is None else jnp.asarray(noise),
         problem.evidence(function, values),
         jnp.where(jnp.arange(len(trace)) < taken, trace, best),
         converged,
         jax.tree.map(lambda flag: flag > 0, unravel(at_bound.astype(logs.dtype))),
         None if function is identity else values["hyperparameters"],
         problem.validated(function, values),
+        problem.log_likelihood.temperature,
     )

@@ -46,7 +46,7 @@ def closed_form(
     if program is None:
         return None
     blocks = posterior.precision.blocks
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    leaves = program.space.flatten(params, name="params")
     of_one = functools.partial(linearise, program, leaves, program.consts, blocks)
     try:
         linear = of_one(x)

@@ -12,6 +12,7 @@ from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.curvature.kfac import ekfac, kfac, kfoc
 from laplax_kfac.laplax_adapter.problem import problem_of
+from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.posterior.posterior import Posterior, make_posterior
 from laplax_kfac.posterior.prior import Scalar, log_prior
 
@@ -45,6 +46,7 @@ class CurvatureType:
 
         Raises:
             TypeError: If the model, the data, the loss or the parameters are missing.
+            ValueError: If parameters are complex.
         """
         problem = problem_of(mv)
         given = {**(problem.options() if problem else {}), **options}
@@ -58,6 +60,16 @@ class CurvatureType:
                 "model_fn=model_fn, data=data, loss_fn=loss_fn)."
             )
             raise TypeError(msg)
+        space = ParameterSpace.of(layout)
+        pairs = [name for leaf, name in enumerate(space.names) if space.is_complex(leaf)]
+        if pairs:
+            msg = (
+                f"`params` has the complex leaves {listed(pairs)}, and laplax's vectors of "
+                "parameters are real. Make real and imaginary part leaves of their own, which "
+                "`model_fn` puts together by jax.lax.complex, or call laplax_kfac.kfac and "
+                "laplax_kfac.make_posterior, which take complex leaves."
+            )
+            raise ValueError(msg)
         model_fn, data = given.pop("model_fn"), given.pop("data")
         curvature = CURVATURE_TYPES[self.name](model_fn, layout, data, **given)
         factor = problem.factor if problem else 1.0

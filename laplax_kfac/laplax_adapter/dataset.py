@@ -127,7 +127,8 @@ class Dataset:
 
     @property
     def _expansion(self) -> Expansion:
-        return Expansion(jax.tree.leaves(self.params), self.program.consts, self.matrix.blocks)
+        leaves = self.program.space.as_real(jax.tree.leaves(self.params))
+        return Expansion(leaves, self.program.consts, self.matrix.blocks)
 
     def posterior_fn(
         self, prior_arguments: PriorArguments, loss_scaling_factor: Scalar | int = 1.0

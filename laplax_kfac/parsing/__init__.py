@@ -11,6 +11,8 @@ The steps, a module each, and the records between them:
     model
       |  model_calls     calls by laplax's convention; what is wrong where one fails
     jaxpr
+      |  complex_weights complex numbers that are made of parameters as their two parts
+    jaxpr
       |  walk            index tracing (`values`, `index_rules`, `pullbacks`); rules of equations
       |                  (`arithmetic`, `biases`, `control_flow`), one `steps.Step` each
     uses.Findings        `Use`: an equation and the role of a parameter in it, weight or bias;

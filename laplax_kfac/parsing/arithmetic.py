@@ -6,6 +6,7 @@ import numpy as np
 
 from laplax_kfac import jaxprs
 from laplax_kfac.parsing.biases import add
+from laplax_kfac.parsing.products import REASON, is_product, note, scaled
 from laplax_kfac.parsing.pullbacks import rearranged
 from laplax_kfac.parsing.steps import Rule, Step
 from laplax_kfac.parsing.values import Known, Numbers, Scaled, Symbolic, Value, of_parameters
@@ -67,9 +68,15 @@ def product(step: Step) -> list[Value]:
                 return [arrays[0].scaled(1.0 / factor if divides else factor)]
     if parameters == 2:
         step.mark("other", "multiplied by another parameter")
+    elif parameters and not divides and not all(map(step.findings.is_fixed, terms)):
+        found = next((k, t) for k, t in enumerate(terms) if of_parameters(t))
+        return [note(step, *found)]
     else:
-        step.mark("scale", "multiplies other values elementwise, which has no Kronecker form")
-    return [Scaled() if parameters else None]
+        step.mark("scale", REASON)
+    if parameters or divides:
+        return [Scaled() if parameters else None]
+    left = [scaled(t, step.findings) for t in terms if is_product(t, step.findings)]
+    return [left[0] if len(left) == 1 else Scaled() if left else None]
 
 
 def negative(step: Step) -> list[Value]:

@@ -16,6 +16,7 @@ A parameter plus what no data enter is no bias: an affine function of it is a vi
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from jaxtyping import Array, Bool, Int, Shaped
 from laplax_kfac import jaxprs
 from laplax_kfac.parsing.claims import Claim, Group, constant_along
 from laplax_kfac.parsing.layout import ParameterSpace
+from laplax_kfac.parsing.norms import pair
+from laplax_kfac.parsing.products import Product, is_product, scaled, summed
 from laplax_kfac.parsing.segments import Scattered
 from laplax_kfac.parsing.selection import DENSE_LIMIT
 from laplax_kfac.parsing.steps import Step
@@ -41,6 +44,8 @@ from laplax_kfac.parsing.values import (
 )
 from laplax_kfac.patterns import Pattern
 from laplax_kfac.patterns.contract import Entries, Operands
+
+SHIFT = "the shift of a scaled normalisation"
 
 # -- the role ----------------------------------------------------------------------------------
 
@@ -107,6 +112,7 @@ class Bias(Role):
     output: Symbolic | None
     operand: int = -1
     reason: str = "added to data"
+    added = True
 
     @functools.cached_property
     def _places(self) -> Int[np.ndarray, "positions features"]:
@@ -228,22 +234,41 @@ def add(step: Step, terms: list[Value]) -> list[Value]:
         and jaxprs.shape(a) == jaxprs.shape(eqn.outvars[0])
     ]  # fmt: skip
     if len(weights) == 2:
-        return step.mark("other", "added to another parameter before its use")
+        for term in weights:
+            entry = Fallback.of(term.index, "other", "added to another parameter before its use")
+            with_data = any(t.mixed for t in weights)  # a class token beside the others
+            findings.fallbacks.append(replace(entry, added=with_data))
+        return step.nothing
     # The output of a use plus anything has the same cotangent: one bias serves two products. But
     # what is added may be data, and then data are in the sum.
     mixed = not all(map(findings.is_fixed, terms))
+    outputs = summed(findings, [t for t in terms if not of_parameters(t)], outputs)
     output = replace(outputs[0], mixed=outputs[0].mixed or mixed) if outputs else None
     if not weights:
         return [output]
     (weight,) = weights
-    if any(isinstance(t, Scaled) for t in terms):
-        return step.mark("shift", "the shift of a scaled normalisation")
+    norms = [t for t in terms if isinstance(t, Scaled)]
+    if norms:
+        pair(norms[0].by, weight, findings)
+        return step.mark("shift", SHIFT)
     # A parameter in a part of an array is a view of it, whatever is in the other parts.
     affine = all(t is weight or findings.is_fixed(t) for t in terms)
     if affine and not (outputs and _is_broadcast(findings, weight, outputs[0])):
         return [weight]  # an affine function of the parameter has the same gradient
     bias = Bias(weight, jaxprs.ndim(eqn.outvars[0]), outputs[0] if outputs else None)
     meets = bias.meets_output
+    if outputs and is_product(outputs[0], findings):
+        before = [use.role for use in findings.uses if isinstance(use.role, Bias)]
+        again = [b for b in before if b.output and b.output.source == outputs[0].source]
+        if not meets or not any(np.isin(bias.entries, b.entries).any() for b in again):
+            product = outputs[0].source if meets else -1
+            entry = Fallback.of(weight.index, "shift", SHIFT, product)
+            findings.fallbacks.append(entry)
+            pair(scaled(outputs[0], findings).by, weight, findings)
+            if not meets:
+                return step.nothing
+        else:
+            meets = False
     step.add_use(bias if meets else replace(bias, output=None))
     return [output if meets else None]
 
@@ -259,16 +284,30 @@ def _is_broadcast(findings: Findings, weight: Symbolic, output: Symbolic) -> boo
 # -- as claims ---------------------------------------------------------------------------------
 
 
-def on_outputs(findings: Findings) -> list[Claim | int]:
+def on_outputs(findings: Findings, root_of: Mapping[int, tuple[int, float]]) -> list[Claim | int]:
     """Biases of whole layers, as claims of the use that they are added to; numbers of the others.
 
-    A split output takes its bias in pieces, which are one bias together.
+    A split output takes its bias in pieces, which are one bias together. What is added to a term
+    of a sum of products is added to the sum.
+
+    Args:
+        findings: All uses.
+        root_of: Product in a sum that is a layer -> the product that stands for the sum, and the
+            factor of the latter's cotangent that is the former's.
     """
     biases_of: dict[int, dict[int, Bias]] = {}
     alone: list[int] = []
     for number, use in enumerate(findings.uses):
         if isinstance(use.role, Bias) and use.role.output is not None:
-            biases_of.setdefault(use.role.output.source, {})[number] = use.role
+            met = use.role.output.source
+            if not isinstance(findings.uses[met].role, Product):
+                biases_of.setdefault(met, {})[number] = use.role
+            elif met in root_of:
+                root, factor = root_of[met]
+                output = use.role.output.scaled(1.0 / factor)
+                biases_of.setdefault(root, {})[number] = replace(use.role, output=output)
+            else:
+                alone.append(number)
         elif isinstance(use.role, Bias):
             alone.append(number)
     found: list[Claim | int] = []
@@ -346,7 +385,7 @@ def without_partial_sums(
             kept.append(group)
             continue
         whole = np.concatenate([space.leaf_ids(k).ravel() for k in leaves])
-        fallbacks.append(Fallback(whole, "shift", "added to data in part"))
+        fallbacks.append(Fallback(whole, "shift", "added to data in part", added=True))
     return kept
 
 

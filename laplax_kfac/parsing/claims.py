@@ -48,6 +48,9 @@ class Claim:
         moments: How sums over the inputs are formed without them, or None.
         part: The inputs and the outputs of the use that the ids are for, where constants take the
             place of a weight for the others; None for all.
+        terms: Numbers of the uses whose inputs, one after the other, are those of the layer, where
+            these are the terms of a sum; none where they are the inputs of ``use`` alone.
+        keeps_outputs: Whether the outputs of the use are those of the layer, and not a map of them.
     """
 
     use: int
@@ -61,6 +64,8 @@ class Claim:
     transposed: bool = False
     moments: Moments | None = None
     part: Part | None = None
+    terms: tuple[int, ...] = ()
+    keeps_outputs: bool = True
 
     @classmethod
     def of(cls, number: int, use: Use, ids: Int[np.ndarray, "*scans stack rows out"]) -> "Claim":
@@ -73,6 +78,20 @@ class Claim:
         sizes = (*use.scans, ids.shape[-3])
         along = math.prod(n for n, s in zip(sizes, shared, strict=True) if s)
         return cls(number, take_first(ids, shared), shared, use.positions * along)
+
+    def scaled(self, scale: Float[np.ndarray, "*scans stack rows out"]) -> "Claim | str":
+        """This claim with factors of all entries, or why there is none."""
+        if any(s and not constant_along(scale, a) for a, s in enumerate(self.shared)):
+            return "scaled differently where it is shared"
+        factors = rank_one(take_first(scale, self.shared))
+        if factors is None:
+            return "scaled entry by entry, which no Kronecker product can follow"
+        return replace(self, input_scale=factors[0], output_scale=factors[1])
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """Numbers of all uses that are read for it."""
+        return self.terms or (self.use,)
 
     def as_layer_sides(self, computed: Side, cotangents: Side) -> tuple[Side, Side]:
         """What belongs to a use's inputs and to its outputs, as those of the layer's weight.
@@ -99,7 +118,8 @@ class Claim:
         The inputs of a transposed weight are its columns, those of a lookup are row numbers:
         neither has a place for a constant 1. A scale of the outputs is not one of the bias.
         """
-        return not (self.transposed or self.indexed) and self.output_scale is None
+        moved = self.transposed or self.indexed or not self.keeps_outputs
+        return not moved and self.output_scale is None
 
     @functools.cached_property
     def segment(self) -> Segment:
@@ -138,7 +158,8 @@ def claims_of(number: int, use: Use) -> list[Claim | Fallback]:
     for part in [None] if use.role.view.mixed else parts_of(use.ids):
         claim = _claim(number, use, part)
         if isinstance(claim, str):
-            found.append(Fallback.of(_of_part(use.ids, part), use.pattern.name, claim))
+            entry = Fallback.of(_of_part(use.ids, part), use.pattern.name, claim)
+            found.append(replace(entry, added=use.role.added))
         else:
             found.append(claim)
     return found
@@ -148,18 +169,15 @@ def _claim(number: int, use: Use, part: Part | None) -> Claim | str:
     """The claim of a part of a use, or why there is none."""
     if use.role.refusal:
         return use.role.refusal
-    moments = use.moments if part is None else None
+    made = use.role.map
+    moments = use.moments if part is None and made is None else None
+    indexed = use.pattern.indexed and (made is None or made.diagonal[0])
     claim = Claim.of(number, use, _of_part(use.ids, part))
-    claim = replace(claim, indexed=use.pattern.indexed, moments=moments, part=part)
+    claim = replace(claim, indexed=indexed, moments=moments, part=part)
+    claim = replace(claim, keeps_outputs=made is None or made.keeps_outputs)
     if claim.problem or use.scale is None:
         return claim.problem or claim
-    scale = _of_part(use.scale, part)
-    if any(s and not constant_along(scale, a) for a, s in enumerate(claim.shared)):
-        return "scaled differently where it is shared"
-    factors = rank_one(take_first(scale, claim.shared))
-    if factors is None:
-        return "scaled entry by entry, which no Kronecker product can follow"
-    return replace(claim, input_scale=factors[0], output_scale=factors[1])
+    return claim.scaled(_of_part(use.scale, part))
 
 
 def parts_of(ids: Int[np.ndarray, "*scans stack rows out"]) -> list[Part | None]:

@@ -5,17 +5,28 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Int
 
-from laplax_kfac.parsing import biases
+from laplax_kfac.parsing import biases, products
 from laplax_kfac.parsing.claims import Claim, Group, claims_of
+from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.uses import Fallback, Findings
 
 
-def claims_and_fallbacks(findings: Findings) -> tuple[list[Claim], list[Fallback]]:
+def claims_and_fallbacks(
+    findings: Findings, space: ParameterSpace
+) -> tuple[list[Claim], list[Fallback]]:
     """Turn uses into claims; those that cannot be are fallbacks. Weights come before biases."""
-    claims: list[Claim] = []
-    fallbacks = list(findings.fallbacks)
-    weights = [k for k, use in enumerate(findings.uses) if not isinstance(use.role, biases.Bias)]
-    for entry in [*weights, *biases.on_outputs(findings)]:
+    claims = products.claims(findings, space)
+    sums = products.sums_of(findings)
+    root_of = {term: (c.use, factor) for c in claims for term, factor in sums[c.use].items()}
+    fallbacks = [entry for entry in findings.fallbacks if entry.product not in root_of]
+    added = (biases.Bias, products.Product)
+    weights = [k for k, use in enumerate(findings.uses) if not isinstance(use.role, added)]
+    for number in findings.passed_on & findings.ended:
+        reason = "used in a weight that is made of parameters, and in another way"
+        fallbacks.append(Fallback.of(findings.uses[number].ids, "other", reason))
+    for entry in [*weights, *biases.on_outputs(findings, root_of)]:
+        if entry in findings.passed_on or getattr(entry, "use", None) in findings.passed_on:
+            continue
         found = claims_of(entry, findings.uses[entry]) if isinstance(entry, int) else [entry]
         claims += [f for f in found if isinstance(f, Claim)]
         fallbacks += [f for f in found if isinstance(f, Fallback)]

@@ -1,4 +1,10 @@
-"""The structure of a parameter pytree: where its leaves sit in the flattened parameter vector."""
+"""The structure of a parameter pytree: where its leaves sit in the flattened parameter vector.
+
+Parameters are real. A leaf of complex numbers is one of pairs, their real and imaginary parts: what
+is inside has these leaves, with a last axis of two, and what comes from outside and goes there has
+complex ones. A pytree like the parameters that is no point (a diagonal, standard deviations) then
+has one value for the real part and one for the imaginary part of a number as its own two parts.
+"""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +25,15 @@ from laplax_kfac.summaries import aligned, summarised
 @summarised
 @dataclass(frozen=True)
 class ParameterSpace:
-    """Structure of a parameter pytree: tree, shapes and dtypes of its leaves; no values."""
+    """Structure of a parameter pytree: tree, shapes and dtypes of its leaves; no values.
+
+    Attributes:
+        treedef: The tree.
+        shapes: Shapes of the leaves as the model takes them.
+        dtypes: Their dtypes.
+        paths: Where they are, as JAX prints it.
+        names: The same as a person writes it.
+    """
 
     treedef: Any
     shapes: tuple[tuple[int, ...], ...]
@@ -61,9 +75,17 @@ class ParameterSpace:
         )
 
     @cached_property
+    def real_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the leaves as real numbers; of pairs of them where they are complex."""
+        return tuple(
+            (*shape, 2) if self.is_complex(leaf) else shape
+            for leaf, shape in enumerate(self.shapes)
+        )
+
+    @cached_property
     def offsets(self) -> tuple[int, ...]:
         """First id of every leaf, and one past the last id of all."""
-        return tuple(np.cumsum([0, *(math.prod(s) for s in self.shapes)]).tolist())
+        return tuple(np.cumsum([0, *(math.prod(s) for s in self.real_shapes)]).tolist())
 
     @property
     def size(self) -> int:
@@ -71,10 +93,10 @@ class ParameterSpace:
         return self.offsets[-1]
 
     def leaf_ids(self, leaf: int) -> Int[np.ndarray, "..."]:
-        """Ids of one leaf, in the leaf's shape."""
+        """Ids of one leaf, in the leaf's real shape."""
         dtype = np.int32 if self.size < np.iinfo(np.int32).max else np.int64
         ids = np.arange(self.offsets[leaf], self.offsets[leaf + 1], dtype=dtype)
-        return ids.reshape(self.shapes[leaf])
+        return ids.reshape(self.real_shapes[leaf])
 
     def leaf_at(self, id_: int) -> int:
         """The leaf that holds one id."""
@@ -95,7 +117,7 @@ class ParameterSpace:
         return bool(jnp.issubdtype(self.dtypes[leaf], jnp.complexfloating))
 
     def flatten(self, tree: PyTree, *, name: str = "v") -> list[Array]:
-        """Leaves of a pytree like the parameters.
+        """Leaves of a pytree like the parameters, as real numbers.
 
         Raises:
             ValueError: If its structure or a shape differs from the parameters'.
@@ -109,7 +131,14 @@ class ParameterSpace:
                 f"{self.treedef} with shapes {self.shapes}, found {treedef} with shapes {shapes}."
             )
             raise ValueError(msg)
-        return [jnp.asarray(leaf) for leaf in leaves]
+        return self.as_real([jnp.asarray(leaf) for leaf in leaves])
+
+    def as_real(self, leaves: Sequence[Array]) -> list[Array]:
+        """Leaves as real numbers: those that the model takes as complex ones as pairs."""
+        return [
+            jnp.stack([jnp.real(x), jnp.imag(x)], axis=-1) if self.is_complex(leaf) else x
+            for leaf, x in enumerate(leaves)
+        ]
 
     def require_like(self, tree: PyTree, name: str) -> None:
         """Refuse a pytree with leaves at other places, or of other shapes, than the parameters.
@@ -156,8 +185,12 @@ class ParameterSpace:
         raise ValueError(msg)
 
     def unflatten(self, leaves: Sequence[Array]) -> PyTree:
-        """The pytree with these leaves."""
-        return jax.tree.unflatten(self.treedef, leaves)
+        """The pytree with these leaves of real numbers."""
+        found = [
+            jax.lax.complex(x[..., 0], x[..., 1]) if self.is_complex(leaf) else x
+            for leaf, x in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(self.treedef, found)
 
     def ravel(self, leaves: Sequence[Array]) -> Shaped[Array, " P"]:
         """Concatenate leaves to one vector in laplax's order."""
@@ -166,7 +199,7 @@ class ParameterSpace:
     def unravel(self, vector: Shaped[Array, " P"]) -> list[Array]:
         """Split a vector in laplax's order into leaves; the inverse of `ravel`."""
         parts = jnp.split(vector, self.offsets[1:-1])
-        return [p.reshape(s) for p, s in zip(parts, self.shapes, strict=True)]
+        return [p.reshape(s) for p, s in zip(parts, self.real_shapes, strict=True)]
 
     def read(self, segment: Segment, leaves: Sequence[Array]) -> Num[Array, "..."]:
         """Entries of a segment, in its shape."""
@@ -197,8 +230,8 @@ class ParameterSpace:
                 permuted = tuple(place.sizes[p] for p in place.permutation)
                 inverse = tuple(int(i) for i in np.argsort(place.permutation))
                 flat = values.reshape(permuted).transpose(inverse).reshape(-1)
-                if flat.size == math.prod(self.shapes[leaf]):
-                    whole[leaf] = flat.reshape(self.shapes[leaf])
+                if flat.size == math.prod(self.real_shapes[leaf]):
+                    whole[leaf] = flat.reshape(self.real_shapes[leaf])
                     continue
                 begin = place.start - self.offsets[leaf]
                 buffer = self._buffer(buffers, leaf, values)
@@ -212,7 +245,7 @@ class ParameterSpace:
                 buffers[leaf] = buffer.at[local].set(values.reshape(-1)[np.flatnonzero(inside)])
         return [
             whole[leaf] if leaf in whole else self._buffer(buffers, leaf).reshape(shape)
-            for leaf, shape in enumerate(self.shapes)
+            for leaf, shape in enumerate(self.real_shapes)
         ]
 
     def ids(self, segment: Segment) -> Int[np.ndarray, "..."]:
@@ -231,7 +264,7 @@ class ParameterSpace:
         self, buffers: dict[int, Array], leaf: int, like: Float[Array, "..."] | None = None
     ) -> Array:
         dtype = jnp.float32 if like is None else like.dtype
-        empty = jnp.zeros(math.prod(self.shapes[leaf]), dtype)
+        empty = jnp.zeros(math.prod(self.real_shapes[leaf]), dtype)
         return buffers.get(leaf, empty)
 
 

@@ -12,17 +12,20 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from laplax_kfac import jaxprs, meshes
+from laplax_kfac.parsing import made_weights
 from laplax_kfac.parsing.biases import Bias
+from laplax_kfac.parsing.complex_weights import with_real_weights
 from laplax_kfac.parsing.expansion import expanded
-from laplax_kfac.parsing.grouping import Resolved, resolve
+from laplax_kfac.parsing.grouping import Resolved, resolve, resolve_entries
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.model_calls import ModelFn as ModelFn
 from laplax_kfac.parsing.model_calls import call
 from laplax_kfac.parsing.model_calls import require_model as require_model
+from laplax_kfac.parsing.products import Product
 from laplax_kfac.parsing.selection import Selection
-from laplax_kfac.parsing.steps import Scope
-from laplax_kfac.parsing.uses import Fallback, Findings, Use
+from laplax_kfac.parsing.steps import Given, Scope
+from laplax_kfac.parsing.uses import Findings, Use
 from laplax_kfac.parsing.values import PARAMETERS, Symbolic, Value, constant
 from laplax_kfac.parsing.walk import walk
 
@@ -34,8 +37,8 @@ class Program:
     """A model traced for one example, and its layers.
 
     Attributes:
-        jaxpr: Inputs are the constants, then the leaves of the parameters, then those of the
-            example; every equation matters for the output.
+        jaxpr: Inputs are the constants, then the leaves of the parameters as real numbers, then
+            those of the example; every equation matters for the output.
         consts: Arrays that the model closes over.
         space: Structure of the parameters.
         resolved: The layers, and how their statistics are read.
@@ -107,14 +110,18 @@ def parse(
     jaxpr, consts, output = jaxprs.trace(function, params, example)
     jaxpr, consts = expanded(jaxpr, consts)
     covered = [selection.covers(name) for name in space.names]
+    jaxpr, consts = with_real_weights(jaxpr, consts, covered)
     findings = _find(jaxpr, consts, space, covered)
     if selection.last_layer:
         covered = _of_last_layer(findings, space)
         names = {name for name, used in zip(space.names, covered, strict=True) if used}
         selection = replace(selection, params_filter=lambda path: path in names)
         findings = _find(jaxpr, consts, space, covered)
-    resolved = resolve(findings, space, selection)
-    used = {m.claim.use for r in resolved for m in r.members}
+    if selection.by_entries:
+        resolved = resolve_entries(space, covered, selection)
+    else:
+        resolved = resolve(findings, space, selection)
+    used = {number for r in resolved for m in r.members for number in m.claim.used}
     uses = {number: findings.uses[number] for number in used}
     custom_vjp = jaxprs.has_custom_vjp(jaxpr)
     return Program(jaxpr, consts, space, resolved, uses, custom_vjp, selection, output)
@@ -125,19 +132,18 @@ def _find(
 ) -> Findings:
     """Walk the jaxpr with the leaves that are covered."""
     findings = Findings()
-    for leaf, used in enumerate(covered):
-        if used and space.is_complex(leaf):
-            reason = "complex: real and imaginary part share one eigenvalue"
-            findings.fallbacks.append(Fallback(space.leaf_ids(leaf).ravel(), "complex", reason))
     values = _initial_values(jaxpr, consts, space, covered)
-    for value in walk(jaxpr, values, Scope(findings)):
+    given = Given(space, consts, list)
+    for value in walk(jaxpr, values, Scope(findings, given=given)):
         findings.mark(value, "direct", "is part of the output itself")
+        for ending in made_weights.endings_of([value]):
+            findings.end(ending)
     return findings
 
 
 def _of_last_layer(findings: Findings, space: ParameterSpace) -> list[bool]:
     """The leaves of the last weight in the jaxpr, and of what is added to its output."""
-    weights = [k for k, use in enumerate(findings.uses) if not isinstance(use.role, Bias)]
+    weights = [k for k, use in enumerate(findings.uses) if not isinstance(use.role, Bias | Product)]
     if not weights:
         msg = "`params_filter='last_layer'` needs a layer with a weight; the model has none."
         raise ValueError(msg)
@@ -156,7 +162,7 @@ def _initial_values(
     leaves: list[Value] = [
         Symbolic(PARAMETERS, space.leaf_ids(leaf))
         if covered[leaf]
-        and jnp.issubdtype(space.dtypes[leaf], jnp.floating)
+        and jnp.issubdtype(space.dtypes[leaf], jnp.inexact)
         and 0 not in space.shapes[leaf]
         else None
         for leaf in range(len(space.shapes))

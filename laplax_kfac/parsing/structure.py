@@ -149,6 +149,8 @@ def of_value(value: object) -> Hashable:
         array = np.asarray(value)
         digest = hashlib.blake2b(np.ascontiguousarray(array).tobytes()).digest()
         return (array.shape, str(array.dtype), digest)
+    if isinstance(value, Jaxpr):
+        return Structure().of(value)
     if isinstance(value, JaxprEqn):
         return None  # told apart by its jaxpr and its site
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -6,15 +6,19 @@ what the parameter is to the equation: its `Weight`, or (`biases.Bias`) what it 
 
 import functools
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from jax.extend.core import JaxprEqn
 from jaxtyping import Float, Int
 
 from laplax_kfac import jaxprs
+from laplax_kfac.parsing.complex_numbers import IMAGINARY
+from laplax_kfac.parsing.separable_maps import SeparableMap
 from laplax_kfac.parsing.values import (
     FOREIGN,
     PARAMETERS,
+    Ending,
     Fixed,
     Known,
     Symbolic,
@@ -23,6 +27,7 @@ from laplax_kfac.parsing.values import (
 )
 from laplax_kfac.patterns import Moments, Pattern
 
+Ids = Int[np.ndarray, " n"]
 Site = tuple[int, ...]
 """Where an equation sits: equation index, then (sub-jaxpr number, equation index) inward."""
 
@@ -38,6 +43,9 @@ class Role:
         refusal: Why these cannot be matrices of distinct parameters; empty if that depends on
             their ids alone.
         reason: What a report says of the use.
+        map: How gradients in the equation's weight are pulled back to the parameter, where it is
+            not the weight itself, but what that is made of.
+        added: Whether the parameter is added to something.
     """
 
     pattern: Pattern
@@ -45,6 +53,8 @@ class Role:
     view: Symbolic
     refusal: str
     reason: str
+    map: SeparableMap | None = None
+    added: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +66,7 @@ class Weight(Role):
     view: Symbolic
     reason: str
     refusal: str = ""
+    map: SeparableMap | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +106,11 @@ class Use:
         scale = self.role.view.scale
         return None if scale is None else np.broadcast_to(scale, self.ids.shape)
 
+    @property
+    def imaginary(self) -> bool:
+        """Whether it is at the positions of another use, that of a complex product's other part."""
+        return IMAGINARY in str(self.eqn.source_info.name_stack)
+
     @functools.cached_property
     def positions(self) -> int:
         """Positions in one evaluation of the equation."""
@@ -111,16 +127,29 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class Fallback:
-    """Parameters used in a way that has no Kronecker form."""
+    """Parameters used in a way that has no Kronecker form.
+
+    Attributes:
+        ids: The parameters.
+        pattern: What a report calls their use.
+        reason: Why there is no such form.
+        product: Number of the use, an elementwise product, that a sum may still give such a form
+            (see `products`); -1 if there is none.
+        added: Whether they are added to data, each at places of its own (see `tables`).
+    """
 
     ids: Int[np.ndarray, " n"]
     pattern: str
     reason: str
+    product: int = -1
+    added: bool = False
 
     @classmethod
-    def of(cls, ids: Int[np.ndarray, "..."], pattern: str, reason: str) -> "Fallback":
+    def of(
+        cls, ids: Int[np.ndarray, "..."], pattern: str, reason: str, product: int = -1
+    ) -> "Fallback":
         """Those among some ids, each once."""
-        return cls(np.unique(ids[ids != FOREIGN]), pattern, reason)
+        return cls(np.unique(ids[ids != FOREIGN]), pattern, reason, product)
 
 
 @dataclass
@@ -131,11 +160,21 @@ class Findings:
         uses: The uses, in the order of the jaxpr; their place is their number.
         fallbacks: Parameters without a Kronecker form.
         of_parameters: Numbers of the uses whose equations no data enter.
+        sums: Number of a product -> that of the product which stands for the sum of both, and the
+            factor of the first one's cotangent over the second one's.
+        pairs: Ids of scales, and of what is added to the entries that they scale.
+        passed_on: Of these, the ones whose parameters are uses of a weight that is made of the
+            output.
+        ended: Of these, the ones whose output is used in another way, too.
     """
 
     uses: list[Use] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     of_parameters: set[int] = field(default_factory=set)
+    sums: dict[int, tuple[int, float]] = field(default_factory=dict)
+    pairs: list[tuple[Ids, Ids]] = field(default_factory=list)
+    passed_on: set[int] = field(default_factory=set)
+    ended: set[int] = field(default_factory=set)
 
     def is_fixed(self, value: Value) -> bool:
         """Whether a value is the same for all data."""
@@ -143,6 +182,13 @@ class Findings:
             alone = value.source == PARAMETERS or value.source in self.of_parameters
             return alone and not value.mixed
         return isinstance(value, Known | Fixed)
+
+    def end(self, ending: Ending) -> None:
+        """Note that parameters make no weight: they get what the equation that they met allows."""
+        if ending.use is None:
+            self.fallbacks.append(Fallback.of(ending.view.index, ending.pattern, ending.reason))
+        else:
+            self.ended.add(ending.use)
 
     def mark(self, value: Value, pattern: str, reason: str) -> None:
         """Note that the parameters in a value have no Kronecker form."""

@@ -46,12 +46,14 @@ class Symbolic:
         scale: Factor of every entry, of the same shape; None stands for 1.
         mixed: Whether data may have been joined with the source, in other entries or as terms, and
             not constants alone. What is mixed is not the same for all data, whatever its source.
+        endings: Where views of other parameters ended that it is computed of, too.
     """
 
     source: int
     index: Int[np.ndarray, "..."]
     scale: Float[np.ndarray, "..."] | None = None
     mixed: bool = False
+    endings: "tuple[Ending, ...]" = ()
 
     @property
     def factors(self) -> Float[np.ndarray, "..."]:
@@ -150,14 +152,43 @@ class Known:
         return value.reshape((1,) * (ndim - own) + value.shape[:own] + scans)
 
 
+@dataclass(frozen=True, eq=False)
+class Ending:
+    """Parameters that meet an equation which no data enter, and of whose output they are no view.
+
+    Attributes:
+        view: The parameters, as the equation reads them.
+        pattern: What a report says of them if nothing better is found than a fallback.
+        reason: Why.
+        use: Number of the use if the equation is one, a product of two parameters; or None.
+    """
+
+    view: Symbolic
+    pattern: str
+    reason: str
+    use: int | None = None
+
+
 @dataclass(frozen=True)
 class Fixed:
-    """The same for all data: parameters without a derivative, or computed of parameters alone."""
+    """The same for all data: parameters without a derivative, or computed of parameters alone.
+
+    Attributes:
+        endings: Where views of the parameters ended that it has a derivative in.
+    """
+
+    endings: tuple[Ending, ...] = ()
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """Data that a parameter has multiplied: what is added to it is the shift of a norm layer."""
+    """Data that a parameter has multiplied: what is added to it is the shift of a norm layer.
+
+    Attributes:
+        by: The parameter that has multiplied each entry; None if that is not known.
+    """
+
+    by: Symbolic | None = None
 
 
 Value = Symbolic | Known | Fixed | Scaled | None

@@ -19,16 +19,16 @@ import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
 from laplax_kfac import jaxprs, patterns
-from laplax_kfac.parsing import arithmetic, control_flow
+from laplax_kfac.parsing import arithmetic, control_flow, made_weights
 from laplax_kfac.parsing.custom_rules import opaque
 from laplax_kfac.parsing.index_rules import INDEX_RULES, SELECTIONS, moved, selected
+from laplax_kfac.parsing.products import carried, is_product, scaled
 from laplax_kfac.parsing.pullbacks import rearranged
 from laplax_kfac.parsing.steps import Rule, Scope, Step
 from laplax_kfac.parsing.uses import Weight
 from laplax_kfac.parsing.values import (
     Fixed,
     Known,
-    Scaled,
     Symbolic,
     Value,
     known_outputs,
@@ -49,6 +49,8 @@ def walk(jaxpr: Jaxpr, inputs: Sequence[Value], scope: Scope) -> list[Value]:
         """What is left of a value where its cotangent is another one, or none."""
         if not isinstance(value, Symbolic):
             return value
+        if is_product(value, findings):
+            return scaled(value, findings)
         return Fixed() if findings.is_fixed(value) else None
 
     def read(atom: Any) -> Value:
@@ -56,8 +58,9 @@ def walk(jaxpr: Jaxpr, inputs: Sequence[Value], scope: Scope) -> list[Value]:
             return Known(lambda: np.asarray(atom.val))
         value = env.get(atom)
         # A use's output that is read twice has a cotangent that its bias does not see.
-        shared = counts.get(atom, 0) > 1 and not of_parameters(value)
-        return without_derivative(value) if shared else value
+        if counts.get(atom, 0) > 1 and isinstance(value, Symbolic) and not of_parameters(value):
+            return Fixed(value.endings) if findings.is_fixed(value) else None
+        return value
 
     for number, eqn in enumerate(jaxpr.eqns):
         values = [read(a) for a in eqn.invars]
@@ -65,8 +68,9 @@ def walk(jaxpr: Jaxpr, inputs: Sequence[Value], scope: Scope) -> list[Value]:
             values = [without_derivative(v) for v in values]
         fixed = not eqn.effects and all(map(findings.is_fixed, values))
         step = Step(jaxpr, number, eqn, values, scope, walk)
-        for var, value in zip(eqn.outvars, _outputs(step), strict=True):
-            if fixed and not isinstance(value, Symbolic | Known):
+        outputs = made_weights.outputs(step, _outputs, fixed=fixed)
+        for var, value in zip(eqn.outvars, outputs, strict=True):
+            if fixed and not isinstance(value, Symbolic | Known | Fixed):
                 value = Fixed()
             empty = isinstance(value, Symbolic) and value.index.size == 0
             kept = isinstance(value, Known | Fixed) or (jaxprs.is_inexact(var) and not empty)
@@ -81,11 +85,10 @@ def _outputs(step: Step) -> list[Value]:
         known = [v for v in values if isinstance(v, Known)]
         if len(known) == len(values):
             return step.nothing if eqn.effects else [*known_outputs(step.jaxpr, eqn, known)]
-        moves = name in INDEX_RULES or name == "mul"
-        scaled = moves and any(isinstance(v, Scaled) for v in values)
-        return [Scaled()] if scaled and len(eqn.outvars) == 1 else step.nothing
+        return carried(step)
     if not jaxprs.has_body(eqn) and any(jaxprs.is_complex(v) for v in eqn.outvars):
-        return step.mark("complex", "turned into a complex number before its use")
+        reason = "used as a complex number by an equation that is no product with data and no sum"
+        return step.mark("complex", reason)
     if name in INDEX_RULES:
         return moved(eqn, values)
     selection = selected(eqn, values) if name in SELECTIONS else None

@@ -10,6 +10,7 @@ Frozen parameters have infinite precision: no variance, and no part in the deter
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from laplax_kfac.arguments import (
 )
 from laplax_kfac.blocks.blocks import BlockDiagonal, rotate_back
 from laplax_kfac.blocks.merging import add, require_curvature
+from laplax_kfac.blocks.operators import linear_operator
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.posterior.prior import (
     Hyperparameters,
@@ -36,6 +38,9 @@ from laplax_kfac.posterior.prior import (
     prior_distance,
 )
 
+if TYPE_CHECKING:
+    import lineax
+
 
 @pytrees.register
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Posterior:
 
     Attributes:
         precision: Its precision matrix.
-        mean: The trained parameters, if it was made with them; `save` does not keep them.
+        mean: The trained parameters, if it was made with them.
     """
 
     precision: BlockDiagonal
@@ -59,6 +64,18 @@ class Posterior:
     def covariance_mv(self, v: PyTree) -> PyTree:
         """Covariance times a pytree like the parameters."""
         return self.precision.map(jnp.reciprocal).mv(v)
+
+    @no_type_check
+    def as_linear_operator(self) -> "lineax.FunctionLinearOperator":
+        """The covariance as an operator of lineax; the precision's own is its inverse.
+
+        ``posterior.precision.as_linear_operator()`` is the inverse where nothing is frozen.
+
+        Raises:
+            ImportError: If lineax is not installed.
+            ValueError: If some parameters are no real numbers.
+        """
+        return linear_operator(self.covariance_mv, self.precision.space)
 
     @on_automatic_axes
     def scale_mv(self, v: PyTree) -> PyTree:
@@ -107,7 +124,8 @@ class Posterior:
     @on_automatic_axes
     def standard_deviation(self) -> PyTree:
         """Marginal standard deviations, as a pytree like the parameters; 0 where frozen."""
-        return jax.tree.map(jnp.sqrt, self.covariance_diagonal())
+        space = self.precision.space
+        return space.unflatten([jnp.sqrt(x) for x in space.flatten(self.covariance_diagonal())])
 
     @on_automatic_axes
     def penalty(self, params: PyTree, mean: PyTree = None) -> Float[Array, ""]:
@@ -211,7 +229,7 @@ def _draw(
         ]
         return [
             (x + d).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x
-            for x, d in zip(mean, jax.tree.leaves(precision.write(parts)), strict=True)
+            for x, d in zip(mean, precision.space.flatten(precision.write(parts)), strict=True)
         ]
 
     numbers = start + jnp.arange(num_samples)
@@ -223,32 +241,18 @@ def _draw(
 
 
 def _noise(key: Key[Array, ""], precision: BlockDiagonal) -> list[Array]:
-    """Standard normal numbers in the shapes of the blocks; complex where their leaves are.
+    """Standard normal numbers in the shapes of the blocks.
 
     One draw for all blocks, for compiling a generator for each takes seconds; zeros where frozen.
     """
-    space, layers = precision.space, precision.layers
+    layers = precision.layers
     dtype = jnp.result_type(*(b.eigenvalues for b in precision.blocks))
     ends = np.cumsum([0 if layer.frozen else layer.size for layer in layers])
 
-    def draw(key: Key[Array, ""]) -> list[Array]:
-        numbers = jax.random.normal(key, (int(ends[-1]),), dtype)
-        return [
-            jnp.zeros(layer.shape, dtype) if layer.frozen else part.reshape(layer.shape)
-            for layer, part in zip(layers, jnp.split(numbers, ends[:-1]), strict=True)
-        ]
-
-    real = draw(key)
-    is_complex = [
-        layer.size > 0 and space.is_complex(space.leaf_at(layer.segments[0].first))
-        for layer in layers
-    ]
-    if not any(is_complex):
-        return real
-    other = draw(jax.random.fold_in(key, 0))
+    numbers = jax.random.normal(key, (int(ends[-1]),), dtype)
     return [
-        jax.lax.complex(a, b) / math.sqrt(2.0) if both else a
-        for a, b, both in zip(real, other, is_complex, strict=True)
+        jnp.zeros(layer.shape, dtype) if layer.frozen else part.reshape(layer.shape)
+        for layer, part in zip(layers, jnp.split(numbers, ends[:-1]), strict=True)
     ]
 
 
@@ -288,6 +292,7 @@ def make_posterior(
             negative log-likelihood of s = 1/2, which is the default.
         sigma_squared: Factor of the loss, positive, in place of ``noise_variance``: 1 / (2 s). The
             curvature is multiplied by it; an empirical Fisher matrix, by its square. 1 by default.
+            A likelihood of temperature T, to the power 1/T beside the prior, is 1 / T here.
         loss_scaling_factor: Factor by which the loss was scaled, positive.
 
     Raises:
@@ -297,8 +302,10 @@ def make_posterior(
     """
     require_curvature("curvature", curvature)
     dtype = jnp.result_type(*(block.eigenvalues for block in curvature.blocks))
+    temperature = Hyperparameters.temperature_of(prior_prec, None)
     prior_prec, noise_variance = Hyperparameters.split(prior_prec, noise_variance)
     factor = loss_factor(sigma_squared, noise_variance, dtype)
+    factor = factor if temperature is None else factor / temperature
     require_positive("loss_scaling_factor", loss_scaling_factor, shape=(), dtype=dtype)
     prior = as_prior(prior_prec)
     scaled = curvature.of_scaled_loss(factor)

@@ -4,7 +4,6 @@ Or the precision is a matrix: one value for every parameter (a feature, a unit),
 of the posterior of an earlier task.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,9 +12,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
+from laplax_kfac import jaxprs
 from laplax_kfac.arguments import no_type_check, numbers, require_positive, shown
-from laplax_kfac.bases import UNROTATED
-from laplax_kfac.blocks.blocks import Block, BlockDiagonal
+from laplax_kfac.bases import UNROTATED, Unrotated
+from laplax_kfac.blocks.blocks import Block, BlockDiagonal, read
 from laplax_kfac.parsing.layout import ParameterSpace
 
 Scalar = Float[Array, ""] | float | int
@@ -34,10 +34,12 @@ class Hyperparameters:
     Attributes:
         prior_prec: The prior precision.
         noise_variance: The noise variance; None where the likelihood has none.
+        temperature: That of the likelihood; None where it is 1.
     """
 
     prior_prec: PyTree
     noise_variance: Float[Array, ""] | None
+    temperature: Scalar | None = None
 
     @staticmethod
     def split(prior_prec: Any, noise_variance: Any) -> tuple[Any, Any]:
@@ -58,6 +60,27 @@ class Hyperparameters:
             )
             raise ValueError(msg)
         return prior_prec.prior_prec, prior_prec.noise_variance
+
+    @staticmethod
+    @no_type_check
+    def temperature_of(prior_prec: Any, given: Scalar | None) -> Scalar | None:
+        """The temperature that is given, or else that of the hyperparameters, if they have one.
+
+        Raises:
+            ValueError: If there are two, or it is not positive and finite.
+            TypeError: If it is no number.
+        """
+        own = prior_prec.temperature if isinstance(prior_prec, Hyperparameters) else None
+        if own is not None and given is not None:
+            msg = (
+                f"`prior_prec` is a {type(prior_prec).__name__} with a temperature of its own "
+                f"({shown(own)}): leave `temperature` out, or pass its `prior_prec` alone."
+            )
+            raise ValueError(msg)
+        found = given if own is None else own
+        if found is not None:
+            require_positive("temperature", found, shape=())
+        return found
 
 
 @no_type_check
@@ -90,7 +113,9 @@ def loss_factor(
     return 1.0 / (2 * jnp.asarray(noise_variance))
 
 
-def per_block(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> tuple[Scalar, ...]:
+def per_block(
+    prior_prec: PriorPrecision, matrix: BlockDiagonal
+) -> tuple[Scalar | Float[Array, "*block"], ...]:
     """The prior precision of every block.
 
     Args:
@@ -100,7 +125,8 @@ def per_block(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> tuple[Scalar
         matrix: The curvature.
 
     Returns:
-        One scalar a block; 1 for frozen ones, which have no prior.
+        One scalar a block; 1 for frozen ones, which have no prior. For a diagonal block whose
+        leaves differ, one value for every parameter of it.
 
     Raises:
         ValueError: If it is of another shape or structure, if it is not positive and finite in the
@@ -120,7 +146,7 @@ def per_block(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> tuple[Scalar
         values = _from_prefix(prior_prec, matrix)
     dtype = jnp.result_type(*(block.eigenvalues for block in matrix.blocks))
     for value in {id(value): value for value in values}.values():
-        require_positive("prior_prec", value, shape=(), dtype=dtype)
+        require_positive("prior_prec", value, shape=np.shape(value), dtype=dtype)
     return tuple(values)
 
 
@@ -141,11 +167,15 @@ def precision_matrix(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> Block
         if all(np.ndim(leaf) == 0 for leaf in leaves):
             return None
         dtype = jnp.result_type(float)
+        space = matrix.space
         full = [
             jnp.broadcast_to(jnp.asarray(leaf, dtype), shape)
-            for leaf, shape in zip(leaves, matrix.space.shapes, strict=True)
+            for leaf, shape in zip(leaves, space.shapes, strict=True)
         ]
-        parts = matrix.read(matrix.space.unflatten(full))
+        pairs = [  # real and imaginary part of a number have one precision
+            jnp.stack([x, x], axis=-1) if space.is_complex(k) else x for k, x in enumerate(full)
+        ]
+        parts = matrix.read(space.unflatten(pairs))
         blocks = [
             Block((UNROTATED,) * len(block.sides), part)
             for block, part in zip(matrix.blocks, parts, strict=True)
@@ -209,7 +239,7 @@ def log_prior_determinant(prior_prec: PriorPrecision, matrix: BlockDiagonal) -> 
     if precision is not None:
         return precision.log_determinant()
     pairs = zip(per_block(prior_prec, matrix), matrix.layers, strict=True)
-    logs = [layer.size * jnp.log(value) for value, layer in pairs if not layer.frozen]
+    logs = [layer.size * jnp.mean(jnp.log(value)) for value, layer in pairs if not layer.frozen]
     return sum(logs, jnp.zeros(()))
 
 
@@ -229,10 +259,14 @@ def prior_distance(
         return precision.quadratic_form(matrix.space.unflatten(offsets))
     total = jnp.zeros(())
     for value, layer in zip(per_block(prior_prec, matrix), matrix.layers, strict=True):
-        if not layer.frozen:
-            # By segment: joined to the block's matrix first, they would have to be moved.
-            parts = [matrix.space.read(segment, offsets) for segment in layer.segments]
-            total = total + value * sum(jnp.sum(jnp.abs(part) ** 2) for part in parts)
+        if layer.frozen:
+            continue
+        if np.ndim(value):
+            total = total + jnp.sum(value * jnp.abs(read(matrix.space, layer, offsets)) ** 2)
+            continue
+        # By segment: joined to the block's matrix first, they would have to be moved.
+        parts = [matrix.space.read(segment, offsets) for segment in layer.segments]
+        total = total + value * sum(jnp.sum(jnp.abs(part) ** 2) for part in parts)
     return total
 
 
@@ -287,25 +321,36 @@ def _broadcast(prior_prec: PyTree, space: ParameterSpace) -> list[Any]:
     return leaves
 
 
-def _from_prefix(prior_prec: PyTree, matrix: BlockDiagonal) -> list[Scalar]:
+def _from_prefix(
+    prior_prec: PyTree, matrix: BlockDiagonal
+) -> list[Scalar | Float[Array, "*block"]]:
+    """The value that the leaves of every block share; of a diagonal block, each its own.
+
+    Raises:
+        ValueError: If leaves of a block that couples them have several.
+    """
     space = matrix.space
     leaves = _broadcast(prior_prec, space)
     number = {path: k for k, path in enumerate(space.paths)}
-    return [
-        1.0 if layer.frozen else _common(layer.name, [leaves[number[p]] for p in layer.params])
-        for layer in matrix.layers
-    ]
-
-
-def _common(name: str, values: Sequence[Scalar]) -> Scalar:
-    """The value that the leaves of one block share."""
-    first = values[0]
-    for value in values[1:]:
-        traced = isinstance(value, jax.core.Tracer) or isinstance(first, jax.core.Tracer)
-        if value is not first and (traced or value != first):
+    found: list[Scalar | Float[Array, "*block"]] = []
+    for block, layer in zip(matrix.blocks, matrix.layers, strict=True):
+        first, *others = (1.0,) if layer.frozen else [leaves[number[p]] for p in layer.params]
+        if all(value is first or not _may_differ(first, value) for value in others):
+            found.append(first)
+        elif all(isinstance(basis, Unrotated) for basis in block.sides):
+            shapes = zip(leaves, space.shapes, strict=True)
+            found.append(read(space, layer, [jnp.full(shape, x) for x, shape in shapes]))
+        else:
             msg = (
-                f"`prior_prec` differs between the parameters of layer {name!r}, which share a "
-                "block; give them one value, or fit with `separate_weight_and_bias=True`."
+                f"`prior_prec` differs between the parameters of layer {layer.name!r}, which share "
+                "a block: give them one value, or fit with `separate_weight_and_bias=True` or "
+                "`curvature='diagonal'`; or give arrays of the parameters' shapes, one value for "
+                "every parameter, which takes an eigendecomposition for every prior."
             )
             raise ValueError(msg)
-    return first
+    return found
+
+
+def _may_differ(first: Scalar, second: Scalar) -> bool:
+    """Whether two values are different, or not known yet."""
+    return jaxprs.is_traced((first, second)) or bool(first != second)

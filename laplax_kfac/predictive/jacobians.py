@@ -46,7 +46,7 @@ _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 @pytrees.register
 @dataclass(frozen=True)
 class DenseJacobian:
-    """Jacobian of one example, entry by entry: shape (C, p), conjugated where it is complex."""
+    """Jacobian of one example, entry by entry: shape (C, p)."""
 
     entries: Float[Array, "C p"]
 
@@ -197,7 +197,7 @@ def covariance(
     """
     if isinstance(first, DenseJacobian) and isinstance(second, DenseJacobian):
         weighted = first.entries * variances.reshape(-1)
-        product = jnp.matmul(weighted, second.entries.conj().T, precision=jax.lax.Precision.HIGHEST)
+        product = jnp.matmul(weighted, second.entries.T, precision=jax.lax.Precision.HIGHEST)
         return jnp.real(product)
     assert not isinstance(first, DenseJacobian)
     assert not isinstance(second, DenseJacobian)
@@ -209,7 +209,7 @@ def covariance(
 def variance(jacobian: Jacobian, variances: Float[Array, "..."]) -> Float[Array, " C"]:
     """Diagonal of the `covariance` of an example with itself."""
     if isinstance(jacobian, DenseJacobian):
-        squares = jnp.abs(jacobian.entries) ** 2
+        squares = jacobian.entries**2
         return jnp.matmul(squares, variances.reshape(-1), precision=jax.lax.Precision.HIGHEST)
     weighted = _weighted(jacobian, jacobian, variances)
     return jnp.sum(weighted * jacobian.gradients, axis=(1, 2, 3))

@@ -60,7 +60,9 @@ class LinearModel:
         return cls(
             program,
             compiled_linearise(model_fn, program),
-            Expansion(jax.tree.leaves(params), program.consts, precision.blocks),
+            Expansion(
+                program.space.as_real(jax.tree.leaves(params)), program.consts, precision.blocks
+            ),
             [1.0 / block.eigenvalues for block in precision.blocks],
             batch["input"],
         )

@@ -38,6 +38,7 @@ ROWS: list[Row] = [
     *rows(["Options", "kfac", "laplace"], "mc_samples", NO_COUNT[:4], ValueError, POSITIVE),
     *rows(["Options"], "sketches", NO_COUNT_OR_NONE, ValueError, POSITIVE),
     *rows(["Options"], "dense_limit", [-1, 2.5, True, "8"], ValueError, "an integer of at least 0"),
+    *rows(["Options"], "max_factor_size", NO_COUNT[:4], ValueError, "must be a positive integer"),
     *rows(["kfac", "kfoc", "optimise"], "iterations", NO_COUNT[:4], ValueError, POSITIVE),
     *rows(["relative_error"], "num_probes", NO_COUNT, ValueError, POSITIVE),
     *rows(["sample", "predictive_samples"], "num_samples", NO_COUNT, ValueError, POSITIVE),
@@ -134,6 +135,10 @@ ROWS: list[Row] = [
         "one for each of the 2 outputs",
     ),
     *rows(["log_marginal_likelihood"], "noise_variance", [np.ones(2)], ValueError, "one number"),
+    *rows(["tune"], "temperature", NOT_POSITIVE[:4], ValueError, "must be positive and finite"),
+    *rows(["tune"], "temperature", ["1", True], TypeError, REAL),
+    *rows(["tune"], "temperature", [np.ones(2)], ValueError, "one number"),
+    *rows(["tune"], "tune_noise", NO_FLAG, TypeError, "must be True or False"),
     *rows(["marglik_training"], "noise_variance", [0.0, -1.0], ValueError, "must be positive"),
     # searches
     *rows(
@@ -163,7 +168,7 @@ ROWS: list[Row] = [
     *rows(["tune"], "method", ["newton", None, 1, "LBFGS"], ValueError, "must be one of 'lbfgs'"),
     # choices
     *rows(["Options", "kfac", "laplace"], "fisher_type", ["typ2", None, 2], ValueError, "one of"),
-    *rows(["Options"], "curvature", ["full", "kroneker", None], ValueError, "must be one of"),
+    *rows(["Options"], "curvature", ["fulll", "kroneker", None], ValueError, "must be one of"),
     *rows(["class_probabilities"], "link", ["softmax", None, 0, "prbit"], ValueError, "one of"),
     # flags
     *rows(WITH_OPTIONS, "vmap_over_data", NO_FLAG[:1], TypeError, "must be True or False"),

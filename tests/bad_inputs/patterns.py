@@ -82,6 +82,9 @@ ROWS: list[Row] = [
     ),
     *rows(["Options"], "factor_kinds", [{"first": ("dense",) * 3}], ValueError, "or a pair"),
     *rows(["Options"], "factor_kinds", [{0: "dense"}], TypeError, "keys must be patterns"),
+    *rows(["Options", "kfac"], "wide_factors", ["dense", None, 1], ValueError, "must be one of"),
+    *rows(["Options"], "wide_factors", [{0: "blocks"}], TypeError, "keys must be patterns"),
+    *rows(["find_layers"], "wide_factors", [{"frist": "blocks"}], ValueError, LAYERS),
     *rows(
         ["kfac", "ekfac", "marglik_training"],
         "kfac_approx",

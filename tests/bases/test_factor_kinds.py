@@ -258,6 +258,56 @@ def test_other_kinds_and_layers_are_refused(wanted, message):
         layers_of("embedding", factor_kinds=wanted)
 
 
+@pytest.mark.parametrize(
+    ("wide", "kind"), [("diagonal", "diagonal"), ("blocks", "blocked:3"), (None, "diagonal")]
+)
+def test_wide_factors_are_of_another_kind_and_the_report_says_so(wide, kind):
+    options = {} if wide is None else {"wide_factors": wide}
+    model_fn, params, data = models.classified("mlp")
+    limited = functools.partial(laplax_kfac.kfac, model_fn, params, data, loss_fn="cross_entropy")
+    found = limited(max_factor_size=3, **options)
+    sizes = {layer.name: (layer.rows, layer.out_features) for layer in found.layers}
+    expected = {n: tuple(kind if s > 3 else "dense" for s in sizes[n]) for n in sizes}
+    assert {layer.name: layer.sides for layer in found.layers} == expected
+    assert {*expected.values()} == {(kind, "dense"), (kind, kind)}
+    same = limited(factor_kinds=expected)
+    np.testing.assert_array_equal(found.to_dense(), same.to_dense())
+    inputs = jax.tree.map(lambda x: x[0], data[0])
+    report = laplax_kfac.find_layers(model_fn, params, inputs, max_factor_size=3, **options)
+    assert f"the output factor is {kind}: 5 features are more than `max_factor_size`" in str(report)
+
+
+def test_wide_factors_by_layer_stop_where_a_kind_is_asked_for():
+    wide = {"lin1": "error", "*": "blocks"}
+    with pytest.raises(ValueError, match="layer 'lin1' has a factor of 5 features, more than"):
+        layers_of("mlp", max_factor_size=3, wide_factors=wide)
+    kinds = {"lin1": "dense"}
+    found = layers_of("mlp", max_factor_size=3, wide_factors=wide, factor_kinds=kinds)
+    assert found["lin1"].sides == ("dense", "dense")
+    assert found["lin2"].sides[0] == "blocked:3"
+    assert "max_factor_size" not in found["lin1"].reason
+    largest = max(layer.rows for layer in found.values())
+    assert layers_of("mlp", max_factor_size=largest, wide_factors="error") == layers_of("mlp")
+
+
+def test_rows_that_data_pick_are_no_wide_factor():
+    found = layers_of("embedding", max_factor_size=5, wide_factors="error")
+    assert found["table"].rows > 5
+    assert found["table"].sides == ("diagonal", "dense")
+
+
+def test_dense_blocks_are_limited_and_met_again():
+    model_fn, params, data = models.classified("mlp")
+    fit = functools.partial(
+        laplax_kfac.kfac, model_fn, params, data, loss_fn="cross_entropy", curvature="block"
+    )
+    with pytest.raises(ValueError, match=r"at most 24 are allowed.*raise `max_factor_size`"):
+        fit(max_factor_size=24)
+    found = fit(max_factor_size=25)
+    error = laplax_kfac.relative_error(found, model_fn, params, data, loss_fn="cross_entropy")
+    np.testing.assert_allclose(error.total, 0.0, atol=1e-10)
+
+
 def test_a_selection_has_kinds_as_texts():
     assert select(factor_kinds="blocked").kinds_for("any") == ("blocked:64", None)
     assert select().kinds_for("any") == (None, None)

@@ -54,7 +54,7 @@ def captured_gradients(program, params, inputs, cotangents):
     blocks = BlockDiagonal((), program.layers, program.space)
 
     def of_one_example(x, vectors):
-        leaves = jax.tree.leaves(params)
+        leaves = program.space.flatten(params)
         _, records = capture(program, (leaves, program.consts), x, lambda _: vectors)
         columns = len(jax.tree.leaves(vectors)[0])
         pairs = zip(program.resolved, records, strict=True)
@@ -131,7 +131,7 @@ def test_every_parameter_is_in_exactly_one_layer(model, separate):
         model_fn, params, example, selection=Selection(separate_weight_and_bias=separate)
     )
     ids = [program.space.ids(s).ravel() for layer in program.layers for s in layer.segments]
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    size = models.num_parameters(params)
     np.testing.assert_array_equal(np.sort(np.concatenate(ids)), np.arange(size))
 
 

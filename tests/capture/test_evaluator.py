@@ -87,7 +87,7 @@ def test_inputs_of_a_scan_come_stacked_in_the_order_of_its_iterations(model_fn):
     number = next(n for n, use in program.uses.items() if use.scans)
     seen, active, _ = inputs[number]
     order = range(LENGTH) if model_fn is scanned else reversed(range(LENGTH))
-    h, wanted = X, {}
+    h, wanted = jnp.asarray(X), {}
     for k in order:
         wanted[k] = h
         h = jnp.tanh(h @ PARAMS["w"] + (0 if model_fn is scanned else k * X))

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 from support import models
 
+from laplax_kfac import jaxprs
 from laplax_kfac.capture.plan import (
     is_fallback,
     members_of,
@@ -75,7 +76,7 @@ def test_zeros_are_like_the_outputs_with_an_axis_for_every_scan_around_them(mode
     assert sorted(zeros) == sorted(set(plan_of(program).all_perturbations()))
     for number, zero in zeros.items():
         use = program.uses[number]
-        assert zero.shape == (*use.scans, *use.eqn.outvars[0].aval.shape)
+        assert zero.shape == (*use.scans, *jaxprs.spec(use.eqn.outvars[0]).shape)
         assert not zero.any()
     lengths = {use.scans for use in program.uses.values()}
     assert lengths == ({(LENGTH,), ()} if model_fn is scanned else {()})

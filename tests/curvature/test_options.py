@@ -46,7 +46,7 @@ def test_an_unknown_keyword_names_the_nearest_option():
 
 def test_options_must_be_options():
     with pytest.raises(TypeError, match=r"laplax_kfac\.Options"):
-        Options.of({"fisher_type": "mc"}, {})
+        Options.of({"fisher_type": "mc"}, {})  # type: ignore[arg-type]
 
 
 def test_the_keywords_that_functions_take_are_the_attributes():

@@ -52,6 +52,49 @@ def test_linear_regression_has_the_density_of_its_targets(shape, prior_prec, noi
     np.testing.assert_allclose(found, expected, rtol=1e-8)
 
 
+@pytest.mark.parametrize("temperature", [0.25, 3.0])
+def test_a_tempered_likelihood_is_one_of_more_noise_and_other_constants(temperature):
+    noise, prior_prec = 0.3, 0.7
+    params = most_probable(TALL, prior_prec, noise * temperature)
+    curvature, fit = fitted(TALL)
+    found = laplax_kfac.log_marginal_likelihood(
+        curvature, params, log_likelihood=fit(params).at_temperature(temperature),
+        prior_prec=prior_prec, noise_variance=noise,
+    )  # fmt: skip
+    # N(y; f, s)^(1/T) is N(y; f, s T) times (2 pi s T)^(1/2) / (2 pi s)^(1 / (2 T)), a target.
+    per_target = jnp.log(2 * np.pi * noise * temperature)
+    per_target -= jnp.log(2 * np.pi * noise) / temperature
+    expected = density_of_targets(TALL, prior_prec, noise * temperature)
+    expected += 0.5 * TALL[0] * OUTPUTS * per_target
+    np.testing.assert_allclose(found.value, expected, rtol=1e-8)
+    logdet = curvature.logdet(prior_prec=prior_prec, noise_variance=noise * temperature)
+    np.testing.assert_allclose(found.log_determinant, logdet, rtol=1e-9)
+
+
+def test_one_prior_for_weights_and_one_for_biases_of_a_diagonal():
+    # With orthogonal features the curvature is diagonal, and the Laplace approximation exact.
+    x = np.linalg.qr(np.concatenate([np.ones((8, 1)), normal(8, 3, seed=1)], axis=1))[0][:, 1:]
+    y, noise = normal(8, OUTPUTS, seed=4), 0.2
+    prior = {"b": 0.4, "w": 5.0}
+    features = np.concatenate([np.ones((8, 1)), x], axis=1)
+    each = np.asarray([prior["b"], *[prior["w"]] * 3])
+    precision = features.T @ features + noise * np.diag(each)
+    weights = np.linalg.solve(precision, features.T @ y)
+    params = {"b": jnp.asarray(weights[0]), "w": jnp.asarray(weights[1:])}
+    curvature = laplax_kfac.kfac(linear, params, (x, y), loss_fn="mse", curvature="diagonal")
+    fit = laplax_kfac.data_fit(linear, params, (x, y), loss_fn="mse")
+
+    def evidence(prior):
+        return laplax_kfac.log_marginal_likelihood(
+            curvature, params, log_likelihood=fit, prior_prec=prior, noise_variance=noise
+        ).value
+
+    covariance = noise * jnp.eye(8) + features @ np.diag(1 / each) @ features.T
+    expected = jnp.sum(multivariate_normal.logpdf(y.T, jnp.zeros(8), covariance))
+    np.testing.assert_allclose(evidence(prior), expected, rtol=1e-8)
+    np.testing.assert_allclose(jax.jit(evidence)(prior), expected, rtol=1e-8)
+
+
 def test_the_squared_error_alone_is_noise_of_variance_one_half():
     params = most_probable(TALL, 0.3, 0.5)
     curvature, fit = fitted(TALL)

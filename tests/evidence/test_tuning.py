@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import models
-from support.linear_regression import TALL, fitted, most_probable
+from support.linear_regression import TALL, fitted, linear, most_probable, regression
 from support.tolerances import tolerance
 from support.training import descended
 
@@ -85,6 +85,45 @@ def test_every_method_finds_the_best_of_a_grid(method):
     tuned = laplax_kfac.tune(curvature, params, log_likelihood=fit, **options)
     assert_best(tuned, BOTH)
     assert (np.asarray(tuned.trace) <= tuned.evidence.value + 1e-9).all()
+
+
+@pytest.mark.parametrize("temperature", [None, 0.2])
+@pytest.mark.parametrize("curvature", ["kronecker", "diagonal"])
+def test_the_noise_and_the_temperature_stay_while_the_priors_are_tuned(curvature, temperature):
+    _, params, fit = case()
+    x, _, y = regression(TALL)
+    separate = curvature == "kronecker"  # a diagonal couples nothing
+    found = laplax_kfac.kfac(
+        linear, params, (x, y), loss_fn="mse", curvature=curvature,
+        separate_weight_and_bias=separate,
+    )  # fmt: skip
+    start = {"b": 2.0, "w": 0.1}
+    tuned = laplax_kfac.tune(
+        found, params, log_likelihood=fit, prior_prec=start, noise_variance=0.07, tune_noise=False,
+        temperature=temperature,
+    )  # fmt: skip
+    assert tuned.converged
+    np.testing.assert_allclose(jnp.asarray(tuned.noise_variance), 0.07)
+
+    def evidence(logs):
+        prior = jax.tree.map(jnp.exp, logs)
+        tempered = fit.at_temperature(temperature)
+        return laplax_kfac.log_marginal_likelihood(
+            found, params, log_likelihood=tempered, prior_prec=prior, noise_variance=0.07
+        ).value
+
+    logs = jax.tree.map(jnp.log, tuned.prior_prec)
+    value, slopes = jax.value_and_grad(evidence)(logs)
+    np.testing.assert_allclose(tuned.evidence.value, value, **CLOSE)
+    np.testing.assert_allclose(list(slopes.values()), 0.0, atol=1e-2)
+    before = jax.grad(evidence)(jax.tree.map(jnp.log, start))
+    assert min(map(abs, before.values())) > 0.1
+    # All three go with the result wherever it is passed as the prior.
+    whole = found.logdet(prior_prec=tuned)
+    apart = found.logdet(prior_prec=tuned.prior_prec, noise_variance=0.07 * (temperature or 1.0))
+    np.testing.assert_allclose(whole, apart, **CLOSE)
+    again = laplax_kfac.log_marginal_likelihood(found, params, log_likelihood=fit, prior_prec=tuned)
+    np.testing.assert_allclose(again.value, value, **CLOSE)
 
 
 def test_a_few_steps_do_not_converge():

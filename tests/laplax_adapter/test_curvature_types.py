@@ -219,6 +219,16 @@ def test_unknown_options_are_refused():
 # -- laplax's functions below `laplace` --------------------------------------------------------
 
 
+def test_complex_leaves_are_refused_for_laplax_has_real_vectors():
+    def model_fn(input, params):
+        return jnp.abs(input @ params["layer"]["w"])
+
+    params = {"layer": {"w": jnp.ones((2, 3)) * (1 + 1j)}}
+    data = {"input": jnp.ones((4, 2)), "target": jnp.zeros((4, 3))}
+    with pytest.raises(ValueError, match=r"complex leaves 'layer/w'.* leaves of their own"):
+        laplax.laplace(model_fn, params, data, loss_fn="mse", curv_type="kfac")
+
+
 @pytest.mark.parametrize("curv_type", OURS)
 def test_estimate_curvature_needs_the_model_and_says_so(curv_type):
     message = (

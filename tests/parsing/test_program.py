@@ -54,7 +54,8 @@ def test_layers_hold_the_leaves_that_they_name(model, separate):
     program = parse(model_fn, params, first(inputs), selection=selection)
     leaves = jax.tree.leaves_with_path(params)
     paths = [jax.tree_util.keystr(path) for path, _ in leaves]
-    leaf_of_id = np.repeat(np.arange(len(leaves)), [leaf.size for _, leaf in leaves])
+    sizes = [leaf.size * (1 + jnp.iscomplexobj(leaf)) for _, leaf in leaves]
+    leaf_of_id = np.repeat(np.arange(len(leaves)), sizes)
     for layer in program.layers:
         ids = np.concatenate([program.space.ids(s).ravel() for s in layer.segments])
         assert ids.size == layer.size

@@ -1,5 +1,7 @@
 """Prior precisions by layer and by leaf, against dense matrices and densities."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import laplax
@@ -42,11 +44,12 @@ def of_layers(module, _):
     return BY_LAYER[module]
 
 
-CASES = {
+CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "scalar": (0.7, lambda *_: 0.7, {}),
     "one value a layer": (np.asarray([0.5, 3.0]), of_layers, {}),
     "prefix": (BY_LAYER, of_layers, {}),
     "leaves": ({**BY_LEAF, "lin2": 3.0}, lambda m, k: BY_LEAF[m][k], SEPARATE),
+    "leaves of a diagonal": (BY_LEAF, lambda m, k: BY_LEAF[m][k], {"curvature": "diagonal"}),
 }
 
 

@@ -75,6 +75,11 @@ def by_name(name: str) -> Model:
     return found
 
 
+def num_parameters(params: Any) -> int:
+    """How many real numbers the parameters are."""
+    return sum(leaf.size * (1 + jnp.iscomplexobj(leaf)) for leaf in jax.tree.leaves(params))
+
+
 @functools.cache
 def classified(name: str) -> Any:
     """The model of that name, its parameters, and data with classes as targets."""
@@ -417,6 +422,72 @@ def depthwise_conv() -> Built:
     return model_fn, normal({"conv": {"w": (3, 3, 1, 4), "b": (4,)}}), inputs(4, 4, 2)
 
 
+def taps(name: str, kernel: int, positions: int, stack: int, **other: Any) -> Expected:
+    return Expected(name, "taps", "kronecker", kernel, 1, positions, stack, **other)
+
+
+@model(taps("conv", 4, 6, 3, bias=True))
+def taps_of_a_causal_conv() -> Built:
+    """A depthwise kernel as Mamba has it: one slice of the padded input a tap."""
+
+    def model_fn(input: Array, params: Any) -> Array:
+        x, w = jnp.pad(input, ((3, 0), (0, 0))), params["conv"]["w"][:, 0]
+        y = w[0] * x[:6]
+        for j in range(1, 4):
+            y = y + w[j] * x[j : j + 6]
+        return jnp.mean(jnp.tanh(y + params["conv"]["b"]), axis=0)
+
+    return model_fn, normal({"conv": {"w": (4, 1, 3), "b": (3,)}}), inputs(6, 3)
+
+
+@model(dense("last", 3, 2), taps("layers", 3, 5, 6, bias=True))
+def taps_in_a_scan() -> Built:
+    """Channels first, the taps in reverse and halved, and added to the bias, in stacked layers."""
+
+    def layer(x: Array, params: Any) -> tuple[Array, None]:
+        padded, y = jnp.pad(x, ((0, 0), (1, 1))), params["b"][:, None]
+        for j in range(3):
+            y = y + (0.5 if j else -0.5) * params["w"][:, 2 - j, None] * padded[:, j : j + 5]
+        return jnp.tanh(y), None
+
+    def model_fn(input: Array, params: Any) -> Array:
+        return jnp.mean(lax.scan(layer, input, params["layers"])[0], axis=1) @ params["last"]
+
+    shapes = {"layers": {"w": (2, 3, 3), "b": (2, 3)}, "last": (3, 2)}
+    return model_fn, normal(shapes), inputs(3, 5)
+
+
+class _Taps(eqx.Module):
+    """A depthwise convolution of images, the difference of products summed in pairs."""
+
+    weight: Array
+    bias: Array
+
+    @jax.jit
+    def __call__(self, x: Array) -> Array:
+        tap = lambda i, j: self.weight[i, j] * x[i : i + 3, j : j + 4]  # noqa: E731
+        y = (tap(0, 0) - tap(0, 1)) - 3.0 * (tap(1, 0) + tap(1, 1))
+        return jnp.mean(jnp.transpose(y, (2, 0, 1)) + self.bias[:, None, None], axis=(1, 2)) ** 2
+
+
+@model(taps("weight", 4, 12, 2, bias=True))
+def equinox_taps_of_images() -> Built:
+    return from_equinox(lambda _: _Taps(normal((2, 2, 2)), normal((2,), 3)), inputs(4, 5, 2))
+
+
+@model(
+    fallback("gains/0", "scale", 3, "elementwise"), fallback("gains/1", "scale", 3, "elementwise")
+)
+def gains_of_two_branches() -> Built:
+    """A sum of products, but of leaves of their own: each has its exact block."""
+
+    def model_fn(input: Array, params: Any) -> Array:
+        first, second = params["gains"]
+        return jnp.mean(jnp.tanh(first * input + second * jnp.sin(input)), axis=0)
+
+    return model_fn, normal({"gains": [(3,), (3,)]}), inputs(4, 3)
+
+
 @model(conv("conv", 6, 3, 4, stack=2, bias=True))
 def vmapped_conv() -> Built:
     """Groups are made of what is vmapped over, by reshapes that also transpose."""
@@ -464,7 +535,7 @@ def signal_shorter_than_its_filter() -> Built:
     return model_fn, normal({"filter": {"w": (9,), "b": ()}}), inputs(4)
 
 
-@model(conv("v", 32, 1, 48), conv("w", 8, 3, 16))
+@model(conv("v", 32, 1, 48), dense("w", 3, 8))
 def conv_of_two_weights() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         filters = lax.conv_general_dilated(params["v"], params["w"], (1, 1), "SAME")
@@ -1299,7 +1370,7 @@ def exponential_of_a_weight() -> Built:
     return model_fn, normal({"w": (4, 3)}), inputs(4)
 
 
-@model(dense("a", 2, 4, 3), dense("b", 2, 3, 4), dense("w", 4, 3))
+@model(dense("a", 4, 2), dense("b", 2, 3), dense("w", 4, 3))
 def merged_lora() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         return jnp.tanh(input @ (params["w"] + params["a"] @ params["b"]))
@@ -1638,7 +1709,7 @@ def reduction_with_an_operator_of_its_own() -> Built:
     return model_fn, normal({"lin": {"w": (4, 3), "b": (3,)}}), inputs(2, 4)
 
 
-@model(fallback("w", "other", 12, "reduce"))
+@model(dense("w", 6, 2))
 def reduction_of_a_weight() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         weight = lax.reduce(params["w"], np.asarray(0.0, float), lambda a, b: a + 2.0 * b, (0,))
@@ -1704,12 +1775,201 @@ def scan_over_no_layers() -> Built:
     return model_fn, normal(params), inputs(4)
 
 
-@model(fallback("w", "complex", 12, "turned into a complex number"))
+# -- complex weights, made of real parameters -----------------------------------------------------
+
+TWICE = "the sum of 2 uses, of real and imaginary parts"
+"""The parts of a complex product are two uses of the real and imaginary part of its weight."""
+
+
+@model(dense("im", 1, 4))
 def weight_times_an_imaginary_number() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
-        return jnp.abs(jnp.sum(input) + input @ (1j * params["w"]))
+        return jnp.abs(jnp.sum(input) + input @ (1j * params["im"]))
+
+    return model_fn, normal({"im": (1, 4)}), inputs(1)
+
+
+def _complex(shapes: Any) -> Any:
+    """Random complex arrays."""
+    return jax.tree.map(lax.complex, normal(shapes), normal(shapes, seed=1))
+
+
+@model(dense("first", 4, 6, bias=True), dense("second", 6, 2, 2, because=TWICE))
+def complex_leaves() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        h = input @ params["first"]["w"] + params["first"]["b"]
+        return jnp.abs((h * jnp.exp(-jnp.abs(h))) @ params["second"])
+
+    shapes = {"first": {"w": (4, 3), "b": (3,)}, "second": (3, 2)}
+    return model_fn, _complex(shapes), inputs(4)
+
+
+@model(dense("out", 2, 2), dense("spectral", 4, 2, 2, stack=6, because=TWICE))
+def complex_leaf_of_modes_in_two_dimensions() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        z = jnp.fft.rfft2(input)  # (in, 4, 3)
+        y = jnp.einsum("ixy,ioxy->oxy", z[:, :3, :2], params["spectral"])
+        y = jnp.pad(y, ((0, 0), (0, 1), (0, 1)))
+        return jnp.tanh(jnp.fft.irfft2(y, s=input.shape[1:])).mean((1, 2)) @ params["out"]
+
+    params = {"spectral": _complex((2, 2, 3, 2)), "out": normal((2, 2))}
+    return model_fn, params, inputs(2, 4, 4)
+
+
+@model(fallback("w", "complex", 8, "no product with data"), dense("v", 4, 2))
+def complex_leaf_of_a_nonlinear_function() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        return jnp.abs(jnp.exp(params["w"]) @ jnp.sin(input @ params["v"]))
+
+    return model_fn, {"w": _complex((2, 2)), "v": normal((4, 2))}, inputs(4)
+
+
+@model(dense("w", 4, 3, 2, because=TWICE))
+def real_weight_of_complex_features() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        return jnp.abs(jnp.fft.fft(input) @ params["w"])
 
     return model_fn, normal({"w": (4, 3)}), inputs(4)
+
+
+@model(
+    dense("layers/0/w/im", 4, 6, bias=True),
+    dense("layers/1/w", 6, 2, 2, because=TWICE),
+    *[Expected(f"layers/1/b/{part}", "bias", "kronecker", 1, 2) for part in ("im", "re")],
+)  # fmt: skip
+def complex_dense_layers() -> Built:
+    def linear(x: Array, p: Any) -> Array:
+        return x @ (p["w"]["re"] + 1j * p["w"]["im"]) + lax.complex(p["b"]["re"], p["b"]["im"])
+
+    def model_fn(input: Array, params: Any) -> Array:
+        h = linear(input, params["layers"][0])
+        h = lax.complex(jnp.tanh(h.real), jnp.tanh(h.imag))
+        return jnp.abs(linear(h, params["layers"][1]))
+
+    def shapes(rows: int, columns: int) -> Any:
+        weights = {"re": (rows, columns), "im": (rows, columns)}
+        return {"w": weights, "b": {"re": (columns,), "im": (columns,)}}
+
+    return model_fn, normal({"layers": [shapes(4, 3), shapes(3, 2)]}), inputs(4)
+
+
+@model(
+    dense("out", 2, 2), dense("skip", 2, 2, 8), dense("spectral", 4, 2, 2, stack=3, because=TWICE)
+)
+def fourier_layer_with_a_skip() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        z, weight = jnp.fft.rfft(input, axis=0)[:3], params["spectral"]
+        y = jnp.einsum("mi,mio->mo", z, weight["re"] + 1j * weight["im"])
+        h = jnp.tanh(jnp.fft.irfft(y, n=len(input), axis=0) + input @ params["skip"])
+        return h.mean(0) @ params["out"]
+
+    spectral = {"re": (3, 2, 2), "im": (3, 2, 2)}
+    return model_fn, normal({"spectral": spectral, "skip": (2, 2), "out": (2, 2)}), inputs(8, 2)
+
+
+@model(
+    dense("high", 4, 3, 2, stack=6, because=TWICE), dense("low", 4, 3, 2, stack=6, because=TWICE),
+)  # fmt: skip
+def fourier_layer_in_two_dimensions() -> Built:
+    """Channels first, corners of modes put into zeros, parts packed in the last axis of a leaf."""
+
+    def model_fn(input: Array, params: Any) -> Array:
+        z = jnp.fft.rfft2(input)  # (in, 5, 4)
+
+        def product(x: Array, w: Array) -> Array:
+            return jnp.einsum("ixy,ioxy->oxy", x, lax.complex(w[..., 0], w[..., 1]))
+
+        spectrum = jnp.zeros((3, *z.shape[1:]), z.dtype)
+        spectrum = spectrum.at[:, :2, :3].set(product(z[:, :2, :3], params["low"]))
+        spectrum = spectrum.at[:, -2:, :3].set(product(z[:, -2:, :3], params["high"]))
+        return jnp.tanh(jnp.fft.irfft2(spectrum, s=input.shape[1:])).mean((1, 2))
+
+    return model_fn, normal({"low": (2, 3, 2, 3, 2), "high": (2, 3, 2, 3, 2)}), inputs(2, 5, 6)
+
+
+class _Spectral(nnx.Module):
+    """A layer of the full transform, parts in two parameters, modes last."""
+
+    def __init__(self, channels: int, modes: int, rngs: nnx.Rngs) -> None:
+        shape = (channels, channels, modes)
+        self.real = nnx.Param(jax.random.normal(rngs.params(), shape, float))
+        self.imag = nnx.Param(jax.random.normal(rngs.params(), shape, float))
+        self.modes = modes
+
+    def __call__(self, x: Array) -> Array:
+        z = jnp.fft.fft(x.astype(complex), axis=-1)[..., : self.modes]
+        y = jnp.einsum("bim,iom->bom", z, self.real[...] + 1j * self.imag[...])
+        y = jnp.pad(y, ((0, 0), (0, 0), (0, x.shape[-1] - self.modes)))
+        return jnp.fft.ifft(y, axis=-1).real
+
+
+@model(
+    dense("first", 4, 2, 2, stack=2, because=TWICE),
+    dense("second", 4, 2, 2, stack=2, because=TWICE),
+)  # fmt: skip
+def nnx_fourier_operator() -> Built:
+    class Operator(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.first, self.second = _Spectral(2, 2, rngs), _Spectral(2, 2, rngs)
+
+        def __call__(self, x: Array) -> Array:
+            return jnp.tanh(self.second(jnp.tanh(self.first(x)))).mean(-1)
+
+    graph, params = nnx.split(Operator(nnx.Rngs(0)))
+
+    def model_fn(input: Array, params: Any) -> Array:
+        return nnx.merge(graph, params)(input[None])[0]
+
+    return model_fn, params, inputs(2, 6)
+
+
+@model(dense("im", 4, 2, 2, stack=6, because=TWICE))
+def fourier_layers_in_a_scan() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        @jax.checkpoint
+        def layer(h: Array, w: Any) -> tuple[Array, None]:
+            y = jnp.einsum("mi,mio->mo", jnp.fft.rfft(h, axis=0)[1:3], lax.complex(*w))
+            return jnp.tanh(jnp.fft.irfft(y, n=len(h), axis=0)), None
+
+        return lax.scan(layer, input, (params["re"], params["im"]))[0].mean(0)
+
+    return model_fn, normal({"re": (3, 2, 2, 2), "im": (3, 2, 2, 2)}), inputs(6, 2)
+
+
+@model(
+    Expected("w", "conv", "kronecker", 2 * 2 * 3, 2, 8, because=TWICE),
+    fallback("filter/im", "scale", 2, "elementwise"),
+    fallback("filter/re", "scale", 2, "elementwise"),
+)  # fmt: skip
+def complex_convolution_and_filter() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        weight, scale = (lax.complex(params[k]["re"], params[k]["im"]) for k in ("w", "filter"))
+        z = jnp.fft.fft(input, axis=0)[None]  # (1, 4, 2)
+        layout = ("NWC", "WIO", "NWC")
+        y = lax.conv_general_dilated(z, weight, (1,), "SAME", dimension_numbers=layout)
+        return jnp.abs(y * scale).mean((0, 1))
+
+    shapes = {"w": {"re": (3, 2, 2), "im": (3, 2, 2)}, "filter": {"re": (2,), "im": (2,)}}
+    return model_fn, normal(shapes), inputs(4, 2)
+
+
+@model(dense("w", 3, 2), dense("v", 4, 3, 4, bias=False))
+def fourier_mixing_of_tokens() -> Built:
+    """Complex intermediate values without parameters."""
+
+    def model_fn(input: Array, params: Any) -> Array:
+        mixed = jnp.fft.fft2(jnp.tanh(input @ params["v"])).real
+        return jnp.sum(mixed, axis=0) @ params["w"]
+
+    return model_fn, normal({"v": (4, 3), "w": (3, 2)}), inputs(4, 4)
+
+
+@model(fallback("w", "complex", 6, "no product with data"))
+def weight_in_the_frequency_domain() -> Built:
+    def model_fn(input: Array, params: Any) -> Array:
+        return jnp.fft.irfft(jnp.fft.rfft(input) * jnp.fft.rfft(params["w"]), n=6)
+
+    return model_fn, normal({"w": (6,)}), inputs(6)
 
 
 @model(dense("w", 3, 4))

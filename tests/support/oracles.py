@@ -41,7 +41,8 @@ def per_example_gradients(
         _, pullback = jax.vjp(output, [leaves[k] for k in moved])
 
         def gradient(vector: Any) -> Any:
-            found = dict(zip(moved, pullback(vector)[0], strict=True))
+            # Of a complex leaf, JAX gives the derivative in the imaginary part with a minus.
+            found = dict(zip(moved, map(jnp.conj, pullback(vector)[0]), strict=True))
             zeros = [jnp.zeros(leaf.shape) for leaf in leaves]
             return jax.tree.unflatten(treedef, [found.get(k, z) for k, z in enumerate(zeros)])
 
