@@ -2022,5 +2022,6 @@ def weight_scaled_by_the_time() -> Built:
 
 
 # The rest of the catalogue, which is made of what is above.
+from support import frontends as frontends  # noqa: E402
 from support import primitives as primitives  # noqa: E402
 from support import solvers as solvers  # noqa: E402

@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from support.models import Built, dense, fallback, inputs, model, normal, own_bias
 
+# -- other parts of JAX ------------------------------------------------------------------------
+
 TWO = {"one": {"w": (4, 6), "b": (6,)}, "two": {"w": (6, 3)}}
 
 
