@@ -14,6 +14,7 @@ from laplax_kfac.capture.layer_io import (
     Cotangents,
     Features,
     LayerIO,
+    MatrixIO,
     ParameterIO,
     Patches,
     Record,
@@ -24,6 +25,7 @@ from laplax_kfac.capture.layer_io import (
 from laplax_kfac.capture.plan import Perturbations, perturbation_of
 from laplax_kfac.parsing.claims import Part
 from laplax_kfac.parsing.grouping import Member
+from laplax_kfac.parsing.layer import MADE
 from laplax_kfac.parsing.program import Program
 from laplax_kfac.parsing.uses import Use
 
@@ -55,6 +57,8 @@ def records_of(
             records.append(
                 tuple(_layer_io(program, m, inputs, at_uses, sides) for m in resolved.members)
             )
+        elif number in at_parameters and resolved.layer.pattern == MADE:
+            records.append((MatrixIO.of(at_parameters[number], resolved.layer.rows),))
         elif number in at_parameters and resolved.layer.is_matrix:
             gradients = at_parameters[number]
             records.append((LayerIO.of_features(gradients, resolved.layer.stack),))

@@ -15,11 +15,11 @@ from jaxtyping import Bool, Int
 from laplax_kfac.parsing import biases, norms
 from laplax_kfac.parsing.claims import Claim, Group
 from laplax_kfac.parsing.groups import causes, claims_and_fallbacks, group
-from laplax_kfac.parsing.layer import FROZEN, BlockKind, Layer, unique_names
+from laplax_kfac.parsing.layer import FROZEN, MADE, BlockKind, Layer, unique_names
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.segments import make_segment
 from laplax_kfac.parsing.selection import CurvatureKind, Selection
-from laplax_kfac.parsing.uses import Findings
+from laplax_kfac.parsing.uses import Fallback, Findings
 
 _BLOCKS: dict[CurvatureKind, BlockKind] = {
     "kronecker": "kronecker",
@@ -169,12 +169,31 @@ def _fallback_layers(
         idle = ids[(number[here] == 0) & ~taken[here]]
         if mine.size:
             cause = fallbacks[number[mine[0]] - 1]
+            shape = space.shapes[leaf]
+            as_matrix = cause.makes_weight and mine.size == ids.size and len(shape) > 1
+            if as_matrix and selection.betters_diagonal(name, mine.size):
+                layers.append(Resolved(made_layer(path, mine.reshape(1, -1, shape[-1]), cause)))
+                continue
             kind = selection.block_of(name, mine.size, cause.reason)
             layers.append(_vector_layer(path, cause.pattern, kind, mine, cause.reason))
         if idle.size or not ids.size:
             pattern, reason = _why_idle(leaf, space, selection)
             layers.append(_vector_layer(path, pattern, "none", idle, reason))
     return layers
+
+
+def made_layer(path: str, ids: Int[np.ndarray, "1 rows out"], cause: Fallback) -> Layer:
+    """The layer of a matrix of parameters that has no uses, but gradients."""
+    return Layer(
+        name="",
+        pattern=MADE,
+        params=(path,),
+        block="kronecker",
+        in_features=ids.shape[1],
+        out_features=ids.shape[2],
+        reason=f"{cause.reason}; from second moments of both sides of its own gradients",
+        segments=(make_segment(ids),),
+    )
 
 
 def _why_idle(leaf: int, space: ParameterSpace, selection: Selection) -> tuple[str, str]:

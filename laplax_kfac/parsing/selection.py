@@ -169,10 +169,13 @@ class Selection:
 
         This is what they get in the place of a diagonal for each.
         """
+        return self.betters_diagonal(path, size) and not self.separate_weight_and_bias
+
+    def betters_diagonal(self, path: str, size: int) -> bool:
+        """Whether parameters of a leaf that would get a diagonal may get something better."""
         wanted = self.fallback_for(path)
         large = wanted == "dense" and size > self.dense_limit
-        together = self.curvature == "kronecker" and not self.separate_weight_and_bias
-        return together and (wanted == "joint" or large)
+        return self.curvature == "kronecker" and (wanted == "joint" or large)
 
     def block_of(self, path: str, size: int, reason: str) -> BlockKind:
         """The block of that many parameters of a leaf that have no Kronecker form.

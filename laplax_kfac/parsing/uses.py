@@ -5,7 +5,7 @@ what the parameter is to the equation: its `Weight`, or (`biases.Bias`) what it 
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jax.extend.core import JaxprEqn
@@ -126,12 +126,14 @@ class Fallback:
         reason: Why there is no such form.
         product: Number of the use, an elementwise product, that a sum may still give such a form
             (see `products`); -1 if there is none.
+        makes_weight: Whether a function of the parameters is a weight.
     """
 
     ids: Int[np.ndarray, " n"]
     pattern: str
     reason: str
     product: int = -1
+    makes_weight: bool = False
 
     @classmethod
     def of(
@@ -172,10 +174,16 @@ class Findings:
             return alone and not value.mixed
         return isinstance(value, Known | Fixed)
 
-    def end(self, ending: Ending) -> None:
-        """Note that parameters make no weight: they get what the equation that they met allows."""
+    def end(self, ending: Ending, *, makes_weight: bool = False) -> None:
+        """Note that parameters get what the equation that they met allows.
+
+        Args:
+            ending: The parameters.
+            makes_weight: Whether what is made of them is a weight.
+        """
         if ending.use is None:
-            self.fallbacks.append(Fallback.of(ending.view.index, ending.pattern, ending.reason))
+            found = Fallback.of(ending.view.index, ending.pattern, ending.reason)
+            self.fallbacks.append(replace(found, makes_weight=makes_weight))
         else:
             self.ended.add(ending.use)
 
