@@ -28,7 +28,7 @@ from laplax_kfac.capture.plan import (
 )
 from laplax_kfac.capture.records import Sides, records_of, sides_of
 from laplax_kfac.fisher import Columns
-from laplax_kfac.parsing.layer import Layer
+from laplax_kfac.parsing.layer import MADE, Layer
 from laplax_kfac.parsing.program import Program
 
 Values = tuple[Sequence[Array], Sequence[ArrayLike]]
@@ -117,7 +117,7 @@ def record_size(layer: Layer, pulled: int, *, inputs: bool = True) -> int:
         inputs: Whether those of its inputs count.
     """
     gradients = 0 if layer.block == "none" else pulled * layer.size
-    if not layer.is_matrix:
+    if not layer.is_matrix or layer.pattern == MADE:
         return gradients
     rows = 1 if layer.pattern == "embedding" else layer.rows
     each = (rows if inputs else 0) + pulled * layer.out_features

@@ -15,6 +15,7 @@ from laplax_kfac.capture.layer_io import (
     Cotangents,
     Features,
     LayerIO,
+    MatrixIO,
     ParameterIO,
     Patches,
     Record,
@@ -25,7 +26,7 @@ from laplax_kfac.capture.layer_io import (
 from laplax_kfac.capture.plan import Perturbations, perturbation_of
 from laplax_kfac.parsing.claims import Part
 from laplax_kfac.parsing.grouping import Member
-from laplax_kfac.parsing.layer import Layer
+from laplax_kfac.parsing.layer import MADE, Layer
 from laplax_kfac.parsing.program import Program
 from laplax_kfac.parsing.uses import Use
 
@@ -57,6 +58,8 @@ def records_of(
             records.append(
                 tuple(_layer_io(program, m, inputs, at_uses, sides) for m in resolved.members)
             )
+        elif number in at_parameters and resolved.layer.pattern == MADE:
+            records.append((MatrixIO.of(at_parameters[number], resolved.layer.rows),))
         elif number in at_parameters and resolved.layer.is_matrix:
             records.append((of_columns(at_parameters[number], resolved.layer),))
         elif number in at_parameters:

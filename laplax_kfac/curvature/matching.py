@@ -12,7 +12,7 @@ from laplax_kfac.arguments import no_type_check
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import Batch, batch_size, first_example, to_arrays
 from laplax_kfac.parsing.entries import Entries
-from laplax_kfac.parsing.layer import CHOSEN, NORM, TABLE, Layer
+from laplax_kfac.parsing.layer import CHOSEN, MADE, NORM, TABLE, Layer
 from laplax_kfac.parsing.program import ModelFn, Program, parse
 from laplax_kfac.parsing.segments import Scattered
 from laplax_kfac.parsing.selection import CurvatureKind, FactorLimit, Selection, Wanted
@@ -121,7 +121,7 @@ def _selection_of(curvature: BlockDiagonal, *, separate: bool) -> Selection:
     frozen = {name_of[p] for layer in curvature.layers if layer.frozen for p in layer.params}
     kinds: dict[str, Wanted] = {}
     for layer in curvature.layers:
-        if not layer.is_matrix or layer.pattern in (NORM, TABLE):
+        if not layer.is_matrix or layer.pattern in (NORM, TABLE, MADE):
             kind: Wanted = "dense" if layer.block == "dense" else "diagonal"
             kind = "joint" if layer.is_matrix else kind
             kinds.update({glob.escape(name_of[p]): kind for p in layer.params})

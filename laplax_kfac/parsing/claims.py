@@ -26,6 +26,7 @@ from laplax_kfac.patterns import Moments
 
 Ids = Int[np.ndarray, "stack rows out"]
 Side = TypeVar("Side")
+ENTRY_BY_ENTRY = "scaled entry by entry, which no Kronecker product can follow"
 Part = tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]
 """Rows and columns of a weight."""
 
@@ -85,7 +86,7 @@ class Claim:
             return "scaled differently where it is shared"
         factors = rank_one(take_first(scale, self.shared))
         if factors is None:
-            return "scaled entry by entry, which no Kronecker product can follow"
+            return ENTRY_BY_ENTRY
         return replace(self, input_scale=factors[0], output_scale=factors[1])
 
     @property
@@ -159,7 +160,8 @@ def claims_of(number: int, use: Use) -> list[Claim | Fallback]:
         claim = _claim(number, use, part)
         if isinstance(claim, str):
             entry = Fallback.of(_of_part(use.ids, part), use.pattern.name, claim)
-            found.append(replace(entry, added=use.role.added))
+            made = claim == ENTRY_BY_ENTRY
+            found.append(replace(entry, added=use.role.added, makes_weight=made))
         else:
             found.append(claim)
     return found

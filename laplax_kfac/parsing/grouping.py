@@ -16,11 +16,11 @@ from laplax_kfac.parsing import biases, norms, scalars, tables
 from laplax_kfac.parsing.claims import Claim, Group
 from laplax_kfac.parsing.entries import trainable_ids
 from laplax_kfac.parsing.groups import causes, claims_and_fallbacks, group
-from laplax_kfac.parsing.layer import CHOSEN, FROZEN, BlockKind, Layer, unique_names
+from laplax_kfac.parsing.layer import CHOSEN, FROZEN, MADE, BlockKind, Layer, unique_names
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.segments import make_segment
 from laplax_kfac.parsing.selection import CurvatureKind, Selection
-from laplax_kfac.parsing.uses import Findings
+from laplax_kfac.parsing.uses import Fallback, Findings
 
 _BLOCKS: dict[CurvatureKind, BlockKind] = {
     "kronecker": "kronecker",
@@ -220,11 +220,13 @@ def _fallback_layers(
         idle = ids[(number[here] == 0) & ~taken[here]]
         if mine.size:
             cause = fallbacks[number[mine[0]] - 1]
-            rows = space.shapes[leaf][-1:]
-            tabular = cause.added and not space.is_complex(leaf)
-            table = tables.layer_of(path, mine, rows) if tabular else None
+            shape, real = space.shapes[leaf], not space.is_complex(leaf)
+            table = tables.layer_of(path, mine, shape[-1:]) if cause.added and real else None
+            as_matrix = cause.makes_weight and real and mine.size == ids.size and len(shape) > 1
             if table is not None and selection.joins(name, mine.size):
                 layers.append(Resolved(table))
+            elif as_matrix and selection.betters_diagonal(name, mine.size):
+                layers.append(Resolved(made_layer(path, mine.reshape(1, -1, shape[-1]), cause)))
             else:
                 kind = selection.block_of(name, mine.size, cause.reason)
                 layers.append(vector_layer((path,), cause.pattern, kind, mine, cause.reason))
@@ -234,6 +236,20 @@ def _fallback_layers(
     together = selection.curvature == "kronecker" and not selection.separate_weight_and_bias
     found = [resolved.layer for resolved in layers]
     return [Resolved(layer) for layer in (scalars.joined(found, space) if together else found)]
+
+
+def made_layer(path: str, ids: Int[np.ndarray, "1 rows out"], cause: Fallback) -> Layer:
+    """The layer of a matrix of parameters that has no uses, but gradients."""
+    return Layer(
+        name="",
+        pattern=MADE,
+        params=(path,),
+        block="kronecker",
+        in_features=ids.shape[1],
+        out_features=ids.shape[2],
+        reason=f"{cause.reason}; from second moments of both sides of its own gradients",
+        segments=(make_segment(ids),),
+    )
 
 
 def _why_idle(leaf: int, space: ParameterSpace, selection: Selection) -> tuple[str, str]:

@@ -65,7 +65,8 @@ def _without_fallbacks(groups: list[Group], fallbacks: list[Fallback], size: int
             hit = number[entries].max()
             if hit:
                 cause = fallbacks[hit - 1]
-                fallbacks.append(Fallback(mine[0].ids.ravel(), cause.pattern, cause.reason))
+                ids = mine[0].ids.ravel()
+                fallbacks.append(replace(cause, ids=ids, product=-1))
                 number[entries] = np.where(number[entries], number[entries], len(fallbacks))
             else:
                 kept.append(mine)

@@ -15,6 +15,8 @@ FROZEN = "frozen"
 """Pattern of parameters that are left out: fixed at their value."""
 
 NORM = "norm"
+MADE = "made"
+"""Pattern of matrices of parameters whose function is a weight, and acts not on two sides apart."""
 """Pattern of the scale and the shift of a norm layer, in one block a feature."""
 TABLE = "table"
 """Pattern of parameters that are added, each at places of its own, in one block a row."""

@@ -115,7 +115,7 @@ def weights(step: Step) -> tuple[list[int], Step]:
             found = making.map_of(group[0].view) if making and not mixed else None
             if found is None or pattern is None or making is None:
                 for ending in group:
-                    findings.end(ending)
+                    findings.end(ending, makes_weight=making is not None)
                 continue
             if whole:
                 rest[operand] = Fixed()

@@ -179,6 +179,10 @@ class Selection:
 
         This is what some get in the place of a diagonal: see `norms` and `tables`.
         """
+        return self.betters_diagonal(path, size) and not self.separate_weight_and_bias
+
+    def betters_diagonal(self, path: str, size: int) -> bool:
+        """Whether parameters of a leaf that would get a diagonal may get something better."""
         wanted = self.fallback_for(path)
         large = wanted == "dense" and size > self.dense_limit
         return self.curvature == "kronecker" and (wanted == "joint" or large)

@@ -5,7 +5,7 @@ what the parameter is to the equation: its `Weight`, or (`biases.Bias`) what it 
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -136,6 +136,7 @@ class Fallback:
         product: Number of the use, an elementwise product, that a sum may still give such a form
             (see `products`); -1 if there is none.
         added: Whether they are added to data, each at places of its own (see `tables`).
+        makes_weight: Whether a function of the parameters is a weight.
     """
 
     ids: Int[np.ndarray, " n"]
@@ -143,6 +144,7 @@ class Fallback:
     reason: str
     product: int = -1
     added: bool = False
+    makes_weight: bool = False
 
     @classmethod
     def of(
@@ -183,10 +185,16 @@ class Findings:
             return alone and not value.mixed
         return isinstance(value, Known | Fixed)
 
-    def end(self, ending: Ending) -> None:
-        """Note that parameters make no weight: they get what the equation that they met allows."""
+    def end(self, ending: Ending, *, makes_weight: bool = False) -> None:
+        """Note that parameters get what the equation that they met allows.
+
+        Args:
+            ending: The parameters.
+            makes_weight: Whether what is made of them is a weight.
+        """
         if ending.use is None:
-            self.fallbacks.append(Fallback.of(ending.view.index, ending.pattern, ending.reason))
+            found = Fallback.of(ending.view.index, ending.pattern, ending.reason)
+            self.fallbacks.append(replace(found, makes_weight=makes_weight))
         else:
             self.ended.add(ending.use)
 

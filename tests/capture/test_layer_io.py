@@ -15,6 +15,7 @@ from laplax_kfac.capture.layer_io import (
     Counting,
     Features,
     LayerIO,
+    MatrixIO,
     ParameterIO,
     Patches,
     Rows,
@@ -144,3 +145,28 @@ def test_gradients_of_parameters(text):
     expected = jax.tree.map(lambda x: x[0], kind.of_matrix(jnp.asarray(exact[None])))
     for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_allclose(ours, theirs, **CLOSE)
+
+
+def test_second_moments_of_a_matrix_without_a_use():
+    g = normal(N, R, ROWS, OUT)
+    record = jax.vmap(lambda x: MatrixIO.of(x.reshape(R, -1), ROWS))(jnp.asarray(g))
+    counting = Counting(
+        jnp.asarray(WEIGHTS), jnp.asarray(INPUT_WEIGHTS), record.active, reduce=False
+    )
+    dense = kind_of("dense"), kind_of("dense")
+    rows, columns, count = record.second_moments(dense, counting)
+    weighted = WEIGHTS[:, None, None, None] * g
+    found = (rows, columns, count)
+    exact = (
+        np.einsum("nrio,nrjo->ij", weighted, g)[None],
+        np.einsum("nrio,nrip->op", weighted, g)[None],
+        np.sum(weighted * g)[None],
+    )
+    for ours, theirs in zip(found, exact, strict=True):
+        np.testing.assert_allclose(np.asarray(ours), theirs, **CLOSE)
+    inputs, gradients = record.inputs.features()[:, 0, :, 0], record.gradients.features()[..., 0, :]
+    np.testing.assert_allclose(np.einsum("nsi,nrso->nrio", inputs, gradients), g, rtol=1e-12)
+    none = jax.vmap(lambda x: MatrixIO.of(x, ROWS))(jnp.zeros((N, 0, ROWS * OUT)))
+    rows, columns, count = none.second_moments(dense, counting)
+    np.testing.assert_allclose(np.asarray(rows[0]), WEIGHTS.sum() * np.eye(ROWS))
+    np.testing.assert_allclose(np.asarray(columns[0] / count), np.eye(OUT))

@@ -430,3 +430,51 @@ def test_parameters_made_into_anything_have_a_block_with_the_trace_of_the_exact_
     curvature = laplax_kfac.ekfac(model_fn, params, (x, jnp.zeros_like(x)), loss_fn="mse")
     assert exact > 0
     assert float(curvature.trace()) == pytest.approx(exact, rel=1e-9)
+
+
+# -- matrices of their own gradients --------------------------------------------------------------
+
+NEAREST = {
+    "weight_norm": lambda w: 1.5 * w / jnp.linalg.norm(w, axis=0),
+    "norm_with_derivative": lambda w: 3.0 * w / jnp.linalg.norm(w @ jnp.ones(8)),
+    "exponential": lambda w: jnp.exp(w) / 4,
+    "standardised": lambda w: (w - w.mean(0)) / w.std(0) / 4,
+    "masked": lambda w: w * (np.arange(8)[:, None] % 3 <= np.arange(8) % 3),
+    "symmetric": lambda w: w + w.T,
+}
+
+
+@pytest.mark.parametrize("name", NEAREST)
+def test_other_functions_of_large_weights_have_the_product_of_their_second_moments(name):
+    def model_fn(input, params):
+        return jnp.tanh(input @ NEAREST[name](params["w"])) @ params["out"]
+
+    params = normal({"w": (8, 8), "out": (8, 3)})
+    data = normal(((64, 8), (64, 3)), seed=7)
+    layer = laplax_kfac.find_layers(model_fn, params, data[0][0], dense_limit=63)["w"]
+    assert (layer.pattern, layer.block, layer.in_features) == ("made", "kronecker", 8)
+    assert laplax_kfac.find_layers(model_fn, params, data[0][0])["w"].block == "dense"
+    fits = {
+        "ours": laplax_kfac.kfac(model_fn, params, data, loss_fn="mse", dense_limit=63),
+        "corrected": laplax_kfac.ekfac(model_fn, params, data, loss_fn="mse", dense_limit=63),
+        "diagonal": laplax_kfac.kfac(model_fn, params, data, loss_fn="mse", fallback="diagonal"),
+    }
+    trace = jnp.trace(oracles.dense_ggn(model_fn, params, data, "mse"))
+    np.testing.assert_allclose(fits["corrected"].trace(), trace, rtol=1e-10)
+    errors = {
+        key: laplax_kfac.relative_error(fit, model_fn, params, data, loss_fn="mse")["w"]
+        for key, fit in fits.items()
+    }
+    assert errors["ours"] < errors["diagonal"]
+    assert errors["corrected"] < errors["diagonal"]
+
+
+def test_curvature_without_cotangents_is_a_multiple_of_the_identity():
+    def model_fn(input, params):
+        return jnp.tanh(input @ jnp.exp(params))
+
+    params, data = normal((8, 8)), normal(((5, 8), (5, 8)), seed=7)
+    curvature = laplax_kfac.kfac(
+        model_fn, params, data, loss_fn="mse", dense_limit=63, fisher_type="forward_only"
+    )
+    np.testing.assert_allclose(curvature.to_dense(), 5 * np.eye(64), atol=1e-10)
