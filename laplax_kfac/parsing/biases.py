@@ -255,12 +255,10 @@ def on_outputs(findings: Findings, root_of: Mapping[int, tuple[int, float]]) -> 
             met = use.role.output.source
             if not isinstance(findings.uses[met].role, Product):
                 biases_of.setdefault(met, {})[number] = use.role
-            elif met in root_of:
+            elif met in root_of:  # else it is the shift of a norm layer, and noted as such
                 root, factor = root_of[met]
                 output = use.role.output.scaled(1.0 / factor)
                 biases_of.setdefault(root, {})[number] = replace(use.role, output=output)
-            else:
-                alone.append(number)
         elif isinstance(use.role, Bias):
             alone.append(number)
     found: list[Claim | int] = []

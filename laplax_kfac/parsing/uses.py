@@ -151,6 +151,8 @@ class Fallback:
         cls, ids: Int[np.ndarray, "..."], pattern: str, reason: str, product: int = -1
     ) -> "Fallback":
         """Those among some ids, each once."""
+        # Where an array is broadcast it repeats itself: one of its entries is enough.
+        ids = ids[tuple(slice(0, 1) if s == 0 else slice(None) for s in ids.strides)]
         return cls(np.unique(ids[ids != FOREIGN]), pattern, reason, product)
 
 
