@@ -53,7 +53,8 @@ def class_probabilities(
               (MacKay 1992; Lu et al. 2020, arXiv 2006.07584, mf0).
             - ``"mean_field_1"``: the same for differences of logits, taken as independent.
             - ``"mean_field_2"``: with their correlations, so that what all logits share does not
-              count: the most accurate one without samples.
+              count. For some posteriors nearer to ``"mc"`` than ``"probit"``, for others farther;
+              no link without samples is the nearest everywhere (the page "Does it help?").
             - ``"laplace_bridge"``: the mean of the Dirichlet whose Laplace approximation in the
               softmax basis has these logits without their common part (Hobbhahn et al. 2022, arXiv
               2003.01227). Rough, and not the softmax even where the variance vanishes.

@@ -12,7 +12,6 @@ what they are made of; or `Rows`, numbers that stand for one-hot vectors. Each i
 its second moment, of whatever kind the side's factor is, and its coordinates in a basis.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,14 +19,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Inexact, Int, Num, Shaped
 
 from laplax_kfac import pytrees
 from laplax_kfac.bases import Basis, Kind, Sum, sum_into_rows
 from laplax_kfac.gram import bordered
 from laplax_kfac.parsing.grouping import Member, Resolved
-from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.patterns import Moments, one_hot
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -250,17 +247,6 @@ class LayerIO:
     gradients: SideIO
     active: Float[Array, "*batch S stack"]
     imaginary: bool = field(default=False, metadata={"static": True})
-
-    @classmethod
-    def of_columns(cls, gradients: Float[Array, "R p"], layer: Layer) -> "LayerIO":
-        """Of one example's gradients in a stack of columns, by segment: ``g 1^T`` for each."""
-        stack, sizes = layer.stack, [math.prod(s.shape) for s in layer.segments]
-        parts = jnp.split(gradients, np.cumsum(sizes)[:-1], axis=1)
-        columns = [g.reshape(len(g), 1, stack, -(-g.shape[1] // stack)) for g in parts]
-        ones = jnp.ones((1, stack, 1), gradients.dtype)
-        return cls(
-            Cotangents(jnp.concatenate(columns, axis=-1)), Features(ones), jnp.ones((1, stack))
-        )
 
     @property
     def num_positions(self) -> int:

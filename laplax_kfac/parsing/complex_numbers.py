@@ -114,7 +114,7 @@ def real_dtype(dtype: DTypeLike) -> DTypeLike:
 
 
 @dataclass(frozen=True)
-class Product:
+class ComplexProduct:
     """A product of data with a complex weight: an equation that is linear in both.
 
     Attributes:
@@ -131,7 +131,7 @@ class Product:
     outputs: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, eqn: JaxprEqn, weight: int) -> "Product":
+    def of(cls, eqn: JaxprEqn, weight: int) -> "ComplexProduct":
         """How an equation multiplies a weight."""
         if eqn.primitive.name == "conv_general_dilated":
             grouped = eqn.params["feature_group_count"], eqn.params["batch_group_count"]

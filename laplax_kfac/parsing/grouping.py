@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from laplax_kfac.parsing import biases, norms, tables
+from laplax_kfac.parsing import biases, norms, scalars, tables
 from laplax_kfac.parsing.claims import Claim, Group
 from laplax_kfac.parsing.entries import trainable_ids
 from laplax_kfac.parsing.groups import causes, claims_and_fallbacks, group
@@ -231,7 +231,9 @@ def _fallback_layers(
         if idle.size or not ids.size:
             pattern, reason = _why_idle(leaf, space, selection)
             layers.append(vector_layer((path,), pattern, "none", idle, reason))
-    return layers
+    together = selection.curvature == "kronecker" and not selection.separate_weight_and_bias
+    found = [resolved.layer for resolved in layers]
+    return [Resolved(layer) for layer in (scalars.joined(found, space) if together else found)]
 
 
 def _why_idle(leaf: int, space: ParameterSpace, selection: Selection) -> tuple[str, str]:

@@ -161,16 +161,13 @@ class Making:
         given, eqn, pattern = step.scope.given, step.eqn, patterns.find(step.eqn)
         if given is None or pattern is None:
             return None
-        space, consts = given.space, given.consts
+        consts, inputs = given.consts, given.types
 
         def weight(*inputs: jaxprs.Value) -> jaxprs.Value:
             made = given.value(step.jaxpr, eqn.invars[operand], inputs)
             stacked = pattern.weight(eqn, operand, jnp.asarray(made))
             return stacked[0] if len(stacked) == 1 else stacked
 
-        types = [jax.typeof(c) for c in consts]
-        inputs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in types]
-        inputs += map(jax.ShapeDtypeStruct, space.shapes, space.dtypes)
         traced, own, output = jaxprs.trace(weight, *inputs)
         if len(output.shape) != 2:
             return None
@@ -190,6 +187,9 @@ class Making:
         index = index if index.size == view.ids.size and index.min() != FOREIGN else view.ids
         touched = self.given.space.leaves_of(index)
         if not set(touched) <= set(self.leaves):
+            return None
+        # A complex leaf has its two parts as parameters.
+        if any(self.given.space.is_complex(leaf) for leaf in touched):
             return None
         order = self._ids_of(touched)
         places = np.searchsorted(order, index)

@@ -133,7 +133,8 @@ def _find(
     """Walk the jaxpr with the leaves that are covered."""
     findings = Findings()
     values = _initial_values(jaxpr, consts, space, covered)
-    given = Given(space, consts, list)
+    types = list(map(jaxprs.spec, jaxpr.invars[: len(consts) + len(covered)]))
+    given = Given(space, consts, types, list)
     for value in walk(jaxpr, values, Scope(findings, given=given)):
         findings.mark(value, "direct", "is part of the output itself")
         for ending in made_weights.endings_of([value]):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import jax
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr, JaxprEqn
 from jax.interpreters.partial_eval import dce_jaxpr
@@ -21,11 +22,13 @@ class Given:
     Attributes:
         space: The parameters.
         consts: Arrays that the program closes over.
+        types: Those of the program's inputs: of these arrays, then of the leaves.
         read: Takes the program's inputs, without those that are data, to those of the jaxpr.
     """
 
     space: ParameterSpace
     consts: Sequence[ArrayLike]
+    types: Sequence[jax.ShapeDtypeStruct]
     read: Callable[[Sequence[jaxprs.Value]], Sequence[jaxprs.Value]]
 
     def value(self, jaxpr: Jaxpr, atom: jaxprs.Atom, inputs: Sequence[jaxprs.Value]) -> ArrayLike:

@@ -21,6 +21,7 @@ from laplax_kfac import machine, pytrees
 from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
+    require_flags,
     require_key,
     require_positive,
 )
@@ -37,6 +38,7 @@ from laplax_kfac.posterior.prior import (
     precision_matrix,
     prior_distance,
 )
+from laplax_kfac.progress import awaited, meter, showing
 
 if TYPE_CHECKING:
     import lineax
@@ -172,6 +174,7 @@ class Posterior:
         *,
         start: int | Array = 0,
         mean: PyTree = None,
+        progress: bool = False,
     ) -> PyTree:
         """Draw parameters; sample i depends on ``key`` and i alone, not on ``num_samples``.
 
@@ -181,6 +184,7 @@ class Posterior:
             params: The posterior mean, the trained parameters; its own by default.
             start: Number of the first sample, so that many may be drawn in parts.
             mean: Another name of ``params``.
+            progress: Whether to show a progress bar, which takes several calls of what is compiled.
 
         Returns:
             Samples ``start``, ``start + 1``, ... stacked in front of every leaf, in the leaves'
@@ -193,6 +197,7 @@ class Posterior:
         """
         num_samples = positive_integer("num_samples", num_samples)
         require_key("key", key)
+        require_flags(progress=progress)
         if not isinstance(start, jax.core.Tracer):
             start = positive_integer("start", start, least=0)
         if params is not None and mean is not None:
@@ -206,8 +211,17 @@ class Posterior:
         together = max(1, machine.MACHINE.samples_together // precision.space.size)
         if "rbg" in str(jax.random.key_impl(key)):
             together = 1  # its numbers under vmap are those of another key
-        drawn = _draw(precision, leaves, key, start, num_samples, together)
-        return precision.space.unflatten(drawn)
+        draw = functools.partial(_draw, precision, leaves, key)
+        if not progress:
+            return precision.space.unflatten(draw(start, num_samples, together))
+        at_once, parts = max(1, min(together, num_samples // 10)), []
+        with showing(True), meter("samples", "sample", num_samples) as bar:
+            for first in range(0, num_samples, at_once):
+                number = min(at_once, num_samples - first)
+                parts.append(awaited(draw(start + first, number, min(together, number))))
+                bar.update(number)
+        whole = [jnp.concatenate(leaves) for leaves in zip(*parts, strict=True)]
+        return precision.space.unflatten(whole)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))

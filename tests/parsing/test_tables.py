@@ -134,10 +134,10 @@ def two_weights(params, x):
     return attended(x @ (params["w"] + params["v"]))[0]
 
 
-def test_a_sum_of_weights_keeps_its_diagonals():
+def test_a_sum_of_weights_is_no_table():
     params = normal({**SHAPES, "v": SHAPES["w"]}, 1)
     layers = laplax_kfac.find_layers(model_of(two_weights), params, data()[0][0], dense_limit=0)
-    assert next(layer for layer in layers if layer.name == "v").block == "diagonal"
+    assert next(layer for layer in layers if layer.name == "v").pattern == "dense"
 
 
 @pytest.mark.parametrize(
