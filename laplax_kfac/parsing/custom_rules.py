@@ -55,10 +55,11 @@ def opaque(step: Step) -> list[Value]:
     outputs, used = pullback.outputs(step)
     marked = [ids for ids in used if ids.size]
     forward = jaxprs.ruled_jaxpr(step.eqn)
-    if marked and forward is not None and pullback.is_of(step, forward):
+    of_data = not all(map(step.findings.is_fixed, step.values))
+    # A function of parameters alone makes a weight (`made_weights`), by its rule.
+    if marked and of_data and forward is not None and pullback.is_of(step, forward):
         return step.enter(forward, step.values)
     reason = f"used by `{name}`, which no pattern covers"
-    of_data = not all(map(step.findings.is_fixed, step.values))
     if of_data and (forward is not None or name in SOLVES):
         reason = f"used inside a `{name}` with a derivative of its own; {WAY_OUT}"
     step.findings.fallbacks.extend(Fallback.of(ids, "other", reason) for ids in marked)
