@@ -12,8 +12,9 @@ import laplax_kfac
 ROOT = Path(laplax_kfac.__file__).parent
 ORDER = [
     "arguments", "summaries", "pytrees", "machine", "caches", "files", "remeshing", "meshes",
-    "jaxprs", "gram", "faults", "patterns", "bases", "parsing", "blocks", "likelihood", "fisher",
-    "capture", "factors", "posterior", "curvature", "evidence", "predictive", "laplax_adapter",
+    "jaxprs", "liveness", "gram", "faults", "patterns", "bases", "parsing", "blocks", "likelihood",
+    "fisher", "capture", "factors", "posterior", "curvature", "evidence", "predictive",
+    "laplax_adapter",
 ]  # fmt: skip
 SIDE_ROOMS = ["report", "checkpoint", "links", "plotting"]  # nobody reads these
 
