@@ -7,8 +7,10 @@ one is named.
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -109,6 +111,27 @@ MACHINE = Machine()
 def on_cpu() -> bool:
     """Whether arrays are worked on by a CPU unless they say otherwise."""
     return jax.default_backend() == "cpu"
+
+
+CGROUP = Path("/sys/fs/cgroup/memory.max")
+"""Where Linux says what the processes of a container may have together."""
+
+
+def room() -> int | None:
+    """Bytes that the arrays of a device, or of this process, may have; None if nobody says."""
+    told = jax.local_devices()[0].memory_stats()
+    if told and "bytes_limit" in told:
+        return int(told["bytes_limit"])
+    limits = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # systems that have no such name
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(ValueError, OSError):  # no such file, or "max"
+        limits.append(int(CGROUP.read_text()))
+    with contextlib.suppress(ImportError):  # a module of Unix
+        import resource
+
+        limits.append(resource.getrlimit(resource.RLIMIT_AS)[0])
+    return min((limit for limit in limits if limit > 0), default=None)
 
 
 @contextlib.contextmanager

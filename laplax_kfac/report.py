@@ -2,19 +2,23 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Unpack
 
 import jax
 from jaxtyping import PyTree
 
-from laplax_kfac.arguments import no_type_check, shown
-from laplax_kfac.capture.capture import record_size
+from laplax_kfac import factors
+from laplax_kfac.arguments import no_type_check, positive_integer, shown
+from laplax_kfac.curvature.memory import DEFAULT_BATCH_SIZE
 from laplax_kfac.curvature.options import OptionKeywords, Options
+from laplax_kfac.curvature.peaks import finalization_bytes
+from laplax_kfac.curvature.work import Work
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.independence import require_independent
 from laplax_kfac.parsing.layer import CHOSEN, Layer, Repeated
 from laplax_kfac.parsing.program import ModelFn, parse, require_model
-from laplax_kfac.summaries import aligned
+from laplax_kfac.summaries import aligned, readable_bytes
 
 _BYTES = 4  # factors are kept in float32 unless x64 is on
 LARGE_SHARE, LARGE_BYTES = 0.1, 4e9  # from where on the report gives advice
@@ -25,15 +29,39 @@ class LayerReport(tuple[Layer, ...]):
 
     Attributes:
         num_outputs: Number of the model's outputs for one example.
+        work: What a pass over a batch would be, if the model is known.
     """
 
     num_outputs: int
+    work: Work | None
 
-    def __new__(cls, layers: Iterable[Layer], num_outputs: int) -> "LayerReport":
+    def __new__(
+        cls, layers: Iterable[Layer], num_outputs: int, work: Work | None = None
+    ) -> "LayerReport":
         """A report on these layers."""
         report = super().__new__(cls, layers)
-        report.num_outputs = num_outputs
+        report.num_outputs, report.work = num_outputs, work
         return report
+
+    @property
+    def factor_bytes(self) -> int:
+        """Memory of the sums over data: factors, and blocks of other layers."""
+        return sum(map(memory, self))
+
+    @property
+    def basis_bytes(self) -> int:
+        """Memory of a curvature: eigenvectors and eigenvalues."""
+        return _BYTES * sum(layer.basis_elements + layer.size for layer in self)
+
+    @property
+    def pass_bytes(self) -> int | None:
+        """Most memory at once in a pass over one batch: parameters, batch, sums and its work."""
+        return None if self.work is None else self.work.peak.total
+
+    @property
+    def finalization_bytes(self) -> int:
+        """Most memory at once from the sums to a curvature, beside parameters and data."""
+        return finalization_bytes(self)
 
     def __getitem__(self, key: Any) -> Any:
         """A layer by number or by name.
@@ -92,26 +120,22 @@ class LayerReport(tuple[Layer, ...]):
         dense = [layer for layer in self if layer.block == "dense"]
         if sum(map(memory, dense)) > LARGE_BYTES:
             largest = max(dense, key=lambda layer: layer.size)
+            size = readable_bytes(sum(map(memory, dense)))
             lines.append(
-                f"advice: dense blocks take {_readable(sum(map(memory, dense)))}, the largest that "
-                f"of {largest.name!r}. `dense_limit` or `fallback='diagonal'` makes them diagonal."
+                f"advice: dense blocks take {size}, the largest that of {largest.name!r}. "
+                "`dense_limit` or `fallback='diagonal'` makes them diagonal."
             )
         lines += [
-            f"advice: the one block of {layer.size:,} parameters takes {_readable(memory(layer))}, "
-            f"its eigenvectors as much again, and about {10 * layer.size**3:.0e} operations. "
-            "A subnetwork, by a mask as `params_filter`, takes less."
+            f"advice: the one block of {layer.size:,} parameters takes "
+            f"{readable_bytes(memory(layer))}, its eigenvectors as much again, and about "
+            f"{10 * layer.size**3:.0e} operations. A subnetwork, by a mask as `params_filter`, "
+            "takes less."
             for layer in dense
             if layer.pattern == CHOSEN
         ]
-        if self._bytes_of_example() > LARGE_BYTES and self.num_outputs > 1:
-            lines.append(
-                f"advice: {self.num_outputs} columns are pulled back for every example. "
-                "`sketches=32` or `fisher_type='mc'` pulls back a few random ones, unbiased."
-            )
+        if self.work is not None:
+            lines += self.work.advice()
         return lines
-
-    def _bytes_of_example(self) -> int:
-        return _BYTES * sum(record_size(layer, self.num_outputs) for layer in self)
 
     def _summary(self) -> list[str]:
         total = max(sum(layer.size for layer in self), 1)
@@ -120,13 +144,13 @@ class LayerReport(tuple[Layer, ...]):
             count = sum(layer.size for layer in self if layer.block == block)
             if count:
                 lines.append(f"{block:10s} {count:>12,} parameters  {count / total:6.1%}")
-        lines.append(f"memory of the factors: {_readable(sum(map(memory, self)))}")
-        eigen = _BYTES * sum(layer.basis_elements + layer.size for layer in self)
-        lines.append(f"memory of their eigenvectors and eigenvalues: {_readable(eigen)}")
+        lines.append(f"memory of the factors: {readable_bytes(self.factor_bytes)}")
         lines.append(
-            f"memory of an example at work: up to {_readable(self._bytes_of_example())}"
-            f" ({self.num_outputs} columns pulled back)"
+            f"memory of their eigenvectors and eigenvalues: {readable_bytes(self.basis_bytes)}"
         )
+        lines.append(f"peak of their decomposition: {readable_bytes(self.finalization_bytes)}")
+        if self.work is not None:
+            lines.append(f"peak of a pass: {self.work}")
         return lines
 
 
@@ -146,6 +170,7 @@ def find_layers(
     example_input: PyTree,
     *,
     options: Options | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
     **keywords: Unpack[OptionKeywords],
 ) -> LayerReport:
     """The layers that curvature is computed for, without running anything.
@@ -156,6 +181,8 @@ def find_layers(
         example_input: An input as ``model_fn`` takes it: one example, or a batch where
             ``vmap_over_data`` is False. Only its shapes and dtypes matter.
         options: As for `kfac`.
+        batch_size: Examples of the batches whose memory is told. It is worked out, in seconds for a
+            deep model, when it is asked for or the report is printed.
         **keywords: Any of the `Options` by their names; they change those given.
 
     Returns:
@@ -168,6 +195,7 @@ def find_layers(
     """
     require_model(model_fn)
     chosen = Options.of(options, keywords)
+    examples = positive_integer("batch_size", batch_size)
     vmap_over_data = chosen.vmap_over_data
 
     def shape_of(x: Any) -> jax.ShapeDtypeStruct:
@@ -194,8 +222,13 @@ def find_layers(
         vmap_over_data=vmap_over_data,
         selection=chosen.selection(),
     )
+    settings = chosen.settings(Work.loss_for(program.output))
+    if not settings.columns.pull_back:
+        resolved = tuple(map(factors.without_cotangents, program.resolved))
+        program = replace(program, resolved=resolved)
     outputs = sum(math.prod(o.shape) for o in jax.tree.leaves(program.output))
-    return LayerReport(program.layers, outputs)
+    work = Work(program, settings, params, example, examples)
+    return LayerReport(program.layers, outputs, work)
 
 
 def why(layer: Layer) -> str:
@@ -214,14 +247,6 @@ def _row(like: Repeated, reasons: list[str]) -> tuple[str, ...]:
         str(layer.positions),
         str(layer.stack),
         f"{sum(ly.size for ly in like.layers):,}",
-        _readable(sum(map(memory, like.layers))),
+        readable_bytes(sum(map(memory, like.layers))),
         f"[{reasons.index(reason) + 1}]" if reason else "",
     )
-
-
-def _readable(count: float | int) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} EB"

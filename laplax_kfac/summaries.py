@@ -52,6 +52,15 @@ def fields_of(record: object) -> list[tuple[str, object]]:
     return [(name, held[name]) for name in shown if name in held]
 
 
+def readable_bytes(count: float | int) -> str:
+    """A number of bytes with three digits and a unit."""
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} EB"
+
+
 def shortened(lines: Sequence[str]) -> list[str]:
     """Lines of bounded number and length."""
     most = MOST_LINES - 2

@@ -12,7 +12,8 @@ import laplax_kfac
 ROOT = Path(laplax_kfac.__file__).parent
 ORDER = [
     "arguments", "summaries", "pytrees", "machine", "caches", "progress", "files", "remeshing",
-    "meshes", "jaxprs", "gram", "faults", "patterns", "bases", "parsing", "blocks", "likelihood",
+    "meshes", "jaxprs", "liveness", "gram", "faults", "patterns", "bases", "parsing", "blocks",
+    "likelihood",
     "fisher", "capture", "factors", "posterior", "curvature", "evidence", "predictive",
     "laplax_adapter",
 ]  # fmt: skip

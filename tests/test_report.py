@@ -132,13 +132,32 @@ def test_total_memory_is_readable():
 def test_memory_of_the_whole_fit():
     report = report_of("mlp_without_bias")
     eigenvectors = sum(ly.rows**2 + ly.out_features**2 + ly.size for ly in report)
-    records = sum(ly.positions * (ly.rows + report.num_outputs * ly.out_features) for ly in report)
-    *_, second, third = str(report).splitlines()
+    *_, second, third, fourth = str(report).splitlines()
     assert second == f"memory of their eigenvectors and eigenvalues: {4 * eigenvectors} B"
-    assert third == (
-        f"memory of an example at work: up to {4 * records} B"
-        f" ({report.num_outputs} columns pulled back)"
-    )
+    assert third.startswith("peak of their decomposition: ")
+    assert report.finalization_bytes > report.factor_bytes + report.basis_bytes
+    columns = report.num_outputs - 1
+    assert fourth.startswith("peak of a pass: about ")
+    assert fourth.endswith(f" (batches of 256, {columns} columns pulled back for every example)")
+
+
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [
+        ({}, 2),
+        ({"fisher_type": "mc", "mc_samples": 5}, 5),
+        ({"fisher_type": "empirical"}, 1),
+        ({"sketches": 1}, 1),
+        ({"fisher_type": "forward_only"}, 0),
+    ],
+    ids=str,
+)
+def test_the_report_follows_the_fisher_type(options, columns):
+    report = report_of("mlp_without_bias", batch_size=7, **options)
+    assert report.work.columns == columns
+    assert f"(batches of 7, {columns} columns pulled back" in str(report)
+    sides = {layer.sides[1] for layer in report}
+    assert sides == ({"identity"} if columns == 0 else {"dense"})
 
 
 def test_layers_by_name_and_by_number():
@@ -222,6 +241,6 @@ def test_advice_on_many_columns():
          "h": jax.ShapeDtypeStruct((2048, 32000), jnp.float32)},
         jax.ShapeDtypeStruct((128,), jnp.int32),
     )  # fmt: skip
-    assert "71.4 TB" in str(report)
+    assert "TB, more than there is (batches of 256, 4095872 columns" in str(report)
     (advice,) = report.advice()
     assert "sketches=32" in advice

@@ -147,6 +147,10 @@ class Blocked(Kind):
         """All entries of the blocks."""
         return sum((last - first) * each for first, last, each in spans(size, self.size))
 
+    def decomposed(self, size: int) -> list[tuple[int, int]]:
+        """The whole blocks, and what is left."""
+        return [(each, (last - first) // each) for first, last, each in spans(size, self.size)]
+
     def matrices(self, total: Blocks) -> list[Float[Array, "... _ _"]]:
         """The blocks."""
         return list(total)

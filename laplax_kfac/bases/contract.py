@@ -167,6 +167,11 @@ class Kind(ABC):
     def matrices(self, total: Sum) -> list[Float[Array, "... _ _"]]:
         """The matrices whose eigendecompositions `eigenbasis` needs."""
 
+    def decomposed(self, size: int) -> list[tuple[int, int]]:
+        """Width of the `matrices` for vectors of that size, and how many are one stack of them."""
+        del size
+        return []
+
     @abstractmethod
     def eigenbasis(self, total: Sum, found: Sequence[Eigh]) -> Side:
         """Eigenvalues and eigenvectors of a finished sum.

@@ -113,6 +113,10 @@ class Dense(Kind):
         """All entries."""
         return size**2
 
+    def decomposed(self, size: int) -> list[tuple[int, int]]:
+        """All of it."""
+        return [(size, 1)]
+
     def matrices(self, total: Sum) -> list[Float[Array, "... _ _"]]:
         """The matrix itself."""
         return [total]

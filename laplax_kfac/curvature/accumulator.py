@@ -324,12 +324,13 @@ class Accumulator:
             keeper: Keeps what is summed up.
 
         Raises:
-            ValueError: If the data hold what is no target, or the sum is not finite.
+            ValueError: If the data hold what is no target, the sum is not finite, or a batch needs
+                more memory than there is.
         """
 
         def forms(part: WeightedBatch) -> list[PyTree]:
             compiled, arrays = self._pass(*weighted_batch(*part), 0)
-            return [jax.eval_shape(compiled.total, of_records, arrays, *operands)]
+            return [compiled.total_shapes(of_records, arrays, *operands)]
 
         def step(total: PyTree, number: int, part: WeightedBatch) -> PyTree:
             compiled, arrays = self._pass(*weighted_batch(*part), number)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped, UInt
 
 from laplax_kfac import factors, jaxprs, machine
 from laplax_kfac.caches import Cache
@@ -28,6 +28,7 @@ from laplax_kfac.curvature.memory import (
     record_bytes,
 )
 from laplax_kfac.curvature.options import Settings
+from laplax_kfac.curvature.peaks import Peak, PeakWith, require_room
 from laplax_kfac.factors import Statistics
 from laplax_kfac.factors.gradients import sum_over
 from laplax_kfac.faults import NOT_FINITE, Fault, Faults, added
@@ -55,6 +56,7 @@ class Compiled:
         total: (function, arrays, *operands) -> sum of a function of the records of one batch, and
             the `Faults` of the batch.
         add_total: (function, total, arrays, *operands) -> the total, in place, with a batch more.
+        settings: What is pulled back.
         known_shapes: What `shapes` has found so far; a loop over batches asks with every one.
     """
 
@@ -65,20 +67,62 @@ class Compiled:
     add: Callable[..., list[Array]]
     total: Callable[..., PyTree]
     add_total: Callable[..., PyTree]
+    settings: Settings
     known_shapes: Cache[Statistics] = field(
         default_factory=lambda: Cache(machine.MACHINE.shapes_kept)
     )
 
     def shapes(self, statistics: Callable[..., Statistics], arrays: "Arrays") -> Statistics:
-        """Shapes of statistics; known from the last batch of the same size."""
+        """Shapes of statistics; known from the last batch of the same size.
+
+        Raises:
+            ValueError: If there is not enough memory for such a batch.
+        """
         leaves, treedef = jax.tree.flatten(arrays)
         key = statistics, treedef, of_mesh(), tuple(jax.typeof(x) for x in leaves)
-        return self.known_shapes.get(key, lambda: jax.eval_shape(statistics, arrays))
+
+        def make() -> Statistics:
+            found = jax.eval_shape(statistics, arrays)
+            if not jaxprs.is_traced(arrays):
+                require_room(*self.needs(arrays))
+            return found
+
+        return self.known_shapes.get(key, make)
+
+    def total_shapes(self, of_records: OfRecords, arrays: "Arrays", *operands: PyTree) -> PyTree:
+        """Shapes of `total`.
+
+        Raises:
+            ValueError: If there is not enough memory for such a batch.
+        """
+        if not jaxprs.is_traced((arrays, operands)):
+            require_room(*self.needs(arrays, of_records, *operands))
+        return jax.eval_shape(self.total, of_records, arrays, *operands)
+
+    def needs(
+        self, arrays: "Arrays", of_records: OfRecords | None = None, *operands: PyTree
+    ) -> tuple[Settings, int, PeakWith]:
+        """What `require_room` asks of a pass over a batch: statistics, or a total of a function."""
+
+        def peak_with(settings: Settings, examples: int) -> Peak:
+            passes = self if settings is self.settings else Compiled.of(self.program, settings)
+            some = arrays if examples == size_of(arrays.batch) else arrays.shapes_of(examples)
+            if of_records is None:
+                new = jax.eval_shape(passes.statistics, some)
+                return Peak.of(passes.add_in_place, jax.tree.leaves(new), some)
+            total = jax.eval_shape(passes.total, of_records, some, *operands)
+            return Peak.of(passes.add_total, of_records, total, some, *operands)
+
+        return self.settings, size_of(arrays.batch), peak_with
 
     def added_to(
         self, state: Statistics, arrays: "Arrays", *, in_place: bool = False
     ) -> Statistics:
-        """A state and the statistics of one batch more; in place, the old one is used up."""
+        """A state and the statistics of one batch more; in place, the old one is used up.
+
+        Raises:
+            ValueError: If there is not enough memory for it.
+        """
         statistics, add = self.whole_statistics, self.add
         if in_place:
             statistics, add = self.statistics, self.add_in_place
@@ -116,7 +160,7 @@ class Compiled:
             program,
             statistics, jax.jit(functools.partial(add, statistics), donate_argnums=0),
             whole_statistics, jax.jit(functools.partial(add, whole_statistics)),
-            total, jax.jit(add_total, static_argnums=0, donate_argnums=1),
+            total, jax.jit(add_total, static_argnums=0, donate_argnums=1), settings,
         )  # fmt: skip
 
 
@@ -187,6 +231,15 @@ class Arrays(NamedTuple):
     key: Key[Array, ""]
     number: UInt[Array, ""]
     shards: Shards | None = None
+
+    def shapes_of(self, examples: int) -> "Arrays":
+        """Shapes with so many examples, on one device."""
+
+        def cut(x: Shaped[Array, "N ..."]) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype)
+
+        batch, weights = jax.tree.map(cut, (self.batch, self.weights))
+        return self._replace(batch=batch, weights=weights, shards=None)
 
     def faults(
         self, program: Program, settings: Settings, wrong: dict[Fault, Bool[Array, ""]]

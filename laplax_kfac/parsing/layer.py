@@ -131,6 +131,14 @@ class Layer:
         return sum(kind.num_in_basis(self.size) for kind in self.kinds)
 
     @property
+    def decomposed(self) -> list[tuple[int, int]]:
+        """Width of the matrices that are decomposed for the block, and how many are one stack."""
+        sizes = (self.rows, self.out_features) if self.block == "kronecker" else (self.size,)
+        stack = self.stack if self.block == "kronecker" else 1
+        pairs = zip(self.kinds, sizes, strict=False)
+        return [(n, stack * k) for kind, size in pairs for n, k in kind.decomposed(size)]
+
+    @property
     def first(self) -> int:
         """Id of the first parameter of its matrix."""
         return self.segments[0].first if self.size else 0
