@@ -90,6 +90,7 @@ bench: $(DEV) $(BENCH_TORCH) $(BENCH_KFAC_JAX) ## measure against the peers; ONL
 	@for question in $(ONLY); do \
 		echo ">> $$question"; $(BIN)/python benchmarks/$$question.py || exit 1; done
 	@$(BIN)/python benchmarks/table.py
+	@$(BIN)/python benchmarks/chart.py
 
 clean: ## remove environments, build outputs and caches
 	rm -rf .venv .venv-oldest .venv-newest .venv-bench-torch .venv-bench-kfac-jax build dist site .mypy_cache .pytest_cache .ruff_cache
