@@ -93,6 +93,7 @@ bench: $(DEV) $(BENCH_TORCH) $(BENCH_KFAC_JAX) ## measure against the peers; ONL
 	@for question in $(ONLY); do \
 		echo ">> $$question"; $(BIN)/python benchmarks/$$question.py || exit 1; done
 	@$(BIN)/python benchmarks/table.py
+	@$(BIN)/python benchmarks/chart.py
 
 study: $(DEV) ## run what is missing of the study of predictions, then write its page; at most an hour
 	@cd benchmarks && PYTHONPATH=.:.. ../$(BIN)/python -m study

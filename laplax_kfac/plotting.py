@@ -287,8 +287,9 @@ def plot_reliability(
 ) -> Axes:
     """Reliability diagram: how often the most probable class is right, by its probability.
 
-    The area of a point shows the share of the examples in its bin; the legend has the expected
-    calibration error (Naeini et al. 2015). Bins and error are laplax's.
+    The area of a point shows the share of the examples in its bin, the number beside it how many
+    these are; the legend has the expected calibration error (Naeini et al. 2015). Bins and error
+    are laplax's.
 
     Args:
         probabilities: Class probabilities, shape (N, K), such as `class_probabilities` returns.
@@ -321,6 +322,11 @@ def plot_reliability(
     (line,) = axes.plot(confidences[full], accuracies[full], label=label)
     sizes = 20 + 200 * shares[full]
     axes.scatter(confidences[full], accuracies[full], s=sizes, color=line.get_color())
+    for share, *place in zip(shares[full], confidences[full], accuracies[full], strict=True):
+        count = f"{round(float(share) * len(labels)):,}"
+        axes.annotate(
+            count, place, (6, -10), textcoords="offset points", fontsize=7, color=line.get_color()
+        )
     axes.set_xlabel("confidence")
     axes.set_ylabel("accuracy")
     axes.legend()

@@ -4,6 +4,7 @@ import ast
 import json
 from pathlib import Path
 
+import chart
 import harness
 import jax
 import jax.extend
@@ -102,3 +103,22 @@ def test_runs_keep_the_first_apart_and_stop_at_their_share():
     assert (runs.summary()["wall"], runs.summary()["first_wall"]) == (2.0, 50.0)
     runs.timed.append({"error": "X: no"})
     assert runs.summary() == {"contender": "a", "error": "X: no"}
+
+
+def test_the_chart_has_the_multiples_of_the_tables(tmp_path):
+    def record(contender, cpu, **more):
+        return {
+            "workload": {"name": "mlp"}, "variant": "type2", "contender": contender, "cpu": cpu,
+            "fraction": 1.0, **more,
+        }  # fmt: skip
+
+    records = [
+        record("laplax_kfac", 2.0),
+        record("peer", 3.0, fraction=0.5),
+        record("machine", 1.0),
+    ]
+    records += [{**record("broken", 9.0), "error": "no"}, {**record("peer", 1.0), "variant": "mc"}]
+    assert chart.multiples(records, "type2") == {"mlp": {"laplax_kfac": 1.0, "peer": 3.0}}
+    chart.draw(tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").exists()
+    assert (table.PAGE.parent / "assets/performance.png").exists()

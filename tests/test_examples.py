@@ -66,3 +66,11 @@ def test_continual_learning(tmp_path):
     plain, penalty = (numbers(line)[-1] for line in (lines[5], lines[10]))
     assert penalty > 85
     assert plain < penalty - 20
+
+
+def test_bayesian_optimisation(tmp_path):
+    text = printed_by("bayesian_optimisation", tmp_path)
+    place, found, highest = numbers(text)
+    assert place == pytest.approx(0.5, abs=0.1)
+    assert found > highest - 0.1
+    assert (tmp_path / "docs/assets/bayesian_optimisation.png").exists()

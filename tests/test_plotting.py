@@ -258,6 +258,7 @@ def test_reliability_is_the_share_of_right_answers_by_confidence():
     np.testing.assert_allclose(points.get_ydata(), [0.5, 0.75])
     error = (2 * 0.05 + 4 * 0.2) / 6
     assert points.get_label() == f"model, ECE {error:.3f}"
+    assert [text.get_text() for text in axes.texts] == ["2", "4"]  # examples in the bins
     plotting.plot_reliability(PROBABILITIES, LABELS, num_bins=1, axes=axes)
     assert len(axes.get_lines()) == 3  # one diagonal is enough
     np.testing.assert_allclose(axes.get_lines()[-1].get_ydata(), [4 / 6])
