@@ -147,7 +147,7 @@ def test_regression_selection_and_continual_cells(tmp_path):
     params = Network((data.COLUMNS, 2, 1)).init(jax.random.key(0))
     cell = kept.records[choice.name, "2", 0]
     assert cell["num_params"] == num_params(params)
-    assert np.isclose(cell["symmetries"], np.log(2 * 2**2))
+    assert np.isclose(cell["symmetries"], np.log(2 * 2**2), atol=1e-4)
 
 
 def test_evidence_of_the_full_matrix_from_formulas_is_that_of_the_package():

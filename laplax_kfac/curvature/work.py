@@ -76,7 +76,7 @@ class Work:
             return Arrays(leaves, list(consts), batch, weights, key, number)
 
         example = {"input": self.example, "target": self.program.output}
-        leaves = jax.tree.leaves(self.params)
+        leaves = jax.eval_shape(self.program.space.as_real, jax.tree.leaves(self.params))
         found: Arrays = jax.eval_shape(
             arrays, leaves, self.program.consts, example, self.settings.key
         )
