@@ -198,21 +198,7 @@ def find_layers(
     examples = positive_integer("batch_size", batch_size)
     vmap_over_data = chosen.vmap_over_data
 
-    def shape_of(x: Any) -> jax.ShapeDtypeStruct:
-        try:
-            found = jax.typeof(x)
-        except TypeError as error:
-            msg = f"`example_input` must be made of arrays, found {shown(x)}."
-            raise TypeError(msg) from error
-        if not vmap_over_data and not found.shape:
-            msg = (
-                "With `vmap_over_data=False` `example_input` must be a batch, with an axis of "
-                "examples in front; found a single number."
-            )
-            raise ValueError(msg)
-        return jax.ShapeDtypeStruct(found.shape if vmap_over_data else found.shape[1:], found.dtype)
-
-    example = jax.tree.map(shape_of, example_input)
+    example = example_shapes(example_input, vmap_over_data=vmap_over_data)
     if not vmap_over_data:
         require_independent(model_fn, params, example)
     program = parse(
@@ -229,6 +215,31 @@ def find_layers(
     outputs = sum(math.prod(o.shape) for o in jax.tree.leaves(program.output))
     work = Work(program, settings, params, example, examples)
     return LayerReport(program.layers, outputs, work)
+
+
+def example_shapes(example_input: PyTree, *, vmap_over_data: bool) -> PyTree:
+    """Shapes of one example: of what is passed, or of the first of a batch.
+
+    Raises:
+        ValueError: If a batch is a single number.
+        TypeError: If it is not made of arrays.
+    """
+
+    def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+        try:
+            found = jax.typeof(x)
+        except TypeError as error:
+            msg = f"`example_input` must be made of arrays, found {shown(x)}."
+            raise TypeError(msg) from error
+        if not vmap_over_data and not found.shape:
+            msg = (
+                "With `vmap_over_data=False` `example_input` must be a batch, with an axis of "
+                "examples in front; found a single number."
+            )
+            raise ValueError(msg)
+        return jax.ShapeDtypeStruct(found.shape if vmap_over_data else found.shape[1:], found.dtype)
+
+    return jax.tree.map(shape_of, example_input)
 
 
 def why(layer: Layer) -> str:
