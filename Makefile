@@ -25,7 +25,7 @@ FAST := LAPLAX_KFAC_UNCHECKED=1
 FAST_OPTIONS := -q -n 2 --dist loadfile -m "not slow" --ignore tests/fuzz
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test shapes oldest newest devices fuzz lint types docs wheel bench study clean
+.PHONY: help quickstart test shapes oldest newest devices fuzz recognised lint types docs wheel bench study clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ fuzz: $(DEV) ## check N random networks, from number SEED on: make fuzz N=2000 S
 	@echo ">> $(N) random networks, from number $(SEED) on"
 	@LAPLAX_KFAC_FUZZ=$(N) LAPLAX_KFAC_FUZZ_SEED=$(SEED) \
 		$(BIN)/python -m pytest -n 2 -q tests/fuzz -k test_networks
+
+recognised: $(DEV) ## rewrite the documentation's page of what is recognised
+	@PYTHONPATH=tests:. $(BIN)/python -m support.recognised
 
 lint: $(DEV) ## check style and formatting
 	@echo ">> ruff"

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from laplax_kfac import likelihood, patterns
+from laplax_kfac import likelihood, masks, patterns
 from laplax_kfac.blocks.merging import merge
 from laplax_kfac.caches import clear_caches
 from laplax_kfac.capture.intermediates import LayerRecord, intermediates_and_gradients
@@ -14,6 +14,7 @@ from laplax_kfac.curvature.options import Options
 from laplax_kfac.curvature.relative_error import RelativeError, relative_error
 from laplax_kfac.evidence.evidence import Evidence, log_marginal_likelihood
 from laplax_kfac.evidence.fit import DataFit, data_fit
+from laplax_kfac.evidence.held_out import Validated
 from laplax_kfac.evidence.notices import BoundaryWarning
 from laplax_kfac.evidence.training import Trained, marglik_training
 from laplax_kfac.evidence.tuning import Tuned, tune
@@ -51,6 +52,7 @@ __all__ = [
     "RelativeError",
     "Trained",
     "Tuned",
+    "Validated",
     "Validation",
     "accumulator",
     "class_probabilities",
@@ -67,6 +69,7 @@ __all__ = [
     "log_marginal_likelihood",
     "make_posterior",
     "marglik_training",
+    "masks",
     "merge",
     "patterns",
     "predictive_covariance",

@@ -100,8 +100,15 @@ def is_inexact(atom: Atom) -> bool:
 
 def is_complex(atom: Atom) -> bool:
     """Whether a variable or literal holds complex numbers."""
-    dtype = getattr(atom.aval, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating)
+    return getattr(getattr(atom.aval, "dtype", None), "kind", "") == "c"
+
+
+def computes_complex(jaxpr: Jaxpr) -> bool:
+    """Whether an equation has a complex output, at any depth that a walk enters."""
+    return any(
+        any(map(is_complex, eqn.outvars)) or any(map(computes_complex, bodies(eqn)))
+        for eqn in jaxpr.eqns
+    )
 
 
 def has_body(eqn: JaxprEqn) -> bool:

@@ -12,7 +12,7 @@ from laplax_kfac.capture.capture import record_size
 from laplax_kfac.curvature.options import OptionKeywords, Options
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.independence import require_independent
-from laplax_kfac.parsing.layer import Layer, Repeated
+from laplax_kfac.parsing.layer import CHOSEN, Layer, Repeated
 from laplax_kfac.parsing.program import ModelFn, parse, require_model
 from laplax_kfac.summaries import aligned
 
@@ -96,6 +96,13 @@ class LayerReport(tuple[Layer, ...]):
                 f"advice: dense blocks take {_readable(sum(map(memory, dense)))}, the largest that "
                 f"of {largest.name!r}. `dense_limit` or `fallback='diagonal'` makes them diagonal."
             )
+        lines += [
+            f"advice: the one block of {layer.size:,} parameters takes {_readable(memory(layer))}, "
+            f"its eigenvectors as much again, and about {10 * layer.size**3:.0e} operations. "
+            "A subnetwork, by a mask as `params_filter`, takes less."
+            for layer in dense
+            if layer.pattern == CHOSEN
+        ]
         if self._bytes_of_example() > LARGE_BYTES and self.num_outputs > 1:
             lines.append(
                 f"advice: {self.num_outputs} columns are pulled back for every example. "

@@ -11,11 +11,12 @@ import laplax_kfac
 
 ROOT = Path(laplax_kfac.__file__).parent
 ORDER = [
-    "arguments", "summaries", "pytrees", "machine", "caches", "files", "remeshing", "meshes",
-    "jaxprs", "gram", "faults", "patterns", "bases", "parsing", "blocks", "likelihood", "fisher",
-    "capture", "factors", "posterior", "curvature", "evidence", "predictive", "laplax_adapter",
+    "arguments", "summaries", "pytrees", "machine", "caches", "progress", "files", "remeshing",
+    "meshes", "jaxprs", "gram", "faults", "patterns", "bases", "parsing", "blocks", "likelihood",
+    "fisher", "capture", "factors", "posterior", "curvature", "evidence", "predictive",
+    "laplax_adapter",
 ]  # fmt: skip
-SIDE_ROOMS = ["report", "checkpoint", "links", "plotting"]  # nobody reads these
+SIDE_ROOMS = ["report", "checkpoint", "links", "masks", "plotting"]  # nobody reads these
 
 
 def module_name(path):

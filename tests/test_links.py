@@ -16,7 +16,8 @@ from laplax_kfac.predictive.gaussians import Marginals, Predictive
 pytestmark = pytest.mark.usefixtures("x64")
 
 CLOSE = tolerance(jnp.float64)
-LINKS = ["probit", "mean_field_0", "mean_field_1", "mean_field_2", "laplace_bridge", "mc"]
+LINKS = ["probit", "mean_field_0", "mean_field_1", "mean_field_2", "laplace_bridge"]
+LINKS += ["laplace_bridge_norm", "mc"]
 
 
 def logits(count=4, classes=5, scale=1.0, seed=0):
@@ -68,7 +69,7 @@ def test_logits_without_variance_have_their_softmax(link):
     np.testing.assert_allclose(probabilities(certain, link), jax.nn.softmax(certain.mean), **CLOSE)
 
 
-@pytest.mark.parametrize("link", ["mean_field_2", "laplace_bridge", "mc"])
+@pytest.mark.parametrize("link", ["mean_field_2", "laplace_bridge", "laplace_bridge_norm", "mc"])
 def test_what_all_logits_share_does_not_count(link):
     plain = logits()
     shifted = Predictive(plain.mean + 3.0, plain.covariance + 7.0)  # 7 is a shared variance
@@ -101,6 +102,22 @@ def test_the_bridge_inverts_the_laplace_approximation_of_a_dirichlet():
     )
     expected = alpha / alpha.sum()
     np.testing.assert_allclose(probabilities(gaussian, "laplace_bridge")[0], expected, **CLOSE)
+
+
+def test_the_normalised_bridge_is_that_of_laplace_torch():
+    # Its code, in NumPy, for logits that sum to zero: its correction for others is another one.
+    mean = normal(4, 5, seed=0)
+    mean -= mean.mean(axis=1, keepdims=True)
+    project = np.eye(5) - 1 / 5
+    covariance = project @ positive(4, 5, seed=1) @ project
+    variance = np.diagonal(covariance, axis1=1, axis2=2)
+    scale = variance.mean(axis=1, keepdims=True) / np.sqrt(5 / 2)
+    m, v = mean / np.sqrt(scale), variance / scale
+    alpha = (1 - 2 / 5 + np.exp(m) / 5**2 * np.exp(-m).sum(axis=1, keepdims=True)) / v
+    found = probabilities(
+        Predictive(jnp.asarray(mean), jnp.asarray(covariance)), "laplace_bridge_norm"
+    )
+    np.testing.assert_allclose(found, alpha / alpha.sum(axis=1, keepdims=True), **CLOSE)
 
 
 def test_laplax_cannot_build_its_bridge():

@@ -148,3 +148,17 @@ def test_regression_selection_and_continual_cells(tmp_path):
     cell = kept.records[choice.name, "2", 0]
     assert cell["num_params"] == num_params(params)
     assert np.isclose(cell["symmetries"], np.log(2 * 2**2))
+
+
+def test_evidence_of_the_full_matrix_from_formulas_is_that_of_the_package():
+    found = data.table(data.teacher(), 0)
+    network = Network((data.COLUMNS, 3, 1))
+    params = network.init(jax.random.key(0))
+    numbers = selection.dense(network, params, found)
+    model = fitted(APPROXIMATIONS["full"], network, params, found, "mse")
+    tuned = model.tuned("evidence", found.validation)
+    np.testing.assert_allclose(numbers["evidence"], tuned.evidence.value, atol=0.02)
+    assert tuned.noise_variance is not None
+    np.testing.assert_allclose(numbers["noise_variance"], tuned.noise_variance, rtol=0.02)
+    scores = regression.of_laplace(model, tuned, found.test)
+    np.testing.assert_allclose(numbers["nll"], scores["nll"], rtol=2e-3)

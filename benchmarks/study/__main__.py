@@ -12,7 +12,7 @@ from study import classification, continual, figure, regression, selection, tabl
 from study.results import Results
 
 SEEDS = range(5)
-KINDS: tuple[Any, ...] = (classification, regression, selection, continual)
+KINDS: tuple[Any, ...] = (continual, regression, selection, classification)
 
 
 def run(results: Results, names: Sequence[str] = (), seconds: float = float("inf")) -> bool:

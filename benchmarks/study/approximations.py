@@ -103,10 +103,10 @@ def fitted(
         params = model.flatten(params)
         options["dense_limit"] = params["theta"].size
     train = (data.train.x, data.train.y)
-    start = time.perf_counter()
+    start = time.process_time()
     curvature = approximation.fit(model, params, train, loss_fn=loss, **options)
     jax.block_until_ready(curvature)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     fit = lk.data_fit(model, params, train, loss_fn=loss)
     return Fitted(model, params, curvature, fit, loss, seconds)
 

@@ -19,7 +19,7 @@ from study.classification import MEMBERS
 from study.data import COLUMNS, Data, Split
 from study.networks import Network
 from study.results import Record, Results
-from study.training import Recipe, train_all
+from study.training import Recipe, key_of, train_all
 
 NETWORK = Network((COLUMNS, 50, 1))
 RECIPE = Recipe("mse", epochs=200, batch_size=39, learning_rate=1e-2)
@@ -36,6 +36,12 @@ class Regression:
     network: Network = NETWORK
     recipe: Recipe = RECIPE
     approximations: Sequence[str] = METHODS
+    validated: Sequence[str] = ("last_full", "diagonal", "kfac")
+
+    def priors(self, name: str) -> list[str]:
+        """How the prior of an approximation is chosen."""
+        priors = APPROXIMATIONS[name].priors
+        return [p for p in priors if p != "validation" or name in self.validated]
 
 
 TASKS = [Regression(name, name, sources.TABLES[name]) for name in ("autompg", "boston", "diabetes")]
@@ -49,9 +55,9 @@ def run(task: Regression, seeds: Sequence[int], results: Results) -> Iterator[st
     source = task.source()
     data = [sources.table(source, seed) for seed in seeds]
     x, y = (jnp.stack([getattr(d.train, k) for d in data]) for k in ("x", "y"))
-    start = time.perf_counter()
+    start = time.process_time()
     networks = jax.block_until_ready(train_all(task.network, task.recipe, x, y, MEMBERS))
-    train_seconds = (time.perf_counter() - start) / (len(seeds) * MEMBERS)
+    train_seconds = (time.process_time() - start) / (len(seeds) * MEMBERS)
     forward = jax.jit(jax.vmap(task.network, (0, None)))
     for place, seed in enumerate(seeds):
         members = [jax.tree.map(lambda leaf: leaf[place, m], networks) for m in range(MEMBERS)]  # noqa: B023
@@ -65,7 +71,7 @@ def run(task: Regression, seeds: Sequence[int], results: Results) -> Iterator[st
         approximation = APPROXIMATIONS[name]
         for place, seed in enumerate(seeds):
             model = None
-            for prior in approximation.priors:
+            for prior in task.priors(name):
                 cell = (task.name, f"{name}/{prior}", seed)
                 if cell in results:
                     continue
@@ -73,11 +79,11 @@ def run(task: Regression, seeds: Sequence[int], results: Results) -> Iterator[st
                 model = model or fitted(
                     approximation, task.network, params, data[place], task.recipe.loss
                 )
-                start = time.perf_counter()
+                start = time.process_time()
                 tuned = jax.block_until_ready(model.tuned(prior, data[place].validation))
                 seconds = {
                     "fit_seconds": model.seconds,
-                    "tune_seconds": time.perf_counter() - start,
+                    "tune_seconds": time.process_time() - start,
                 }
                 results.add(*cell, of_laplace(model, tuned, data[place].test) | seconds)
                 yield " ".join(map(str, cell))
@@ -108,9 +114,9 @@ def of_mixture(outputs: Callable[[Any], list[jax.Array]], data: Data) -> Record:
 
 def of_laplace(model: Fitted, tuned: Any, test: Split) -> Record:
     """Scores of the predictive with its noise."""
-    start = time.perf_counter()
+    start = time.process_time()
     predictive = jax.block_until_ready(model.predictive(jnp.asarray(test.x), tuned))
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     noisy = predictive.with_noise(tuned.noise_variance)
     mean, variance = (np.asarray(a, "float64") for a in (noisy.mean, noisy.variance))
     return {
@@ -122,15 +128,15 @@ def of_laplace(model: Fitted, tuned: Any, test: Split) -> Record:
 def marglik(task: Regression, seed: int, data: Data) -> Record:
     """Trained by the evidence, with its noise (Immer et al. 2021)."""
     recipe, train = task.recipe, (data.train.x, data.train.y)
-    start = time.perf_counter()
+    start = time.process_time()
     steps = recipe.steps(len(train[0]))
     found = lk.marglik_training(
-        task.network, task.network.init(jax.random.fold_in(jax.random.key(0), seed)), train,
+        task.network, task.network.init(key_of(seed, 0)), train,
         loss_fn=recipe.loss, epochs=recipe.epochs, every=min(10, recipe.epochs),
         batch_size=recipe.batch_size, noise_variance=0.5,
         optimizer=optax.adam(optax.cosine_decay_schedule(recipe.learning_rate, steps)),
     )  # fmt: skip
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     fit = lk.data_fit(task.network, found.params, train, loss_fn=recipe.loss)
     model = Fitted(task.network, found.params, found.curvature, fit, recipe.loss, seconds)
     return of_laplace(model, found, data.test) | {"train_seconds": seconds}
@@ -143,6 +149,6 @@ def methods_of(task: Regression) -> list[tuple[str, str]]:
         approximation = APPROXIMATIONS[name]
         rows += [
             (f"{name}/{prior}", f"{approximation.title}; {PRIORS[prior]}")
-            for prior in approximation.priors
+            for prior in task.priors(name)
         ]
     return [*rows, ("marglik", "KFAC; trained by evidence")]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 HERE = Path(__file__).parent
 FILE = HERE / "results.jsonl"
 
@@ -53,4 +55,4 @@ class Results:
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    return float(f"{value:.5g}") if isinstance(value, (float, np.floating)) else value

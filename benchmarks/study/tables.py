@@ -26,9 +26,11 @@ class Summary:
         for record in results:
             key = record["task"], record["method"]
             self.cells.setdefault(key, {})[record["seed"]] = record
+        self.seeds = max(map(len, self.cells.values()), default=0)
 
     def has(self, task: str, *methods: str) -> bool:
-        return all((task, method) in self.cells for method in methods)
+        """Whether these were run with all seeds."""
+        return all(len(self.cells.get((task, method), ())) == self.seeds for method in methods)
 
     def values(self, task: str, method: str, *path: str) -> Values:
         """A number of every seed, in the order of seeds."""
@@ -87,7 +89,8 @@ def classification_tables(summary: Summary) -> str:
             for name, title in classification.methods_of(task)
             if summary.has(task.name, name)
         ]
-        parts.append(f"**{task.title}**\n\n{markdown(['method', *SCORES.values()], rows)}")
+        if rows:
+            parts.append(f"**{task.title}**\n\n{markdown(['method', *SCORES.values()], rows)}")
     return "\n\n".join(parts)
 
 
@@ -174,8 +177,6 @@ def continual_table(summary: Summary) -> str:
 JUDGES = {
     "evidence, KFAC": lambda r: r["kfac"]["evidence"],
     "evidence, KFAC, with symmetries": lambda r: r["kfac"]["evidence"] + r["symmetries"],
-    "evidence, EKFAC": lambda r: r["ekfac"]["evidence"],
-    "evidence, EKFAC, with symmetries": lambda r: r["ekfac"]["evidence"] + r["symmetries"],
     "evidence, full GGN": lambda r: r["full"]["evidence"],
     "evidence, full GGN, with symmetries": lambda r: r["full"]["evidence"] + r["symmetries"],
     "number of parameters": lambda r: r["num_params"],
@@ -223,6 +224,28 @@ def architecture_table(summary: Summary) -> str:
     return markdown(["data", "", *names], rows)
 
 
+def coverage(summary: Summary) -> str:
+    """What has not been run yet."""
+    names = [selection.architecture(hidden) for hidden in selection.HIDDEN]
+    methods = {
+        **{t.name: [n for n, _ in classification.methods_of(t)] for t in classification.TASKS},
+        **{t.name: [n for n, _ in regression.methods_of(t)] for t in regression.TASKS},
+        **{t.name: names for t in selection.TASKS},
+        **{t.name: list(continual.METHODS) for t in continual.TASKS},
+    }
+    missing = {
+        f"`{task}`": sum(not summary.has(task, name) for name in chosen)
+        for task, chosen in methods.items()
+    }
+    parts = [f"{title}: {count}" for title, count in missing.items() if count]
+    if not parts:
+        return "All of the study's cells are among the committed results."
+    return (
+        "Not all of it has been run. Methods (or architectures) that are missing in the committed "
+        f"results, which `make study` goes on with, by task: {'; '.join(parts)}."
+    )
+
+
 # -- the page ----------------------------------------------------------------------------------
 
 
@@ -230,6 +253,7 @@ def sections() -> dict[str, Callable[[Summary], str]]:
     from study import claims  # which is made of what stands above
 
     return {
+        "coverage": coverage,
         "claims": claims.claims_table,
         "recommended": claims.recommended_table,
         "classification": classification_tables,

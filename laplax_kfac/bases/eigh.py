@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from laplax_kfac import jaxprs, machine
+from laplax_kfac import jaxprs, machine, progress
 
 Eigh = tuple[Float[Array, "... _"], Float[Array, "... _ _"]]
 """Eigenvalues, zero where rounding made them, and eigenvectors in the columns of a matrix."""
@@ -51,7 +51,12 @@ def decompose_each(matrices: Sequence[Float[Array, "... _ _"]]) -> list[Eigh]:
     """`eigh_each`, with the precision and the threads that are set around it."""
     most = machine.MACHINE.decomposed_together
     small = iter(_eigh_of_small([x for x in matrices if x.shape[-1] <= most]))
-    return [next(small) if x.shape[-1] <= most else _eigh_of_wide(x) for x in matrices]
+    if jaxprs.is_traced(matrices):
+        return [next(small) if x.shape[-1] <= most else _eigh_of_wide(x) for x in matrices]
+    return [
+        progress.awaited(next(small) if x.shape[-1] <= most else _eigh_of_wide(x))
+        for x in progress.each(list(matrices), "eigenvectors", "matrix")
+    ]
 
 
 @jax.jit

@@ -16,7 +16,7 @@ diagonal                       (UNROTATED,)              (p,)
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Num, PyTree
 
 from laplax_kfac import jaxprs, machine, pytrees, summaries
+from laplax_kfac.arguments import no_type_check
 from laplax_kfac.bases import UNROTATED, Basis, Dense, Side
+from laplax_kfac.blocks.operators import linear_operator
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.layer import Layer, Repeated
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.segments import Segment
+
+if TYPE_CHECKING:
+    import lineax
 
 
 @pytrees.register
@@ -196,6 +201,19 @@ class BlockDiagonal:
         """
         parts = [apply(b, x) for b, x in zip(self.blocks, self.read(v), strict=True)]
         return jax.tree.map(lambda out, x: out.astype(jnp.result_type(x)), self.write(parts), v)
+
+    @no_type_check
+    def as_linear_operator(self) -> "lineax.FunctionLinearOperator":
+        """The matrix as an operator of lineax, symmetric and positive semi-definite.
+
+        A flat one, of vectors in laplax's order, is
+        ``lambda v: ravel(operator.mv(unravel(v)))``, with `jax.flatten_util.ravel_pytree`.
+
+        Raises:
+            ImportError: If lineax is not installed.
+            ValueError: If some parameters are no real numbers.
+        """
+        return linear_operator(self.mv, self.space)
 
     @on_automatic_axes
     def to_dense(self) -> Float[Array, "P P"]:

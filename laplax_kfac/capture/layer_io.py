@@ -239,21 +239,14 @@ class LayerIO:
         inputs: Vectors a of the layer's rows; a joint bias is the last.
         gradients: Vectors g of the layer's outputs.
         active: 1 where the use was evaluated, 0 where a cond did not take it.
+        imaginary: Whether its positions are those of another use, which has the real part of the
+            same complex numbers.
     """
 
     inputs: SideIO
     gradients: SideIO
     active: Float[Array, "*batch S stack"]
-
-    @classmethod
-    def of_features(cls, gradients: Float[Array, "R p"], stack: int) -> "LayerIO":
-        """Of one example's gradients in a stack of columns, row after row: ``g 1^T`` for each."""
-        g = gradients.reshape(len(gradients), gradients.shape[1] // stack, stack)
-        return cls(
-            Cotangents(g.swapaxes(1, 2)[:, None]),
-            Features(jnp.ones((1, stack, 1), g.dtype)),
-            jnp.ones((1, stack)),
-        )
+    imaginary: bool = field(default=False, metadata={"static": True})
 
     @property
     def num_positions(self) -> int:
@@ -351,19 +344,23 @@ class MatrixIO(LayerIO):
 def as_one_use(record: tuple[LayerIO, ...]) -> tuple[LayerIO, ...]:
     """Uses of a weight as one with the positions of all; transposed uses for themselves.
 
-    A function that is called twice, and two copies of it that are vmapped, then are the same.
+    A function that is called twice, and two copies of it that are vmapped, then are the same. Real
+    and imaginary parts are no positions: those of all uses are one use each.
     """
-    if len(record) == 1:
+    if any(isinstance(use, MatrixIO) for use in record):
         return record
-    groups = [[use for use in record if isinstance(use.inputs, Cotangents) == k] for k in (0, 1)]
+    groups: dict[tuple[bool, bool], list[LayerIO]] = {}
+    for use in record:
+        kind = isinstance(use.inputs, Cotangents), use.imaginary
+        groups.setdefault(kind, []).append(use)
     return tuple(
         LayerIO(
             side_by_side([use.inputs for use in group]),
             side_by_side([use.gradients for use in group]),
             jnp.concatenate([use.active for use in group], axis=-2),
+            imaginary,
         )
-        for group in groups
-        if group
+        for (_, imaginary), group in sorted(groups.items(), key=lambda item: item[0])
     )
 
 

@@ -106,7 +106,9 @@ def perturbations_of_parameters(program: Program) -> Perturbations:
     real = [jnp.finfo(d).dtype if jnp.issubdtype(d, jnp.inexact) else d for d in space.dtypes]
     dtype = dict(zip(space.paths, real, strict=True))
     return {
-        number: jnp.zeros(resolved.layer.size, dtype[resolved.layer.params[0]])
+        number: jnp.zeros(
+            resolved.layer.size, jnp.result_type(*(dtype[p] for p in resolved.layer.params))
+        )
         for number, resolved in enumerate(program.resolved)
         if is_fallback(resolved)
     }
@@ -122,10 +124,14 @@ def perturbed(
         for segment in program.layers[number].segments:
             ids = space.ids(segment).ravel()
             mine, rest = rest[: ids.size], rest[ids.size :]
-            leaf = space.leaf_at(int(ids[0]))
-            if np.array_equal(ids, space.leaf_ids(leaf).ravel()):
-                moved[leaf] = moved[leaf] + mine.reshape(moved[leaf].shape)
-            else:
-                flat = moved[leaf].reshape(-1).at[ids - space.offsets[leaf]].add(mine)
+            for leaf in space.leaves_of(ids):  # one, but for a block of all
+                first, last = space.offsets[leaf : leaf + 2]
+                inside = np.flatnonzero((ids >= first) & (ids < last))
+                zeros = mine if inside.size == ids.size else mine[inside]
+                zeros = zeros.astype(moved[leaf].dtype)
+                if np.array_equal(ids[inside], space.leaf_ids(leaf).ravel()):
+                    moved[leaf] = moved[leaf] + zeros.reshape(moved[leaf].shape)
+                    continue
+                flat = moved[leaf].reshape(-1).at[ids[inside] - first].add(zeros)
                 moved[leaf] = flat.reshape(moved[leaf].shape)
     return moved

@@ -1,12 +1,13 @@
 """From what equations saw to the inputs and gradients of layers: orientation, scale and parts."""
 
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from laplax_kfac import jaxprs
 from laplax_kfac.capture.evaluator import Inputs
@@ -25,7 +26,7 @@ from laplax_kfac.capture.layer_io import (
 from laplax_kfac.capture.plan import Perturbations, perturbation_of
 from laplax_kfac.parsing.claims import Part
 from laplax_kfac.parsing.grouping import Member
-from laplax_kfac.parsing.layer import MADE
+from laplax_kfac.parsing.layer import MADE, Layer
 from laplax_kfac.parsing.program import Program
 from laplax_kfac.parsing.uses import Use
 
@@ -60,8 +61,7 @@ def records_of(
         elif number in at_parameters and resolved.layer.pattern == MADE:
             records.append((MatrixIO.of(at_parameters[number], resolved.layer.rows),))
         elif number in at_parameters and resolved.layer.is_matrix:
-            gradients = at_parameters[number]
-            records.append((LayerIO.of_features(gradients, resolved.layer.stack),))
+            records.append((of_columns(at_parameters[number], resolved.layer),))
         elif number in at_parameters:
             records.append(ParameterIO(at_parameters[number]))
         else:
@@ -117,7 +117,8 @@ def _layer_io(
         computed = Patches(
             Features(a), tuple(map(jnp.asarray, operands)), claim.moments, member.joint_bias
         )
-    return LayerIO(*claim.as_layer_sides(computed, Cotangents(g)), active[..., 0])
+    inputs_of, gradients_of = claim.as_layer_sides(computed, Cotangents(g))
+    return LayerIO(inputs_of, gradients_of, active[..., 0], use.imaginary)
 
 
 def _through(
@@ -134,6 +135,16 @@ def _through(
     if right is not None:
         g = g * right.astype(g.dtype) if right.ndim == 1 else g @ right.T.astype(g.dtype)
     return a, g
+
+
+def of_columns(gradients: Float[Array, "R p"], layer: Layer) -> LayerIO:
+    """Of one example's gradients in a stack of columns, by segment: ``g 1^T`` for each."""
+    stack, sizes = layer.stack, [math.prod(s.shape) for s in layer.segments]
+    parts = jnp.split(gradients, np.cumsum(sizes)[:-1], axis=1)
+    columns = [g.reshape(len(g), 1, stack, g.shape[1] // stack) for g in parts]
+    ones = jnp.ones((1, stack, 1), gradients.dtype)
+    cotangents = Cotangents(jnp.concatenate(columns, axis=-1))
+    return LayerIO(cotangents, Features(ones), jnp.ones((1, stack)))
 
 
 def _in_part(part: Part, use: Use, inputs: Array) -> Array:

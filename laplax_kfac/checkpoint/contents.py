@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from laplax_kfac.bases import UNROTATED, Basis, Kind, Sum, kind_of
 from laplax_kfac.blocks.blocks import Block, BlockDiagonal
@@ -19,6 +20,7 @@ from laplax_kfac.factors import KroneckerSums, ParameterSums, Statistics
 from laplax_kfac.faults import Fault, Faults
 from laplax_kfac.files import Archive, Json
 from laplax_kfac.parsing.layer import Layer
+from laplax_kfac.parsing.layout import ParameterSpace
 
 Arrays = dict[str, np.ndarray]
 
@@ -98,6 +100,41 @@ def basis_of(file: Archive, name: str, kind: Kind, size: int, stack: int) -> Bas
         shape = leaf.shape if one or stack == 1 else (stack, *leaf.shape)
         found.append(jnp.asarray(file.take(key, shape)))
     return kind.basis_of(found)
+
+
+# -- means -------------------------------------------------------------------------------------
+
+
+def mean_to_arrays(mean: PyTree, space: ParameterSpace, arrays: Arrays, *, keep: bool) -> bool:
+    """Put the leaves of a posterior's mean among the other arrays; whether it has one.
+
+    Raises:
+        ValueError: If it is not finite and not kept.
+    """
+    if mean is None:
+        return False
+    for name, (k, leaf) in zip(space.names, enumerate(space.flatten(mean)), strict=True):
+        require(keep or bool(jnp.isfinite(leaf).all()), f"the mean of {name!r} is not finite")
+        arrays[f"mean/{k}"] = np.asarray(leaf)
+    return True
+
+
+def mean_of(file: Archive, space: ParameterSpace, *, keep: bool) -> PyTree:
+    """The mean of a posterior; None where the file has none, as those of earlier versions.
+
+    Raises:
+        ValueError: If it does not fit the parameters.
+    """
+    there = file.header.get("mean", False)
+    require(type(there) is bool, f"whether it has a mean is {there!r}")
+    if not there:
+        return None
+    leaves = []
+    for k, (name, shape) in enumerate(zip(space.names, space.shapes, strict=True)):
+        leaf = jnp.asarray(file.take(f"mean/{k}", shape, "fiubc"))
+        require(keep or bool(jnp.isfinite(leaf).all()), f"the mean of {name!r} is not finite")
+        leaves.append(leaf)
+    return space.unflatten(leaves)
 
 
 # -- states ------------------------------------------------------------------------------------

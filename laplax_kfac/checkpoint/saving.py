@@ -10,7 +10,14 @@ from jaxtyping import PyTree
 from laplax_kfac import factors, files, jaxprs
 from laplax_kfac.arguments import no_type_check, require_choice
 from laplax_kfac.blocks.blocks import BlockDiagonal
-from laplax_kfac.checkpoint.contents import blocks_of, blocks_to_arrays, state_of, state_to_arrays
+from laplax_kfac.checkpoint.contents import (
+    blocks_of,
+    blocks_to_arrays,
+    mean_of,
+    mean_to_arrays,
+    state_of,
+    state_to_arrays,
+)
 from laplax_kfac.checkpoint.records import (
     from_format_1,
     integers,
@@ -79,6 +86,8 @@ def save(
             header.update(state_to_arrays(matrix, arrays, keep=keep))
         else:
             header["sides"] = blocks_to_arrays(matrix, arrays, keep=keep)
+        if isinstance(x, Posterior):
+            header["mean"] = mean_to_arrays(x.mean, x.precision.space, arrays, keep=keep)
     except ValueError as error:
         advice = "" if "negative" in str(error) else "; nonfinite='keep' saves it as it is"
         msg = f"`x` cannot be saved: {error}{advice}."
@@ -130,7 +139,8 @@ def load(path: str | os.PathLike[str], params: PyTree | None = None) -> Any:
         if kind == "Statistics" or space is None:
             found = Statistics(**state_of(file, layers, keep=keep), layers=layers, space=space)
         elif kind == "Posterior":
-            found = Posterior(BlockDiagonal(blocks_of(file, layers, keep=keep), layers, space))
+            precision = BlockDiagonal(blocks_of(file, layers, keep=keep), layers, space)
+            found = Posterior(precision, mean_of(file, space, keep=keep))
         else:
             own = attributes_of(header)
             found = Curvature(blocks_of(file, layers, keep=keep), layers, space, **own)

@@ -90,11 +90,13 @@ class Curvature(BlockDiagonal):
             n: Another name of ``num_samples``.
 
         Raises:
-            ValueError: If the number is no positive integer, or the parameters are not those of
-                the curvature.
+            ValueError: If the number is no positive integer, or there are two, or the parameters
+                are not those of the curvature.
         """
         self.space.require_like(params, "params")
         name, number = ("num_samples", num_samples) if n is None else ("n", n)
-        self.space.require_like(params, "params")
+        if n is not None and num_samples is not None:
+            msg = "`n` is another name of `num_samples`: pass one of them."
+            raise ValueError(msg)
         posterior = make_posterior(self, prior_prec, noise_variance=noise_variance)
         return posterior.sample(key, positive_integer(name, number), params)

@@ -18,6 +18,7 @@ from laplax_kfac.capture.batches import first_example
 from laplax_kfac.curvature.options import Settings
 from laplax_kfac.curvature.passes import Arrays
 from laplax_kfac.parsing.program import Program
+from laplax_kfac.parsing.segments import Scattered
 
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
@@ -59,12 +60,14 @@ def of_fit(
             lambda f, y, key: columns.vectors(key, f, y), program.output, target, settings.key
         )
         loss = [jaxpr, of_arrays(consts)]
+    places = [segment.place for layer in program.layers for segment in layer.segments]
+    chosen = [place.ids for place in places if isinstance(place, Scattered)]
     return {
         "the model": of_text(program.jaxpr),
         "arrays that the model closes over": of_arrays(list(program.consts)),
         "the parameters": of_arrays(arrays.leaves),
         "the loss": of_text(*loss),
-        "the options": of_text(kind, program.layers, sorted(choices.items())),
+        "the options": of_text(kind, program.layers, of_arrays(chosen), sorted(choices.items())),
         "the random key": of_arrays(settings.key),
         "the first batch": of_arrays((arrays.batch, arrays.weights)),
         "the version of jax, or the device": of_text(jax.__version__, jax.default_backend()),

@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 from typing import Any, Unpack
 
 from jaxtyping import PyTree
-from tqdm import tqdm
 
 from laplax_kfac.arguments import (
     no_type_check,
@@ -31,6 +30,7 @@ from laplax_kfac.fisher import fisher_type_of
 from laplax_kfac.likelihood.named import Loss
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.parsing.program import ModelFn
+from laplax_kfac.progress import BatchBar, showing
 
 
 class PassKeywords(OptionKeywords, total=False):
@@ -45,7 +45,8 @@ class PassKeywords(OptionKeywords, total=False):
         batch_size: Most examples that are worked on at once; larger batches are split. A CPU works
             on fewer where their memory can then be reused.
         transform: Applied to every batch first, to bring it to one of the forms above.
-        progress: Whether to show a progress bar over the batches.
+        progress: Whether to show progress bars: of every pass over the batches, with the time
+            left where the data know how many they are, and of the eigendecompositions.
         checkpoint: A file that keeps what is summed up. A later call with the same arguments goes
             on from there, in another process too, and ends with the same bits. Batches that were
             seen are read once more and dropped, so they must come in the same order. A file of
@@ -163,22 +164,23 @@ def kfac(
     keeper = passes.keeper()
 
     def stream(description: str) -> Placed:
-        shown = functools.partial(tqdm, desc=description, unit="batch", disable=not passes.progress)
-        found = same_number(batches(data, passes.transform), keeper.sizes)
-        return Placed(found, lambda found: shown(even_batches(found, batch_size)))
+        bar = BatchBar(data, description)
+        found = same_number(bar.batches(batches(data, passes.transform)), keeper.sizes)
+        return Placed(found, lambda found: bar.parts(even_batches(found, batch_size)))
 
-    parts = stream("factors")
-    state = accumulate.collect(parts, keeper)
-    if is_known(state):  # else an earlier fit has checked it
-        accumulate.check(state, parts.places)
-    if passes.optimal_factors:
-        again = functools.partial(stream, "optimal factors")
-        iterations = positive_integer("iterations", passes.iterations)
-        found = accumulate.optimise(state, again, iterations=iterations, keeper=keeper)
-    else:
-        found = applied(accumulate.finalize, state)
-    if passes.eigenvalue_correction:
-        return accumulate.correct(found, stream("eigenvalues"), keeper)
+    with showing(passes.progress):
+        parts = stream("factors")
+        state = accumulate.collect(parts, keeper)
+        if is_known(state):  # else an earlier fit has checked it
+            accumulate.check(state, parts.places)
+        if passes.optimal_factors:
+            again = functools.partial(stream, "optimal factors")
+            iterations = positive_integer("iterations", passes.iterations)
+            found = accumulate.optimise(state, again, iterations=iterations, keeper=keeper)
+        else:
+            found = applied(accumulate.finalize, state)
+        if passes.eigenvalue_correction:
+            return accumulate.correct(found, stream("eigenvalues"), keeper)
     return found
 
 

@@ -5,13 +5,16 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from laplax_kfac.arguments import no_type_check
 from laplax_kfac.blocks.blocks import BlockDiagonal
 from laplax_kfac.capture.batches import Batch, batch_size, first_example, to_arrays
-from laplax_kfac.parsing.layer import MADE, NORM, Layer
+from laplax_kfac.parsing.entries import Entries
+from laplax_kfac.parsing.layer import CHOSEN, MADE, NORM, TABLE, Layer
 from laplax_kfac.parsing.program import ModelFn, Program, parse
+from laplax_kfac.parsing.segments import Scattered
 from laplax_kfac.parsing.selection import CurvatureKind, FactorLimit, Selection, Wanted
 
 
@@ -107,11 +110,18 @@ def _selection_of(curvature: BlockDiagonal, *, separate: bool) -> Selection:
 
     Parameters without curvature are probed as a diagonal: they have the variance of their prior.
     """
+    chosen = [ly for ly in curvature.layers if ly.pattern == CHOSEN]
+    if chosen:
+        ids = np.concatenate([curvature.space.ids(ly.segments[0]) for ly in chosen])
+        full = chosen[0].block == "dense"
+        return Selection(
+            curvature="full" if full else "diagonal", entries=Entries(Scattered(np.sort(ids)))
+        )
     name_of = dict(zip(curvature.space.paths, curvature.space.names, strict=True))
     frozen = {name_of[p] for layer in curvature.layers if layer.frozen for p in layer.params}
     kinds: dict[str, Wanted] = {}
     for layer in curvature.layers:
-        if not layer.is_matrix or layer.pattern in (NORM, MADE):
+        if not layer.is_matrix or layer.pattern in (NORM, TABLE, MADE):
             kind: Wanted = "dense" if layer.block == "dense" else "diagonal"
             kind = "joint" if layer.is_matrix else kind
             kinds.update({glob.escape(name_of[p]): kind for p in layer.params})

@@ -75,14 +75,17 @@ class Options:
         kfac_approx: How positions that share a weight are treated: ``"expand"`` as if they were
             examples, ``"reduce"`` summed up over all uses (Eschenhagen et al. 2023); or these
             by patterns of layers' names, ``"expand"`` for those that match none.
-        curvature: ``"kronecker"``; or, from the same quantities, the exact ``"diagonal"``, or the
-            exact dense ``"block"`` of every layer.
+        curvature: ``"kronecker"``; or, from the same quantities, the exact ``"diagonal"``, the
+            exact dense ``"block"`` of every layer, or ``"full"``, the exact matrix of all covered
+            parameters as one dense block. `find_layers` says before what that costs.
         params_filter: Which parameters get curvature: patterns of paths as in a shell
             (``"encoder/*"``, or as frontends print them, ``"layers[2]*"``; one or several), a
-            function of the path, or ``"last_layer"``. The others are frozen at their value; all
-            are covered by default.
+            function of the path, or ``"last_layer"``. With ``curvature`` ``"full"`` or
+            ``"diagonal"`` also single parameters, a subnetwork: a pytree of booleans like the
+            parameters, as `masks` makes them, or an array of indices in their flat order. The
+            others are frozen at their value; all are covered by default.
         fallback: Block of parameters without a Kronecker form: ``"dense"`` (up to ``dense_limit``,
-            above a diagonal, or for scale and shift of a norm layer a 2 x 2 block a feature),
+            above a diagonal, but exact blocks of a few for norm layers and tables of positions),
             ``"diagonal"``, ``"none"``, or ``"error"``; or these by pattern.
         dense_limit: Most parameters of a leaf that get a dense block.
         factor_kinds: What Kronecker factors may be: ``"dense"``, ``"diagonal"``, ``"identity"`` (a

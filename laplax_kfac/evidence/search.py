@@ -22,6 +22,8 @@ from laplax_kfac.evidence.hill import Hill
 
 Method = Literal["lbfgs", "adam", "grid"]
 DEFAULT_STEPS = {"lbfgs": 100, "adam": 1000, "grid": 33}
+_PARTS = 7
+"""Parts of the noise that are compared, each half of the last."""
 _ROUNDS = 6
 """Rounds of the grid: each is finer than the last, by a factor of 8 for 33 points."""
 
@@ -102,6 +104,29 @@ def coarse(
     offsets = jnp.linspace(hill.limits[0], hill.limits[1], points) - center
     candidates = hill.inside(start + offsets[:, None] * moves)
     candidates = jnp.concatenate([start[None], candidates])
+    values = jax.lax.map(hill.value, candidates)
+    return candidates[jnp.argmax(jnp.where(jnp.isnan(values), -jnp.inf, values))]
+
+
+def coarse_with_noise(
+    hill: Hill,
+    start: Float[Array, " d"],
+    moves: Float[Array, " d"],
+    is_noise: Float[Array, " d"],
+    points: int,
+) -> Float[Array, " d"]:
+    """The same where a noise variance is among the coordinates, which does not move with others.
+
+    Uncertainty of the parameters and noise explain the same errors. Noise that is too large leaves
+    nothing to the parameters, so that the best line through it leads to certain ones, from where
+    all derivatives vanish. So it is first found what noise explains the errors alone, which is the
+    most there may be, and lines through it and through ever smaller parts of it are compared.
+    """
+    certain = jnp.where(moves > 0, hill.limits[1], start)
+    most = coarse(hill, certain, is_noise, points)
+    parts = hill.inside(most - jnp.log(2.0) * jnp.arange(_PARTS)[:, None] * is_noise)
+    lines = jnp.where(moves > 0, start, jnp.concatenate([start[None], parts]))
+    candidates = jax.lax.map(lambda line: coarse(hill, line, moves, points), lines)
     values = jax.lax.map(hill.value, candidates)
     return candidates[jnp.argmax(jnp.where(jnp.isnan(values), -jnp.inf, values))]
 

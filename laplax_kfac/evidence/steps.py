@@ -18,17 +18,26 @@ from laplax_kfac.posterior.prior import Scalar, prior_distance
 
 
 def trainable(params: PyTree) -> PyTree:
-    """The parameters, without leaves of integers."""
-    return jax.tree.map(
-        lambda p: p if jnp.issubdtype(jnp.result_type(p), jnp.inexact) else None, params
-    )
+    """The parameters as the optimizer moves them: without integers, complex numbers as pairs.
+
+    JAX's gradient in a complex number is the conjugate of the direction in which a function grows.
+    """
+
+    def moved(p: Array) -> Array | None:
+        if jnp.iscomplexobj(p):
+            return jnp.stack([jnp.real(p), jnp.imag(p)], axis=-1)
+        return p if jnp.issubdtype(jnp.result_type(p), jnp.inexact) else None
+
+    return jax.tree.map(moved, params)
 
 
 def completed(moving: PyTree, params: PyTree) -> PyTree:
-    """The parameters with their leaves of integers again."""
+    """The parameters with their leaves of integers and of complex numbers again."""
 
     def pick(new: Array | None, old: Array) -> Array:
-        return old if new is None else new
+        if new is None:
+            return old
+        return jax.lax.complex(new[..., 0], new[..., 1]) if jnp.iscomplexobj(old) else new
 
     return jax.tree.map(pick, moving, params, is_leaf=lambda x: x is None)
 

@@ -19,17 +19,15 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import JaxprEqn
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Bool, Int
 
 from laplax_kfac import jaxprs
+from laplax_kfac.parsing.bias_pattern import bias_pattern
 from laplax_kfac.parsing.claims import Claim, Group, constant_along
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.norms import pair
 from laplax_kfac.parsing.products import Product, is_product, scaled, summed
-from laplax_kfac.parsing.segments import Scattered
 from laplax_kfac.parsing.selection import DENSE_LIMIT
 from laplax_kfac.parsing.steps import Step
 from laplax_kfac.parsing.uses import Fallback, Findings, Role, Use
@@ -43,55 +41,10 @@ from laplax_kfac.parsing.values import (
     of_parameters,
 )
 from laplax_kfac.patterns import Pattern
-from laplax_kfac.patterns.contract import Entries, Operands
 
 SHIFT = "the shift of a scaled normalisation"
 
 # -- the role ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Ones:
-    """The inputs of a bias: the constant 1 at every position."""
-
-    positions: int
-
-    def __call__(self, _: JaxprEqn, __: int, terms: Operands) -> Shaped[Array, "positions 1 1"]:
-        return jnp.ones((self.positions, 1, 1), jnp.result_type(*terms))
-
-
-@dataclass(frozen=True)
-class _AtPlaces:
-    """The outputs of a bias: the sum, at the places where every entry is added."""
-
-    places: Scattered
-
-    def __call__(self, _: JaxprEqn, __: int, y: Entries) -> Entries:
-        return y.reshape(-1)[self.places.ids][:, None, :]
-
-
-def _no_operand(_: JaxprEqn) -> tuple[int, ...]:
-    return ()
-
-
-def _as_row(_: JaxprEqn, __: int, w: Entries) -> Entries:
-    return w[None, None]
-
-
-def bias_pattern(places: Int[np.ndarray, "positions features"], axes: int) -> Pattern:
-    """The pattern of a parameter added to something: one input, the constant 1.
-
-    Args:
-        places: Where in the raveled sum every feature is added, for each position.
-        axes: Along how many axes of the sum the parameter varies.
-    """
-    return Pattern(
-        name="bias" if axes <= 1 else "shift",
-        operands=_no_operand,
-        weight=_as_row,
-        inputs=_Ones(len(places)),
-        outputs=_AtPlaces(Scattered(places)),
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +65,7 @@ class Bias(Role):
     output: Symbolic | None
     operand: int = -1
     reason: str = "added to data"
+    added = True
 
     @functools.cached_property
     def _places(self) -> Int[np.ndarray, "positions features"]:
@@ -233,7 +187,11 @@ def add(step: Step, terms: list[Value]) -> list[Value]:
         and jaxprs.shape(a) == jaxprs.shape(eqn.outvars[0])
     ]  # fmt: skip
     if len(weights) == 2:
-        return step.mark("other", "added to another parameter before its use")
+        for term in weights:
+            entry = Fallback.of(term.index, "other", "added to another parameter before its use")
+            with_data = any(t.mixed for t in weights)  # a class token beside the others
+            findings.fallbacks.append(replace(entry, added=with_data))
+        return step.nothing
     # The output of a use plus anything has the same cotangent: one bias serves two products. But
     # what is added may be data, and then data are in the sum.
     mixed = not all(map(findings.is_fixed, terms))
@@ -380,7 +338,7 @@ def without_partial_sums(
             kept.append(group)
             continue
         whole = np.concatenate([space.leaf_ids(k).ravel() for k in leaves])
-        fallbacks.append(Fallback(whole, "shift", "added to data in part"))
+        fallbacks.append(Fallback(whole, "shift", "added to data in part", added=True))
     return kept
 
 

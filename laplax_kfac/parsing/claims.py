@@ -49,9 +49,9 @@ class Claim:
         moments: How sums over the inputs are formed without them, or None.
         part: The inputs and the outputs of the use that the ids are for, where constants take the
             place of a weight for the others; None for all.
-        keeps_outputs: Whether the outputs of the use are those of the layer, and not a map of them.
         terms: Numbers of the uses whose inputs, one after the other, are those of the layer, where
             these are the terms of a sum; none where they are the inputs of ``use`` alone.
+        keeps_outputs: Whether the outputs of the use are those of the layer, and not a map of them.
     """
 
     use: int
@@ -65,8 +65,8 @@ class Claim:
     transposed: bool = False
     moments: Moments | None = None
     part: Part | None = None
-    keeps_outputs: bool = True
     terms: tuple[int, ...] = ()
+    keeps_outputs: bool = True
 
     @classmethod
     def of(cls, number: int, use: Use, ids: Int[np.ndarray, "*scans stack rows out"]) -> "Claim":
@@ -160,7 +160,8 @@ def claims_of(number: int, use: Use) -> list[Claim | Fallback]:
         claim = _claim(number, use, part)
         if isinstance(claim, str):
             entry = Fallback.of(_of_part(use.ids, part), use.pattern.name, claim)
-            found.append(replace(entry, makes_weight=claim == ENTRY_BY_ENTRY))
+            made = claim == ENTRY_BY_ENTRY
+            found.append(replace(entry, added=use.role.added, makes_weight=made))
         else:
             found.append(claim)
     return found

@@ -25,6 +25,7 @@ A real input has one product, ``[Re, Im](a W) = a [R, J]``: one use, exact for o
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -33,6 +34,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from laplax_kfac import jaxprs, pytrees
 from laplax_kfac.jaxprs import Value
+
+IMAGINARY = "imaginary_part_of_a_product"
+"""The scope of the second of two products with one weight, whose positions are those of the first.
+
+It tells them from two products that have positions of their own, as of a network that is called
+twice: there is nothing else in a jaxpr that would.
+"""
 
 
 @pytrees.register
@@ -86,10 +94,10 @@ class Parts:
         def of(a: Value, b: Value) -> Value:
             return None if a is None or b is None else product(a, b)
 
-        by_real = Parts(of(self.re, other.re), of(self.im, other.re))
-        by_imaginary = Parts(of(self.im, other.im), of(self.re, other.im))
-        turned = None if by_imaginary.re is None else lax.neg(by_imaginary.re)
-        return by_real.plus(Parts(turned, by_imaginary.im))
+        of_real = Parts(of(self.re, other.re), of(self.re, other.im))
+        with jax.named_scope(IMAGINARY):
+            straight, turned = of(self.im, other.re), of(self.im, other.im)
+        return of_real.plus(Parts(None if turned is None else lax.neg(turned), straight))
 
     def plus(self, other: "Parts") -> "Parts":
         """The sum of two numbers."""
@@ -106,7 +114,7 @@ def real_dtype(dtype: DTypeLike) -> DTypeLike:
 
 
 @dataclass(frozen=True)
-class Product:
+class ComplexProduct:
     """A product of data with a complex weight: an equation that is linear in both.
 
     Attributes:
@@ -123,7 +131,7 @@ class Product:
     outputs: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, eqn: JaxprEqn, weight: int) -> "Product":
+    def of(cls, eqn: JaxprEqn, weight: int) -> "ComplexProduct":
         """How an equation multiplies a weight."""
         if eqn.primitive.name == "conv_general_dilated":
             grouped = eqn.params["feature_group_count"], eqn.params["batch_group_count"]
@@ -158,7 +166,9 @@ class Product:
         weight = lax.concatenate([w.re, w.im], features)
         real = lax.concatenate([x.re, lax.neg(x.im)], axis)
         imaginary = lax.concatenate([x.im, x.re], axis)
-        return Parts(self.of_reals(real, weight), self.of_reals(imaginary, weight))
+        re = self.of_reals(real, weight)
+        with jax.named_scope(IMAGINARY):
+            return Parts(re, self.of_reals(imaginary, weight))
 
     def of_reals(self, data: Value, weight: Value) -> Value:
         """The product of real data and a real weight."""

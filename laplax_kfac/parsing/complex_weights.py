@@ -3,10 +3,10 @@
 Parameters are followed by the real entries that they consist of. So a jaxpr in which some of them
 are complex, or made into complex numbers (``re + 1j * im``, ``lax.complex``, a cast), is evaluated
 once more, with these numbers as `Parts`: what is linear over the real numbers is done to both
-parts, a product with data is written with real products (`Product`), and any other equation gets
-the complex number itself. What is traced so is another jaxpr with the same values and derivatives,
-in which uses of the parameters are those of real weights. Complex numbers of data (transforms,
-complex activations) stay as they are.
+parts, a product with data is written with real products (`ComplexProduct`), and any other equation
+gets the complex number itself. What is traced so is another jaxpr with the same values and
+derivatives, in which uses of the parameters are those of real weights. Complex numbers of data
+(transforms, complex activations) stay as they are.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 
 from laplax_kfac import jaxprs
 from laplax_kfac.jaxprs import Atom, Value
-from laplax_kfac.parsing.complex_numbers import Parts, Product, real_dtype
+from laplax_kfac.parsing.complex_numbers import ComplexProduct, Parts, real_dtype
 
 
 class Origin(IntEnum):
@@ -102,7 +102,8 @@ def with_real_weights(
         *[Origin.DATA] * others,
     ]
     in_pairs = [begin <= k < end and jaxprs.is_complex(v) for k, v in enumerate(jaxpr.invars)]
-    if not any(in_pairs) and not makes_complex(jaxpr, origins):
+    found = jaxprs.computes_complex(jaxpr) and makes_complex(jaxpr, origins)
+    if not found and not any(in_pairs):
         return jaxpr, consts
     known = {
         var: np.asarray(value)
@@ -262,7 +263,7 @@ class _Evaluation:
         ]  # fmt: skip
         if not weights:
             return None
-        product = Product.of(eqn, weights[0])
+        product = ComplexProduct.of(eqn, weights[0])
         x, w = self.parts(eqn.invars[1 - product.weight]), self.parts(eqn.invars[product.weight])
         return [product(x, w) if len(weights) == 1 else x.times(w, product.of_reals)]
 

@@ -6,32 +6,24 @@ them, often a whole tree of parameters. Its *pullback* is the rule that JAX appl
 * an entry of an operand whose cotangent is zero by the structure of the pullback (`supports`) plays
   no part in the equation, so its other uses decide;
 * an output whose cotangent is handed on to one operand alone is a view of that operand;
-* where the rule is the derivative of what the equation computes, the computation is walked in the
-  place of the equation;
+* where the rule is the derivative of what the equation computes (`agreement`), the computation is
+  walked in the place of the equation;
 * what is left has no Kronecker form.
-
-A rule is the derivative if both pullbacks are the same equations. Else both are evaluated at drawn
-points, if they are made of analytic functions alone: the difference of two such functions is zero
-everywhere, or different from zero at almost every point. Loops are left out, though these may be
-analytic, too: an iteration that has converged has its implicit derivative up to rounding where it
-contracts, and not elsewhere.
 """
 
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend.core import Jaxpr
 from jax.typing import ArrayLike
 
-from laplax_kfac import jaxprs, machine
-from laplax_kfac.caches import Cache
-from laplax_kfac.parsing.index_rules import INDEX_RULES
+from laplax_kfac import jaxprs
+from laplax_kfac.parsing.agreement import agree
 from laplax_kfac.parsing.steps import Scope, Step
-from laplax_kfac.parsing.structure import Structure, of_value
-from laplax_kfac.parsing.supports import Support, everywhere, nowhere, supports
+from laplax_kfac.parsing.support_rules import Support
+from laplax_kfac.parsing.supports import everywhere, nowhere, supports
 from laplax_kfac.parsing.uses import Fallback, Findings
 from laplax_kfac.parsing.values import (
     COTANGENT,
@@ -43,19 +35,7 @@ from laplax_kfac.parsing.values import (
     of_parameters,
 )
 
-ANALYTIC = frozenset(INDEX_RULES) | frozenset(
-    "add add_any sub mul div neg exp exp2 expm1 log log1p sin cos tan sinh cosh tanh asinh atan "
-    "logistic erf erfc integer_pow square sqrt rsqrt pow reduce_sum cumsum cumprod dot_general "
-    "conv_general_dilated pad iota mul_add".split()
-)
-"""Functions that are analytic wherever they are defined."""
 SOLVES = ("custom_linear_solve", "linear_solve")
-LARGEST = 2**22
-"""Entries of operands beyond which pullbacks are not evaluated."""
-MAGNITUDES = (0.5, 1.0, 2.0)
-
-_VERDICTS: Cache[bool] = Cache(machine.MACHINE.passes_kept)
-
 WAY_OUT = (
     "for a Kronecker block, differentiate through its steps (diffrax: `DirectAdjoint`, jaxopt: "
     "`implicit_diff=False`), or close over these parameters"
@@ -213,76 +193,6 @@ class Pullback:
         own = Pullback.of(step, forward)
         if own is None:
             return False
-        key = self.key(), own.key(), tuple(isinstance(v, Known) for v in step.values)
-        if key[0] == key[1]:
-            return True
-        if not (is_analytic(self.jaxpr) and is_analytic(own.jaxpr)):
-            return False
-        if jaxprs.is_traced([self.consts, own.consts]):
-            return False
-        return _VERDICTS.get(key, lambda: self.agrees(own, step))
-
-    def key(self) -> object:
-        """Equal for pullbacks of the same equations."""
-        return Structure(rules=False).of(self.jaxpr), of_value(self.consts)
-
-    def agrees(self, other: "Pullback", step: Step) -> bool:
-        """Whether two pullbacks of analytic functions are the same at drawn points."""
         atoms = [*step.eqn.invars, *(step.eqn.outvars[k] for k in self.results)]
-        drawn = [k for k, v in enumerate(step.values) if not isinstance(v, Known)]
-        dtypes = {jaxprs.spec(a).dtype for a in atoms if jaxprs.is_inexact(a)}
-        precise = all(jnp.finfo(d).eps < 1e-6 and d.kind == "f" for d in dtypes)
-        small = sum(map(jaxprs.size, atoms)) <= LARGEST
-        floating = all(jaxprs.is_inexact(step.eqn.invars[k]) for k in drawn)
-        if not (precise and small and floating):
-            return False
-        tolerance = 100 * max(float(jnp.finfo(d).eps) for d in dtypes) ** 0.75
-        rng = np.random.default_rng(0)
-
-        @jax.jit
-        def distance(points: list[ArrayLike]) -> list[jax.Array]:
-            """Of the two, relative to their size, for every operand."""
-            mine = eval_jaxpr(self.jaxpr, [], *self.consts, *points)
-            theirs = eval_jaxpr(other.jaxpr, [], *other.consts, *points)
-            return [
-                jnp.linalg.norm((a - b).ravel())
-                / (
-                    jnp.linalg.norm(a.ravel())
-                    + jnp.linalg.norm(b.ravel())
-                    + jnp.finfo(a.dtype).tiny
-                )
-                for a, b in zip(mine, theirs, strict=True)
-            ]
-
-        with jax.ensure_compile_time_eval():
-            for magnitude in MAGNITUDES:
-                points = [
-                    np.asarray(
-                        magnitude
-                        * rng.normal(size=jaxprs.shape(a))
-                        / max(jaxprs.size(a), 1) ** 0.25,
-                        jaxprs.spec(a).dtype,
-                    )
-                    for a in atoms
-                ]
-                for k, value in enumerate(step.values):
-                    if isinstance(value, Known):
-                        points[k] = np.asarray(value.value())
-                if not all(float(d) < tolerance for d in distance(points)):  # also if it is NaN
-                    return False
-        return True
-
-
-def is_analytic(jaxpr: Jaxpr) -> bool:
-    """Whether a jaxpr is of analytic functions alone: no kinks, choices, rounding or loops."""
-    for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        if name in ANALYTIC:
-            narrowed = jaxprs.is_inexact(eqn.invars[0]) if eqn.invars else False
-            if narrowed and not all(map(jaxprs.is_inexact, eqn.outvars)):
-                return False
-            continue
-        body = jaxprs.ruled_jaxpr(eqn) or jaxprs.called_jaxpr(eqn)
-        if body is None or not is_analytic(body[0]):
-            return False
-    return True
+        values = [*step.values, *[None] * len(self.results)]
+        return agree((self.jaxpr, self.consts), (own.jaxpr, own.consts), atoms, values)

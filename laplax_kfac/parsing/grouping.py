@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from laplax_kfac.parsing import biases, norms
+from laplax_kfac.parsing import biases, norms, scalars, tables
 from laplax_kfac.parsing.claims import Claim, Group
+from laplax_kfac.parsing.entries import trainable_ids
 from laplax_kfac.parsing.groups import causes, claims_and_fallbacks, group
-from laplax_kfac.parsing.layer import FROZEN, MADE, BlockKind, Layer, unique_names
+from laplax_kfac.parsing.layer import CHOSEN, FROZEN, MADE, BlockKind, Layer, unique_names
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.segments import make_segment
 from laplax_kfac.parsing.selection import CurvatureKind, Selection
@@ -25,6 +26,7 @@ _BLOCKS: dict[CurvatureKind, BlockKind] = {
     "kronecker": "kronecker",
     "diagonal": "diagonal",
     "block": "dense",
+    "full": "dense",
 }
 
 
@@ -125,6 +127,8 @@ def _matrix_layer(
         reason = f"{reason}; `curvature` is {selection.curvature!r}"
     if len(claims) > 1 and selection.curvature == "kronecker":
         reason += f"; nearest Kronecker product of the sum of {len(claims)} uses"
+        if any(findings.uses[c.use].imaginary for c in claims):
+            reason += ", of real and imaginary parts"
     leaves = sorted({leaf for c in parts for leaf in space.leaves_of(c.ids)})
     layer = Layer(
         name="",
@@ -141,6 +145,53 @@ def _matrix_layer(
         segments=tuple(c.segment for c in parts),
     )
     return Resolved(layer, tuple(Member(c, inputs.get(c.use)) for c in claims))
+
+
+# -- blocks of parameters, whatever their use --------------------------------------------------
+
+
+def resolve_entries(
+    space: ParameterSpace, covered: Sequence[bool], selection: Selection
+) -> tuple[Resolved, ...]:
+    """One dense block of all parameters that are covered, or a diagonal of those in every leaf.
+
+    Args:
+        space: The parameters.
+        covered: Whether a leaf is covered.
+        selection: Which of its parameters are, and which block they get.
+
+    Raises:
+        ValueError: If none are, if a dense block is larger than the selection's limit, or if
+            parameters in one are complex.
+    """
+    ids = trainable_ids(space, covered, selection.entries)
+    leaves, layers = space.leaves_of(ids), []
+    if selection.curvature == "full":
+        if any(map(space.is_complex, leaves)):
+            msg = "`curvature='full'` is for real parameters; leave complex ones out."
+            raise ValueError(msg)
+        paths = tuple(space.paths[leaf] for leaf in leaves)
+        whole = vector_layer(paths, CHOSEN, "dense", ids, "`curvature` is 'full': one block of all")
+        _require_affordable(whole.layer, selection.limit.size)
+        layers.append(replace(whole, layer=replace(whole.layer, name="full")))
+    for leaf, (path, name) in enumerate(zip(space.paths, space.names, strict=True)):
+        everything = space.leaf_ids(leaf).ravel()
+        mine = everything[np.isin(everything, ids)]
+        if mine.size and selection.curvature != "full":
+            found = vector_layer((path,), CHOSEN, "diagonal", mine, "chosen by `params_filter`")
+            layers.append(replace(found, layer=replace(found.layer, name=name)))
+        rest = np.setdiff1d(everything, mine)
+        if rest.size or not everything.size:
+            frozen = rest.size and jnp.issubdtype(space.dtypes[leaf], jnp.inexact)
+            pattern, reason = (
+                (FROZEN, "left out by `params_filter`: fixed at its value")
+                if frozen
+                else _why_idle(leaf, space, selection)
+            )
+            left = vector_layer((path,), pattern, "none", rest, reason)
+            named = replace(left.layer, name=f"{name}/rest" if mine.size else name)
+            layers.append(replace(left, layer=named))
+    return tuple(layers)
 
 
 # -- parameters that are no matrix -------------------------------------------------------------
@@ -170,16 +221,22 @@ def _fallback_layers(
         if mine.size:
             cause = fallbacks[number[mine[0]] - 1]
             shape = space.shapes[leaf]
-            as_matrix = cause.makes_weight and mine.size == ids.size and len(shape) > 1
-            if as_matrix and selection.betters_diagonal(name, mine.size):
+            tabular = cause.added and not space.is_complex(leaf)
+            table = tables.layer_of(path, mine, shape[-1:]) if tabular else None
+            whole = mine.size == ids.size and len(shape) > 1 and not space.is_complex(leaf)
+            if table is not None and selection.joins(name, mine.size):
+                layers.append(Resolved(table))
+            elif whole and cause.makes_weight and selection.betters_diagonal(name, mine.size):
                 layers.append(Resolved(made_layer(path, mine.reshape(1, -1, shape[-1]), cause)))
-                continue
-            kind = selection.block_of(name, mine.size, cause.reason)
-            layers.append(_vector_layer(path, cause.pattern, kind, mine, cause.reason))
+            else:
+                kind = selection.block_of(name, mine.size, cause.reason)
+                layers.append(vector_layer((path,), cause.pattern, kind, mine, cause.reason))
         if idle.size or not ids.size:
             pattern, reason = _why_idle(leaf, space, selection)
-            layers.append(_vector_layer(path, pattern, "none", idle, reason))
-    return layers
+            layers.append(vector_layer((path,), pattern, "none", idle, reason))
+    together = selection.curvature == "kronecker" and not selection.separate_weight_and_bias
+    found = [resolved.layer for resolved in layers]
+    return [Resolved(layer) for layer in (scalars.joined(found, space) if together else found)]
 
 
 def made_layer(path: str, ids: Int[np.ndarray, "1 rows out"], cause: Fallback) -> Layer:
@@ -207,22 +264,25 @@ def _why_idle(leaf: int, space: ParameterSpace, selection: Selection) -> tuple[s
     return "unused", "does not influence the output"
 
 
-def _vector_layer(
-    path: str, pattern: str, block: BlockKind, ids: Int[np.ndarray, " n"], reason: str
+def vector_layer(
+    paths: tuple[str, ...],
+    pattern: str,
+    block: BlockKind,
+    ids: Int[np.ndarray, " n"],
+    reason: str,
 ) -> Resolved:
-    """A layer of parameters in one leaf that are no weight."""
+    """A layer of parameters that are no weight, in one leaf but for the block of all."""
     segments = (make_segment(ids),)
-    return Resolved(
-        Layer("", pattern, (path,), block, ids.size, 1, reason=reason, segments=segments)
-    )
+    return Resolved(Layer("", pattern, paths, block, ids.size, 1, reason=reason, segments=segments))
 
 
 def _require_affordable(layer: Layer, most: int) -> None:
     if layer.block == "dense" and layer.size > most:
         msg = (
-            f"the dense block of {', '.join(layer.params)} would have {layer.size:,} parameters; "
-            f"at most {most:,} are allowed. Lower `dense_limit`, leave parameters out by "
-            "`params_filter` ('last_layer' for the last layer alone), choose "
-            "`curvature='kronecker'`, or raise `max_factor_size`."
+            f"the dense block of {', '.join(layer.params[:3])}"
+            f"{' and others' if len(layer.params) > 3 else ''} would have {layer.size:,} "
+            f"parameters; at most {most:,} are allowed. Lower `dense_limit`, leave parameters out "
+            "by `params_filter` ('last_layer' for the last layer alone; a mask for a subnetwork), "
+            "choose `curvature='kronecker'`, or raise `max_factor_size`."
         )
         raise ValueError(msg)

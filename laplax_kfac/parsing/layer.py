@@ -18,6 +18,11 @@ NORM = "norm"
 MADE = "made"
 """Pattern of matrices of parameters whose function is a weight, and acts not on two sides apart."""
 """Pattern of the scale and the shift of a norm layer, in one block a feature."""
+TABLE = "table"
+"""Pattern of parameters that are added, each at places of its own, in one block a row."""
+CHOSEN = "chosen"
+"""Pattern of parameters whose block is on themselves, whatever their use: the dense matrix of all
+that are covered, or the diagonal of some that are chosen one by one."""
 
 ROOTS = ("", "params", "~")
 """Paths at which frameworks keep what belongs to no module: flax.linen's and haiku's."""
@@ -32,7 +37,8 @@ class Layer:
     Attributes:
         name: Path of the layer in the parameter pytree, e.g. ``"encoder/attention/query"``.
         pattern: How the model uses the parameters: ``"dense"``, ``"conv"``, ``"bias"``,
-            ``"scale"``, ..., ``"unused"``, or ``"frozen"``.
+            ``"scale"``, ..., ``"unused"``, ``"frozen"``, or ``"chosen"`` where a block is on them
+            whatever their use.
         params: Paths of the leaves, as ``jax.tree_util.keystr`` writes them.
         block: ``"kronecker"``, ``"dense"``, ``"diagonal"``, or ``"none"`` where the parameters
             cannot influence the output, so that their posterior is the prior, and where they are

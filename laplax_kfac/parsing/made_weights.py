@@ -49,8 +49,9 @@ def outputs(step: Step, evaluated: Callable[[Step], list[Value]], *, fixed: bool
         evaluated: Gives its outputs without them.
         fixed: Whether no data enter it.
     """
-    if jaxprs.called_jaxpr(step.eqn) is not None:
-        return evaluated(step)
+    called = jaxprs.called_jaxpr(step.eqn)
+    if called is not None:  # entered even if no view is left: what is put off goes on inside
+        return step.enter(called, step.values) if endings_of(step.values) else evaluated(step)
     if fixed and not jaxprs.has_body(step.eqn):
         return of_parameters_alone(step, evaluated)
     uses, rest = weights(step)

@@ -53,6 +53,8 @@ def pairs_of(
     for scales, shifts in findings.pairs:
         leaves = *space.leaves_of(scales), *space.leaves_of(shifts)
         found.setdefault(leaves, []).append((scales, shifts))
+    if selection.separate_weight_and_bias:
+        return
     number = Counter(leaf for leaves in found for leaf in leaves)
     for leaves, pairs in found.items():
         if len(leaves) != 2 or any(number[leaf] > 1 for leaf in leaves):

@@ -15,7 +15,8 @@ from laplax_kfac import jaxprs, meshes
 from laplax_kfac.parsing import made_weights
 from laplax_kfac.parsing.biases import Bias
 from laplax_kfac.parsing.complex_weights import with_real_weights
-from laplax_kfac.parsing.grouping import Resolved, resolve
+from laplax_kfac.parsing.expansion import expanded
+from laplax_kfac.parsing.grouping import Resolved, resolve, resolve_entries
 from laplax_kfac.parsing.layer import Layer
 from laplax_kfac.parsing.layout import ParameterSpace
 from laplax_kfac.parsing.model_calls import ModelFn as ModelFn
@@ -107,6 +108,7 @@ def parse(
     selection.check_paths(space.names, trainable)
     function = per_example(model_fn, vmap_over_data=vmap_over_data)
     jaxpr, consts, output = jaxprs.trace(function, params, example)
+    jaxpr, consts = expanded(jaxpr, consts)
     covered = [selection.covers(name) for name in space.names]
     jaxpr, consts = with_real_weights(jaxpr, consts, covered)
     findings = _find(jaxpr, consts, space, covered)
@@ -115,7 +117,10 @@ def parse(
         names = {name for name, used in zip(space.names, covered, strict=True) if used}
         selection = replace(selection, params_filter=lambda path: path in names)
         findings = _find(jaxpr, consts, space, covered)
-    resolved = resolve(findings, space, selection)
+    if selection.by_entries:
+        resolved = resolve_entries(space, covered, selection)
+    else:
+        resolved = resolve(findings, space, selection)
     used = {number for r in resolved for m in r.members for number in m.claim.used}
     uses = {number: findings.uses[number] for number in used}
     custom_vjp = jaxprs.has_custom_vjp(jaxpr)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from jax import Array
+
 from laplax_kfac.arguments import (
     listed,
     no_type_check,
@@ -20,14 +22,15 @@ from laplax_kfac.arguments import (
     require_flags,
 )
 from laplax_kfac.bases import kind_of
+from laplax_kfac.parsing.entries import Entries
 from laplax_kfac.parsing.layer import BlockKind
 
 Fallback = Literal["dense", "diagonal", "none", "error"]
 Wanted = Fallback | Literal["joint"]
-CurvatureKind = Literal["kronecker", "diagonal", "block"]
+CurvatureKind = Literal["kronecker", "diagonal", "block", "full"]
 WideFactors = Literal["diagonal", "blocks", "error"]
 FactorKinds = tuple[str | None, str | None]
-PathFilter = str | Sequence[str] | Callable[[str], bool] | None
+PathFilter = str | Sequence[str] | Callable[[str], bool] | Mapping[str, object] | Array | None
 
 LAST_LAYER = "last_layer"
 ALL_INPUTS = "*"
@@ -99,9 +102,9 @@ class Selection:
         params_filter: Whether the parameters at a path are covered; None covers all.
         fallback: Pairs of a pattern and the block for parameters without a Kronecker form at
             paths that match it; the first match counts, ``"dense"`` where none does. ``"joint"``
-            stands for those that are in blocks for pairs (`joins`), whatever their number.
+            stands for those that are in blocks of some each (`joins`), whatever their number.
         dense_limit: Most parameters of a leaf that get a dense block; more get a diagonal, or
-            those of a norm layer a block for each pair of scale and shift.
+            blocks of some each, if they are those of a norm layer or of a table that is added.
         separate_weight_and_bias: Whether biases get blocks of their own.
         last_layer: Whether only the last layer is covered.
         factor_kinds: Pairs of a pattern of layers' names and the kinds of their input and output
@@ -109,7 +112,8 @@ class Selection:
         patterns: The patterns that ``params_filter`` is made of, where it is.
         limit: What becomes of wide factors for which ``factor_kinds`` names no kind.
         curvature: Whether layers with a Kronecker form get Kronecker blocks; or every parameter
-            its exact diagonal entry; or every layer its exact dense block.
+            its exact diagonal entry; or every layer its exact dense block; or all of them one.
+        entries: Parameters that are chosen one by one, in place of a ``params_filter``.
     """
 
     params_filter: Callable[[str], bool] | None = None
@@ -121,6 +125,12 @@ class Selection:
     factor_kinds: tuple[tuple[str, FactorKinds], ...] = ()
     patterns: tuple[str, ...] = ()
     limit: FactorLimit = FactorLimit()
+    entries: Entries | None = None
+
+    @property
+    def by_entries(self) -> bool:
+        """Whether blocks are on parameters themselves, whatever their use."""
+        return self.curvature == "full" or self.entries is not None
 
     def kinds_for(self, layer: str) -> FactorKinds:
         """The kinds of factors that are asked for in a layer; None for the default."""
@@ -165,9 +175,9 @@ class Selection:
         return next((f for pattern, f in self.fallback if matches(path, [pattern])), "dense")
 
     def joins(self, path: str, size: int) -> bool:
-        """Whether that many scales or shifts of a norm layer, a leaf, are in one block a pair.
+        """Whether that many parameters of a leaf may be in exact blocks of some of them each.
 
-        This is what they get in the place of a diagonal for each.
+        This is what some get in the place of a diagonal: see `norms` and `tables`.
         """
         return self.betters_diagonal(path, size) and not self.separate_weight_and_bias
 
@@ -212,16 +222,17 @@ def select(
 
     Args:
         params_filter: Patterns as in a shell (``"encoder/*"``; one or several) of paths to cover,
-            or a function of the path; ``"last_layer"`` covers the last layer alone.
+            or a function of the path; ``"last_layer"`` covers the last layer alone. Or a mask, or
+            indices, of single parameters.
         fallback: ``"dense"``, ``"diagonal"``, ``"none"`` or ``"error"``; or these by pattern.
         dense_limit: Most parameters of a leaf that get a dense block.
         separate_weight_and_bias: Whether biases get blocks of their own.
-        curvature: ``"kronecker"``, ``"diagonal"`` or ``"block"``.
+        curvature: ``"kronecker"``, ``"diagonal"``, ``"block"`` or ``"full"``.
         factor_kinds: A kind for all input factors but those of lookups; or, by patterns of layers'
             names, one for both factors of a layer, or a pair.
 
     Raises:
-        ValueError: If a value is unknown.
+        ValueError: If a value is unknown, or single parameters are chosen for blocks of layers.
         TypeError: If ``params_filter`` is neither patterns nor a function, or a pattern no string.
     """
     pairs = fallback.items() if isinstance(fallback, Mapping) else [(ALL_INPUTS, fallback)]
@@ -232,7 +243,14 @@ def select(
     require_choice("curvature", curvature, get_args(CurvatureKind))
     require_flags(separate_weight_and_bias=separate_weight_and_bias)
     last_layer = isinstance(params_filter, str) and params_filter == LAST_LAYER
-    whole = last_layer or params_filter is None or callable(params_filter)
+    entries = None if callable(params_filter) else Entries.of(params_filter)
+    if entries is not None and curvature not in ("full", "diagonal"):
+        msg = (
+            "`params_filter` chooses single parameters, which needs `curvature='full'`, one dense "
+            f"block of them, or 'diagonal'; found {curvature!r}, whose blocks are of whole layers."
+        )
+        raise ValueError(msg)
+    whole = last_layer or params_filter is None or callable(params_filter) or entries is not None
     patterns = () if whole else _patterns(params_filter)
     by_patterns = None if whole else functools.partial(matches, chosen=patterns)
     return Selection(
@@ -244,6 +262,7 @@ def select(
         curvature,  # type: ignore[arg-type]
         _factor_kinds(factor_kinds),
         patterns,
+        entries=entries,
     )
 
 
@@ -272,7 +291,8 @@ def _patterns(params_filter: Any) -> tuple[str, ...]:
     if not isinstance(chosen, Sequence) or not all(isinstance(p, str) for p in chosen):
         msg = (
             "`params_filter` must be a pattern such as 'encoder/*', a list of them, 'last_layer', "
-            f"or a function of the path; found {params_filter!r}."
+            "a function of the path, or for single parameters a mask like `params` or an array of "
+            f"indices; found {params_filter!r}."
         )
         raise TypeError(msg)
     return tuple(chosen)
@@ -348,8 +368,19 @@ def matches(path: str, chosen: Sequence[str]) -> bool:
 
 @functools.cache
 def slashed(pattern: str) -> str:
-    """A path as frontends print it, as a path with slashes; other patterns as they are."""
-    if "/" in pattern:
-        return pattern
-    keys = re.sub(r"""\[(?:'([^']*)'|"([^"]*)"|(\d+))\]""", r"/\1\2\3", pattern)
-    return re.sub(r"\.(?=\w|\*)", "/", keys.removesuffix(".value")).lstrip("/")
+    """A path as frontends print it, as a path with slashes; other patterns as they are.
+
+    A key in brackets may hold dots and slashes of its own (haiku's do). What follows a number in
+    brackets is no further digit: ``layers[2]*`` is all of layer 2, and nothing of layer 21.
+    """
+    dotted = "/" not in re.sub(r"\['[^']*'\]|\[\"[^\"]*\"\]", "", pattern)
+
+    def key(found: re.Match[str]) -> str:
+        first, second, number, star = found.groups()
+        if found[0] == ".":
+            return "/" if dotted else "."
+        within = star and found.end() < len(pattern)
+        return f"/{first or second or number or ''}" + ("/*" if within else "")
+
+    keys = r"""\['([^']*)'\]|\["([^"]*)"\]|\[(\d+)\](\*?)|\.(?=\w|\*)"""
+    return re.sub(keys, key, pattern.removesuffix(".value")).lstrip("/")

@@ -6,12 +6,14 @@ what the parameter is to the equation: its `Weight`, or (`biases.Bias`) what it 
 
 import functools
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 from jax.extend.core import JaxprEqn
 from jaxtyping import Float, Int
 
 from laplax_kfac import jaxprs
+from laplax_kfac.parsing.complex_numbers import IMAGINARY
 from laplax_kfac.parsing.separable_maps import SeparableMap
 from laplax_kfac.parsing.values import (
     FOREIGN,
@@ -43,6 +45,7 @@ class Role:
         reason: What a report says of the use.
         map: How gradients in the equation's weight are pulled back to the parameter, where it is
             not the weight itself, but what that is made of.
+        added: Whether the parameter is added to something.
     """
 
     pattern: Pattern
@@ -51,6 +54,7 @@ class Role:
     refusal: str
     reason: str
     map: SeparableMap | None = None
+    added: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +106,11 @@ class Use:
         scale = self.role.view.scale
         return None if scale is None else np.broadcast_to(scale, self.ids.shape)
 
+    @property
+    def imaginary(self) -> bool:
+        """Whether it is at the positions of another use, that of a complex product's other part."""
+        return IMAGINARY in str(self.eqn.source_info.name_stack)
+
     @functools.cached_property
     def positions(self) -> int:
         """Positions in one evaluation of the equation."""
@@ -127,6 +136,7 @@ class Fallback:
         product: Number of the use, an elementwise product, that a sum may still give such a form
             (see `products`); -1 if there is none.
         makes_weight: Whether a function of the parameters is a weight.
+        added: Whether they are added to data, each at places of its own (see `tables`).
     """
 
     ids: Int[np.ndarray, " n"]
@@ -134,6 +144,7 @@ class Fallback:
     reason: str
     product: int = -1
     makes_weight: bool = False
+    added: bool = False
 
     @classmethod
     def of(
@@ -151,21 +162,21 @@ class Findings:
         uses: The uses, in the order of the jaxpr; their place is their number.
         fallbacks: Parameters without a Kronecker form.
         of_parameters: Numbers of the uses whose equations no data enter.
-        passed_on: Of these, the ones whose parameters are uses of a weight that is made of the
-            output.
-        ended: Of these, the ones whose output is used in another way, too.
         sums: Number of a product -> that of the product which stands for the sum of both, and the
             factor of the first one's cotangent over the second one's.
         pairs: Ids of scales, and of what is added to the entries that they scale.
+        passed_on: Of these, the ones whose parameters are uses of a weight that is made of the
+            output.
+        ended: Of these, the ones whose output is used in another way, too.
     """
 
     uses: list[Use] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     of_parameters: set[int] = field(default_factory=set)
-    passed_on: set[int] = field(default_factory=set)
-    ended: set[int] = field(default_factory=set)
     sums: dict[int, tuple[int, float]] = field(default_factory=dict)
     pairs: list[tuple[Ids, Ids]] = field(default_factory=list)
+    passed_on: set[int] = field(default_factory=set)
+    ended: set[int] = field(default_factory=set)
 
     def is_fixed(self, value: Value) -> bool:
         """Whether a value is the same for all data."""

@@ -24,11 +24,11 @@ Example: a primitive ``scaled_matmul`` whose operands are the input and the weig
 
 from laplax_kfac.patterns.contract import Moments, Pattern, check, find, one_hot, register
 from laplax_kfac.patterns.convolution import CONV
-from laplax_kfac.patterns.dense import DENSE
+from laplax_kfac.patterns.dense import DENSE, SPARSE
 from laplax_kfac.patterns.embedding import DYNAMIC_SLICE, GATHER
 from laplax_kfac.patterns.experts import RAGGED
 
 __all__ = [
-    "CONV", "DENSE", "DYNAMIC_SLICE", "GATHER", "RAGGED", "Moments", "Pattern", "check", "find",
-    "one_hot", "register",
+    "CONV", "DENSE", "DYNAMIC_SLICE", "GATHER", "RAGGED", "SPARSE", "Moments", "Pattern", "check",
+    "find", "one_hot", "register",
 ]  # fmt: skip

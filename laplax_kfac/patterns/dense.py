@@ -1,4 +1,7 @@
-"""Dense layers: ``dot_general`` with any dimension numbers, the weight on either side."""
+"""Dense layers: ``dot_general`` with any dimension numbers, the weight on either side.
+
+A sparse array times a weight (``bcoo_dot_general``) is one, whose inputs are the array's entries.
+"""
 
 from dataclasses import dataclass
 
@@ -23,14 +26,19 @@ class _DotAxes:
     def of(cls, eqn: JaxprEqn, operand: int) -> "_DotAxes":
         """Contracted axes are ``in``, batch axes ``stack``; free ones ``out`` and ``positions``."""
         contract, batch = eqn.params["dimension_numbers"]
-        other = 1 - operand
+        # A sparse array is two operands, its entries and their places.
+        sparse = eqn.params.get("lhs_spinfo")
+        first = jaxprs.ndim(eqn.invars[0]) if sparse is None else len(sparse.shape)
+        ndims = (first, jaxprs.ndim(eqn.invars[-1]))
+        mine = min(operand, 1)
+        other = 1 - mine
 
         def free(side: int) -> tuple[int, ...]:
             taken = (*contract[side], *batch[side])
-            return tuple(d for d in range(jaxprs.ndim(eqn.invars[side])) if d not in taken)
+            return tuple(d for d in range(ndims[side]) if d not in taken)
 
         return cls(
-            tuple(batch[operand]), tuple(contract[operand]), free(operand),
+            tuple(batch[mine]), tuple(contract[mine]), free(mine),
             tuple(batch[other]), tuple(contract[other]), free(other),
         )  # fmt: skip
 
@@ -47,6 +55,14 @@ def inputs(eqn: JaxprEqn, operand: int, others: Operands) -> Inputs:
     return merged(x, axes.x_positions, axes.x_batch, axes.x_in)
 
 
+def sparse_inputs(eqn: JaxprEqn, operand: int, others: Operands) -> Inputs:
+    """Layer inputs ``(positions, stack, in)`` of a sparse array, with its zeros."""
+    from jax.experimental.sparse import BCOO  # a large module, of use to few models
+
+    dense = BCOO(others, shape=eqn.params["lhs_spinfo"].shape).todense()
+    return inputs(eqn, operand, (dense,))
+
+
 def outputs(eqn: JaxprEqn, operand: int, y: Entries) -> Entries:
     """The output as ``(positions, stack, out)``."""
     # dot_general lays its output out as (batch, free axes of lhs, free axes of rhs).
@@ -61,4 +77,7 @@ def outputs(eqn: JaxprEqn, operand: int, y: Entries) -> Entries:
 
 DENSE = Pattern("dense", lambda _: (0, 1), weight, inputs, outputs)
 
+SPARSE = Pattern("dense", lambda _: (2,), weight, sparse_inputs, outputs)
+
 register("dot_general", DENSE)
+register("bcoo_dot_general", SPARSE)

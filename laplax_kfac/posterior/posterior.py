@@ -10,6 +10,7 @@ Frozen parameters have infinite precision: no variance, and no part in the deter
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,13 @@ from laplax_kfac import machine, pytrees
 from laplax_kfac.arguments import (
     no_type_check,
     positive_integer,
+    require_flags,
     require_key,
     require_positive,
 )
 from laplax_kfac.blocks.blocks import BlockDiagonal, rotate_back
 from laplax_kfac.blocks.merging import add, require_curvature
+from laplax_kfac.blocks.operators import linear_operator
 from laplax_kfac.meshes import on_automatic_axes
 from laplax_kfac.posterior.prior import (
     Hyperparameters,
@@ -35,6 +38,10 @@ from laplax_kfac.posterior.prior import (
     precision_matrix,
     prior_distance,
 )
+from laplax_kfac.progress import awaited, meter, showing
+
+if TYPE_CHECKING:
+    import lineax
 
 
 @pytrees.register
@@ -44,7 +51,7 @@ class Posterior:
 
     Attributes:
         precision: Its precision matrix.
-        mean: The trained parameters, if it was made with them; `save` does not keep them.
+        mean: The trained parameters, if it was made with them.
     """
 
     precision: BlockDiagonal
@@ -59,6 +66,18 @@ class Posterior:
     def covariance_mv(self, v: PyTree) -> PyTree:
         """Covariance times a pytree like the parameters."""
         return self.precision.map(jnp.reciprocal).mv(v)
+
+    @no_type_check
+    def as_linear_operator(self) -> "lineax.FunctionLinearOperator":
+        """The covariance as an operator of lineax; the precision's own is its inverse.
+
+        ``posterior.precision.as_linear_operator()`` is the inverse where nothing is frozen.
+
+        Raises:
+            ImportError: If lineax is not installed.
+            ValueError: If some parameters are no real numbers.
+        """
+        return linear_operator(self.covariance_mv, self.precision.space)
 
     @on_automatic_axes
     def scale_mv(self, v: PyTree) -> PyTree:
@@ -155,6 +174,7 @@ class Posterior:
         *,
         start: int | Array = 0,
         mean: PyTree = None,
+        progress: bool = False,
     ) -> PyTree:
         """Draw parameters; sample i depends on ``key`` and i alone, not on ``num_samples``.
 
@@ -164,6 +184,7 @@ class Posterior:
             params: The posterior mean, the trained parameters; its own by default.
             start: Number of the first sample, so that many may be drawn in parts.
             mean: Another name of ``params``.
+            progress: Whether to show a progress bar, which takes several calls of what is compiled.
 
         Returns:
             Samples ``start``, ``start + 1``, ... stacked in front of every leaf, in the leaves'
@@ -176,6 +197,7 @@ class Posterior:
         """
         num_samples = positive_integer("num_samples", num_samples)
         require_key("key", key)
+        require_flags(progress=progress)
         if not isinstance(start, jax.core.Tracer):
             start = positive_integer("start", start, least=0)
         if params is not None and mean is not None:
@@ -189,8 +211,17 @@ class Posterior:
         together = max(1, machine.MACHINE.samples_together // precision.space.size)
         if "rbg" in str(jax.random.key_impl(key)):
             together = 1  # its numbers under vmap are those of another key
-        drawn = _draw(precision, leaves, key, start, num_samples, together)
-        return precision.space.unflatten(drawn)
+        draw = functools.partial(_draw, precision, leaves, key)
+        if not progress:
+            return precision.space.unflatten(draw(start, num_samples, together))
+        at_once, parts = max(1, min(together, num_samples // 10)), []
+        with showing(True), meter("samples", "sample", num_samples) as bar:
+            for first in range(0, num_samples, at_once):
+                number = min(at_once, num_samples - first)
+                parts.append(awaited(draw(start + first, number, min(together, number))))
+                bar.update(number)
+        whole = [jnp.concatenate(leaves) for leaves in zip(*parts, strict=True)]
+        return precision.space.unflatten(whole)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))

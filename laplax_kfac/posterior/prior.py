@@ -338,7 +338,7 @@ def _from_prefix(
         if all(value is first or not _may_differ(first, value) for value in others):
             found.append(first)
         elif all(isinstance(basis, Unrotated) for basis in block.sides):
-            shapes = zip(leaves, space.shapes, strict=True)
+            shapes = zip(leaves, space.real_shapes, strict=True)
             found.append(read(space, layer, [jnp.full(shape, x) for x, shape in shapes]))
         else:
             msg = (

@@ -1,6 +1,7 @@
 """Functional samples of the predictive: one product with the Jacobian a sample, and no Jacobian."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from laplax_kfac.parsing.program import ModelFn, per_example, require_model
 from laplax_kfac.posterior.posterior import Posterior, make_posterior
 from laplax_kfac.posterior.prior import PriorPrecision, Scalar
 from laplax_kfac.predictive.jacobians import in_chunks, num_that_fit
+from laplax_kfac.progress import awaited, meter, showing
 
 
 @no_type_check
@@ -49,6 +51,7 @@ def predictive_samples(
     linearised: bool = True,
     vmap_over_data: bool = True,
     batch_size: int = DEFAULT_BATCH_SIZE,
+    progress: bool = False,
 ) -> Float[Array, "n N C"]:
     """Sampled functions, at all inputs: one weight sample each, so that they are smooth.
 
@@ -69,6 +72,7 @@ def predictive_samples(
             covariance is `predictive_covariance`, or the network itself, ``f(x; theta_s)``.
         vmap_over_data: Whether ``model_fn`` takes one example (laplax's convention) or a batch.
         batch_size: Most inputs that are worked on at once.
+        progress: Whether to show a progress bar, which takes several calls of what is compiled.
 
     Returns:
         Shape (n, N, C), with outputs raveled.
@@ -81,7 +85,7 @@ def predictive_samples(
     batch_size = positive_integer("batch_size", batch_size)
     require_key("key", key)
     require_model(model_fn)
-    require_flags(linearised=linearised, vmap_over_data=vmap_over_data)
+    require_flags(linearised=linearised, vmap_over_data=vmap_over_data, progress=progress)
     posterior = make_posterior(
         curvature, prior_prec, noise_variance=noise_variance, sigma_squared=sigma_squared
     )
@@ -90,14 +94,22 @@ def predictive_samples(
     jaxpr, consts, _ = jaxprs.trace(function, params, first_example(batch))
     held = num_that_fit(machine.MACHINE.record_bytes) // (3 * curvature.space.size)
     evaluated = machine.MACHINE.evaluations // min(size_of(batch), batch_size)
-    sizes = num_samples, max(1, min(held, evaluated)), batch_size
+    at_once = math.ceil(num_samples / 10) if progress else num_samples
+    sizes = at_once, max(1, min(held, evaluated)), batch_size
     draw = fingerprint.kept(
         model_fn,
         consts,
         ("samples", fingerprint.of_jaxpr(jaxpr, consts), linearised, sizes),
         lambda: jax.jit(Sampler(jaxpr, linearised, *sizes)),
     )
-    return draw(posterior, consts, params, batch["input"], key)
+    if not progress:
+        return draw(posterior, consts, params, batch["input"], key)
+    parts = []
+    with showing(True), meter("sampled functions", "function", num_samples) as bar:
+        for first in range(0, num_samples, at_once):
+            parts.append(awaited(draw(posterior, consts, params, batch["input"], key, first)))
+            bar.update(min(at_once, num_samples - first))
+    return jnp.concatenate(parts)[:num_samples]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +137,9 @@ class Sampler:
         params: PyTree,
         inputs: PyTree,
         key: Key[Array, ""],
+        first: int | Array = 0,
     ) -> Float[Array, "n N C"]:
-        """The sampled functions at all inputs."""
+        """The sampled functions at all inputs, from the first number on."""
 
         def function(params: PyTree, x: PyTree) -> Array:
             found = eval_jaxpr(
@@ -150,7 +163,8 @@ class Sampler:
 
             return in_chunks(at, inputs, self.batch_size, traced=True).swapaxes(0, 1)
 
-        return in_chunks(some, jnp.arange(self.num_samples), self.together, traced=True)
+        numbers = first + jnp.arange(self.num_samples)
+        return in_chunks(some, numbers, self.together, traced=True)
 
 
 def _map_samples(function: Callable[[PyTree], Array], samples: PyTree, sequential: bool) -> Array:

@@ -168,7 +168,7 @@ ROWS: list[Row] = [
     *rows(["tune"], "method", ["newton", None, 1, "LBFGS"], ValueError, "must be one of 'lbfgs'"),
     # choices
     *rows(["Options", "kfac", "laplace"], "fisher_type", ["typ2", None, 2], ValueError, "one of"),
-    *rows(["Options"], "curvature", ["full", "kroneker", None], ValueError, "must be one of"),
+    *rows(["Options"], "curvature", ["fulll", "kroneker", None], ValueError, "must be one of"),
     *rows(["class_probabilities"], "link", ["softmax", None, 0, "prbit"], ValueError, "one of"),
     # flags
     *rows(WITH_OPTIONS, "vmap_over_data", NO_FLAG[:1], TypeError, "must be True or False"),

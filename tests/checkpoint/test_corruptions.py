@@ -35,9 +35,16 @@ def state():
     return accumulate.update(accumulate.init(), (inputs, np.arange(len(inputs)) % 3))
 
 
+def posterior_of_an_mlp():
+    _, params, _, _ = models.by_name("mlp").make()
+    acc = laplax_kfac.accumulator(models.by_name("mlp").make()[0], params, loss_fn="cross_entropy")
+    return laplax_kfac.make_posterior(acc.finalize(state()), 0.5, params=params)
+
+
 SAVED: dict[str, Callable[[], Any]] = {
     "curvature": of_every_kind,
     "posterior": lambda: laplax_kfac.make_posterior(of_every_kind(), 0.5),
+    "posterior with its mean": posterior_of_an_mlp,
     "state": state,
 }
 

@@ -161,6 +161,26 @@ def test_a_posterior_comes_back(tmp_path):
     np.testing.assert_array_equal(found.log_determinant(), posterior.log_determinant())
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_a_posterior_keeps_its_mean(dtype, tmp_path):
+    mean = {**tree(matrices.normal(matrices.SPACE.size, seed=3))}
+    mean = jax.tree.map(lambda x: x.astype(dtype), mean)
+    posterior = laplax_kfac.make_posterior(every_kind(), 0.5, params=mean)
+    laplax_kfac.save(tmp_path / "file", posterior)
+    found = laplax_kfac.load(tmp_path / "file")
+    assert found.mean.keys() == mean.keys()
+    for got, want in zip(jax.tree.leaves(found.mean), jax.tree.leaves(mean), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(found.penalty(mean), 0.0)
+    broken = jax.tree.map(lambda x: x * jnp.nan, mean)
+    posterior = laplax_kfac.make_posterior(every_kind(), 0.5, params=broken)
+    with pytest.raises(ValueError, match=r"the mean of .* is not finite; nonfinite='keep'"):
+        laplax_kfac.save(tmp_path / "file", posterior)
+    laplax_kfac.save(tmp_path / "file", posterior, nonfinite="keep")
+    assert np.isnan(jax.tree.leaves(laplax_kfac.load(tmp_path / "file").mean)[0]).all()
+
+
 @pytest.mark.parametrize("correction", [False, True], ids=["kfac", "ekfac"])
 def test_a_fit_comes_back(correction, tmp_path):
     model_fn, params, inputs, _ = models.by_name("mlp").make()

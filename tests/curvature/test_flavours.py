@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import laplax
 import numpy as np
@@ -93,7 +94,88 @@ def test_diagonal_is_the_exact_one(name, fisher_type):
     np.testing.assert_allclose(curvature.to_dense(), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("curvature", ["diagonal", "block"])
+@pytest.mark.parametrize("fisher_type", ["type2", "empirical"])
+@pytest.mark.parametrize("name", ["mlp", "nnx_cnn", "tied", "embedding"])
+def test_full_is_the_exact_matrix_of_all_parameters(name, fisher_type):
+    curvature = fitted(name, curvature="full", fisher_type=fisher_type)
+    assert [layer.name for layer in curvature.layers if layer.block == "dense"] == ["full"]
+    np.testing.assert_allclose(curvature.to_dense(), exact(name, fisher_type), **CLOSE)
+
+
+@pytest.mark.parametrize("curvature", ["full", "diagonal"])
+@pytest.mark.parametrize("by", ["mask", "indices"])
+def test_subnetworks_are_principal_submatrices_of_the_exact_matrix(curvature, by, tmp_path):
+    model_fn, params, data = models.classified("mlp")
+    mask = laplax_kfac.masks.largest_magnitude(params, 7)
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    ids = np.sort(np.argsort(-np.abs(flat))[:7])
+    chosen = mask if by == "mask" else jnp.asarray(ids[::-1])
+    found = laplax_kfac.kfac(
+        model_fn, params, data, loss_fn=LOSS, curvature=curvature, params_filter=chosen
+    )
+    inside = exact("mlp")[np.ix_(ids, ids)]
+    inside = inside if curvature == "full" else np.diag(np.diag(inside))
+    expected = np.zeros((flat.size, flat.size))
+    expected[np.ix_(ids, ids)] = inside
+    np.testing.assert_allclose(found.to_dense(), expected, **CLOSE)
+    assert found.num_free() == 7
+    # The others are constants: nothing of them is in the posterior.
+    covariance = np.zeros_like(expected)
+    covariance[np.ix_(ids, ids)] = np.linalg.inv(inside + 2 * np.eye(7))
+    posterior = laplax_kfac.make_posterior(found, 2.0)
+    np.testing.assert_allclose(posterior.to_dense(), covariance, **CLOSE)
+    x = data[0]
+    jacobian = jax.vmap(jax.jacrev(lambda v, x: model_fn(x, unravel(v))), (None, 0))(flat, x)
+    predictive = laplax_kfac.predictive_covariance(found, model_fn, params, x, prior_prec=2.0)
+    expected = jacobian @ covariance @ jacobian.swapaxes(1, 2)
+    np.testing.assert_allclose(predictive.covariance, expected, **CLOSE)
+    samples = jax.vmap(lambda s: jax.flatten_util.ravel_pytree(s)[0])(
+        posterior.sample(jax.random.key(0), 3, params)
+    )
+    assert set(np.flatnonzero(np.any(samples != flat, axis=0))) == set(ids)
+    twice = laplax_kfac.merge(found, found)
+    np.testing.assert_allclose(twice.to_dense(), 2 * found.to_dense(), **CLOSE)
+    laplax_kfac.save(tmp_path / "x.npz", found)
+    loaded = laplax_kfac.load(tmp_path / "x.npz", params)
+    np.testing.assert_array_equal(loaded.to_dense(), found.to_dense())
+
+
+def test_a_dense_matrix_takes_a_prior_for_every_layer():
+    model_fn, params, data = models.classified("mlp")
+    found = fitted("mlp", curvature="full")
+    fit = laplax_kfac.data_fit(model_fn, params, data, loss_fn=LOSS)
+    values = {"lin1": 0.5, "lin2": 3.0}
+    prior = {
+        m: jax.tree.map(lambda x, v=values[m]: jnp.full(x.shape, v), params[m]) for m in params
+    }
+    each = jax.flatten_util.ravel_pytree(prior)[0]
+    logdet = np.linalg.slogdet(exact("mlp") + np.diag(each))[1]
+    np.testing.assert_allclose(found.logdet(prior_prec=prior), logdet, **CLOSE)
+    flat = jax.flatten_util.ravel_pytree(params)[0]
+    expected = -fit.loss - 0.5 * (flat @ (each * flat) + logdet - np.sum(np.log(each)))
+    evidence = laplax_kfac.log_marginal_likelihood(
+        found, params, log_likelihood=fit, prior_prec=prior
+    )
+    np.testing.assert_allclose(evidence.value, expected, **CLOSE)
+    with pytest.raises(ValueError, match="one value for every parameter"):
+        found.logdet(prior_prec=values)
+    tuned = laplax_kfac.tune(found, params, log_likelihood=fit)
+    assert tuned.converged
+    for factor in (0.9, 1.1):
+        beside = laplax_kfac.log_marginal_likelihood(
+            found, params, log_likelihood=fit, prior_prec=factor * tuned.prior_prec
+        )
+        assert tuned.evidence.value > beside.value
+
+
+def test_the_report_says_what_a_dense_matrix_costs():
+    model_fn, params, (x, _) = models.classified("mlp")
+    report = laplax_kfac.find_layers(model_fn, params, x[0], curvature="full")
+    size = jax.flatten_util.ravel_pytree(params)[0].size
+    assert f"the one block of {size:,} parameters takes" in str(report)
+
+
+@pytest.mark.parametrize("curvature", ["diagonal", "block", "full"])
 def test_other_structures_serve_posterior_predictive_and_files(curvature, tmp_path):
     model_fn, params, (x, _) = models.classified("mlp")
     found = fitted("mlp", curvature=curvature)

@@ -1,6 +1,7 @@
 """`kfac` against dense matrices: exact where it must be, and what its options do."""
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -386,7 +387,38 @@ def test_progress_is_shown_on_demand(capsys):
     laplax_kfac.kfac(*SMALL, data, loss_fn="cross_entropy")
     assert capsys.readouterr().err == ""
     laplax_kfac.kfac(*SMALL, data, loss_fn="cross_entropy", progress=True)
-    assert "2batch" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "factors: 100%" in shown
+    assert "2/2 [" in shown
+    assert "2 examples each" in shown
+    assert "eigenvectors: 100%" in shown
+
+
+class Sizeless:
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize(
+    ("form", "total"),
+    [("one batch", 4), ("list", 4), ("transform", 4), ("unknown", None), ("split", 4)],
+)
+def test_progress_has_a_total_wherever_the_number_of_batches_is_known(form, total, capsys):
+    x, y = normal(8, 4, seed=1), np.zeros(8, int)
+    data = {
+        "one batch": (x, y), "list": cuts(x, y, 2, 4, 6), "unknown": Sizeless(cuts(x, y, 2, 4, 6)),
+        "transform": [{"x": x, "y": y}], "split": cuts(x, y, 4),
+    }[form]  # fmt: skip
+    options: Any = {"batch_size": 2, "progress": True, "loss_fn": "cross_entropy"}
+    if form == "transform":
+        options["transform"] = lambda batch: (batch["x"], batch["y"])
+    laplax_kfac.ekfac(*SMALL, data, **options)
+    shown = capsys.readouterr().err
+    for name in ("factors", "eigenvalues"):
+        assert re.search(rf"{name}: .*\b4{'/4 ' if total else 'batch '}", shown)
 
 
 # -- accumulator -------------------------------------------------------------------------------

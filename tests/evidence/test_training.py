@@ -54,6 +54,29 @@ def test_linear_regression_ends_at_the_optimum_of_the_closed_form():
     assert found.trace[0] < found.trace[-1]
 
 
+def test_complex_weights_are_trained_as_their_parts_are():
+    x, _, y = regression(TALL)
+    theirs = {"re": jnp.zeros(x.shape[1]), "im": jnp.zeros(x.shape[1])}
+    ours = {"w": jnp.zeros(x.shape[1], complex)}
+
+    def with_numbers(input, params):
+        return ((input + 1j * jnp.sin(input)) @ params["w"]).real[None]
+
+    def with_parts(input, params):
+        return with_numbers(input, {"w": jax.lax.complex(params["re"], params["im"])})
+
+    y = y.reshape(len(x), -1)[:, :1]
+    found, expected = (
+        laplax_kfac.marglik_training(
+            model_fn, params, (x, y), **FULL_BATCH, epochs=8, noise_variance=1.0, hyper_steps=4
+        )
+        for model_fn, params in ((with_numbers, ours), (with_parts, theirs))
+    )
+    np.testing.assert_allclose(found.params["w"].real, expected.params["re"], rtol=1e-6)
+    np.testing.assert_allclose(found.params["w"].imag, expected.params["im"], rtol=1e-6)
+    assert jnp.abs(found.params["w"].imag).max() > 1e-3
+
+
 def test_batches_of_any_sizes_have_one_objective():
     # With hyperparameters that stay, training ends at the mode, whatever the batches: each is
     # weighted as all of the data.

@@ -10,7 +10,7 @@ from jax import lax
 from support.models import normal
 from support.tolerances import tolerance
 
-from laplax_kfac.parsing.complex_numbers import Parts, Product
+from laplax_kfac.parsing.complex_numbers import ComplexProduct, Parts
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -78,6 +78,6 @@ def test_products_with_weights_are_those_of_complex_numbers(name, data, weight, 
     jaxpr = jax.make_jaxpr(function)(whole_x, whole_w)
     (eqn,) = (e for e in jaxpr.eqns if e.primitive.name in ("dot_general", "conv_general_dilated"))
     exact = eqn.primitive.bind(whole_x, whole_w, **eqn.params)
-    product = Product.of(eqn, 0 if swapped else 1)
+    product = ComplexProduct.of(eqn, 0 if swapped else 1)
     found = product(w, x) if swapped else product(x, w)
     np.testing.assert_allclose(found.whole(complex), exact, **CLOSE)

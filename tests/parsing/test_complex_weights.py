@@ -178,6 +178,41 @@ def test_eigenvalue_correction_has_the_exact_trace():
     )
 
 
+def test_parts_of_complex_numbers_are_no_positions():
+    """Without others, reduce is expand; else it is that of the sums of complex numbers."""
+    model_fn, params, x, outputs = models.by_name("fourier_layer_with_a_skip").make()
+    data = x, np.zeros((len(x), outputs))
+    expand, reduce = (
+        laplax_kfac.kfac(model_fn, params, data, loss_fn="mse", kfac_approx=approx)
+        for approx in ("expand", "reduce")
+    )
+    (number,) = (k for k, layer in enumerate(expand.layers) if layer.name == "spectral")
+    np.testing.assert_allclose(
+        expand.blocks[number].eigenvalues, reduce.blocks[number].eigenvalues, **CLOSE
+    )
+
+    def of_means(input, params):
+        return jnp.fft.irfft(product(jnp.mean(input, 0) + 0j, params), n=8, axis=0)
+
+    def of_all(input, params):
+        z = jax.vmap(lambda x: product(x + 0j, params))(input)
+        return jnp.fft.irfft(jnp.mean(z, 0), n=8, axis=0)
+
+    def in_parts(function):
+        def model_fn(input, params):
+            return function(lax.complex(input[..., 0], input[..., 1]), params)
+
+        return model_fn
+
+    params = normal({"re": (3, 2, 3), "im": (3, 2, 3)})
+    data = inputs(4, 3, 2, 2), np.zeros((3, 8, 3))
+    mean, every = (
+        laplax_kfac.kfac(in_parts(f), params, data, loss_fn="mse", kfac_approx="reduce")
+        for f in (of_means, of_all)
+    )
+    np.testing.assert_allclose(mean.to_dense(), every.to_dense(), **CLOSE)
+
+
 def test_predictive_is_that_of_the_dense_covariance():
     params, (x, y), _ = setting()
     model_fn = operator(product)

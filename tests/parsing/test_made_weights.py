@@ -397,3 +397,84 @@ def test_curvature_without_cotangents_is_a_multiple_of_the_identity():
         model_fn, params, data, loss_fn="mse", dense_limit=63, fisher_type="forward_only"
     )
     np.testing.assert_allclose(curvature.to_dense(), 5 * np.eye(64), atol=1e-10)
+
+
+# -- what is put off is never lost ---------------------------------------------------------------
+
+
+def through_a_call(x, w):
+    return jax.jit(lambda a, b: a @ b)(x, jnp.exp(w))
+
+
+def through_calls_within_calls(x, w):
+    return jax.jit(lambda b: jax.jit(lambda a: jnp.where(a > 0, 2 * a, a))(jnp.sin(b)))(w) @ x
+
+
+def through_a_call_of_it_alone(x, w):
+    return x @ jnp.tril(jnp.exp(w))
+
+
+def through_rematerialisation(x, w):
+    return jax.checkpoint(lambda a, b: jnp.tanh(a) * b.sum())(x, jnp.exp(w))
+
+
+def through_a_branch(x, w):
+    return lax.cond(x[0] > 0, lambda a, b: a @ b, lambda a, b: a * b[0], x, jnp.exp(w))
+
+
+def through_a_loop(x, w):
+    made = jnp.exp(w)
+    return lax.scan(lambda h, _: (jnp.tanh(h @ made), None), x, None, length=2)[0]
+
+
+def carried_by_a_loop(x, w):
+    return lax.fori_loop(0, 2, lambda _, c: (c[0], 2 * c[1]), (x, jnp.exp(w)))[1] @ x
+
+
+def through_a_factorisation(x, w):
+    factor = jax.scipy.linalg.cho_factor(w @ w.T + jnp.eye(WIDTH))
+    return x @ jax.scipy.linalg.cho_solve(factor, jnp.eye(WIDTH))
+
+
+def through_a_solve(x, w):
+    return jnp.linalg.solve(jnp.exp(w) + 3 * jnp.eye(WIDTH), x)
+
+
+def through_a_rule(x, w):
+    return jax.nn.relu(jnp.exp(w)).sum() * x
+
+
+def through_an_axis(x, w):
+    rows = jnp.stack([x, 2 * x])
+    return jax.vmap(lambda row: jax.jit(jnp.matmul)(row, jnp.exp(w)))(rows).sum(axis=0)
+
+
+WIDTH = 3
+PUT_OFF = [
+    through_a_call,
+    through_calls_within_calls,
+    through_a_call_of_it_alone,
+    through_rematerialisation,
+    through_a_branch,
+    through_a_loop,
+    carried_by_a_loop,
+    through_a_factorisation,
+    through_a_solve,
+    through_a_rule,
+    through_an_axis,
+]
+
+
+@pytest.mark.parametrize("function", PUT_OFF)
+def test_parameters_made_into_anything_have_a_block_with_the_trace_of_the_exact_one(function):
+    rng = np.random.default_rng(0)
+    params, x = {"w": rng.normal(size=(WIDTH, WIDTH))}, rng.normal(size=(4, WIDTH))
+
+    def model_fn(input, params):
+        return function(jnp.asarray(input), jnp.asarray(params["w"]))
+
+    jacobians = jax.vmap(lambda x: jax.jacrev(lambda w: function(x, w))(params["w"]))(x)
+    exact = 2 * float(jnp.sum(jacobians**2))
+    curvature = laplax_kfac.ekfac(model_fn, params, (x, jnp.zeros_like(x)), loss_fn="mse")
+    assert exact > 0
+    assert float(curvature.trace()) == pytest.approx(exact, rel=1e-9)

@@ -13,6 +13,7 @@ from support import models
 from support.tolerances import tolerance
 
 import laplax_kfac
+from laplax_kfac.parsing.program import parse
 from laplax_kfac.parsing.selection import matches, select
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -47,6 +48,15 @@ CLOSE = tolerance(jnp.float64)
         ("first/w", ['["first"]'], True),
         ("first/kernel", ["['first']['kernel'].value"], True),
         ("blocks.0.w", ["blocks.0.w"], True),
+        ("blocks.0/w", ["['blocks.0']['w']"], True),
+        ("mlp/~/linear_0/w", ["['mlp/~/linear_0']['w']"], True),
+        ("mlp/~/linear_0/w", ["['mlp/~/linear_1']['w']"], False),
+        ("encoder/layers/2/weight", ["encoder/layers[2]"], True),
+        ("layers/21/weight", ["layers[2]*"], False),
+        ("layers/2/mlp/weight", ["layers[2]*.weight"], True),
+        ("layers/21/mlp/weight", ["layers[2]*.weight"], False),
+        ("~/pos", ["['~']['pos']"], True),
+        ("params/pos", ["['params']['pos']"], True),
     ],
 )
 def test_patterns_match_a_path_or_a_module_above_it(path, patterns, expected):
@@ -70,6 +80,21 @@ def test_filters_cover_paths(params_filter, covered):
     selection = select(params_filter)
     assert {p for p in ("a/w", "a/b", "b/w") if selection.covers(p)} == covered
     assert all(isinstance(selection.covers(p), bool) for p in ("a/w", "a/b"))
+
+
+@pytest.mark.parametrize("name", ["nnx_mlp", "linen_mlp", "equinox_mlp", "haiku_mlp"])
+def test_paths_that_frontends_print_choose_one_leaf(name):
+    model_fn, params, inputs, _ = models.by_name(name).make()
+    paths = [path for layer in laplax_kfac.find_layers(model_fn, params, inputs[0])
+             for path in layer.params]  # fmt: skip
+    for path in paths:
+        filtered = laplax_kfac.find_layers(model_fn, params, inputs[0], params_filter=path)
+        assert [p for layer in filtered for p in layer.params if not layer.frozen] == [path]
+        selection = select(fallback={path: "none"})
+        kinds = [
+            selection.fallback_for(name) for name in parse(model_fn, params, inputs[0]).space.names
+        ]
+        assert sorted(kinds) == ["dense"] * (len(paths) - 1) + ["none"]
 
 
 def test_the_first_pattern_that_matches_decides_the_fallback():
@@ -148,10 +173,10 @@ def test_a_fallback_that_is_an_error_names_the_leaf_and_the_reason():
     ("limit", "blocks"),
     [
         (12, {"g": "dense", "v": "dense"}),
-        (11, {"g": "dense", "v": "diagonal"}),
-        (3, {"g": "dense", "v": "diagonal"}),
-        (2, {"g": "diagonal", "v": "diagonal"}),
-        (0, {"g": "diagonal", "v": "diagonal"}),
+        (11, {"g": "dense", "v": "kronecker"}),
+        (3, {"g": "dense", "v": "kronecker"}),
+        (2, {"g": "diagonal", "v": "kronecker"}),
+        (0, {"g": "diagonal", "v": "kronecker"}),
     ],
 )
 def test_the_limit_of_dense_blocks_is_inclusive(limit, blocks):

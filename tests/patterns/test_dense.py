@@ -4,11 +4,13 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import sparse
 from support.models import normal
-from support.patterns import ATOL, pattern_of
+from support.patterns import ATOL, both_sides, pattern_of
 
 from laplax_kfac import patterns
 
@@ -64,3 +66,24 @@ def test_dense_reads_the_axes_of_its_weight():
     np.testing.assert_array_equal(pattern.weight(eqn, 0, x), np.einsum("bsi->bis", x))
     np.testing.assert_array_equal(pattern.inputs(eqn, 0, (w,)), np.einsum("iob->obi", w))
     assert patterns.check(lambda x, w: eqn.primitive.bind(x, w, **eqn.params), 0, x, w) < ATOL
+
+
+# Axes of a sparse array that are contracted and of its batch, as for `dot_general`.
+SPARSE = [(((1,), (0,)), ((), ()), 0), (((0,), (1,)), ((), ()), 0), (((2,), (1,)), ((0,), (0,)), 1)]
+
+
+@pytest.mark.parametrize(("contract", "batch", "batched"), SPARSE)
+def test_a_sparse_array_has_its_entries_as_inputs(contract, batch, batched):
+    rng = np.random.default_rng(0)
+    entries = rng.normal(size=(2, 4, 5)) * (rng.uniform(size=(2, 4, 5)) < 0.5)
+    array = sparse.BCOO.fromdense(jnp.asarray(entries if batched else entries[0]), n_batch=batched)
+    shape = [3] * (3 if batched else 2)
+    for axis, k in zip((*contract[1], *batch[1]), (*contract[0], *batch[0]), strict=True):
+        shape[axis] = array.shape[k]
+
+    def product(data, places, weight):
+        whole = sparse.BCOO((data, places), shape=array.shape)
+        return sparse.bcoo_dot_general(whole, weight, dimension_numbers=(contract, batch))
+
+    outputs, identity = both_sides(product, 2, array.data, array.indices, rng.normal(size=shape))
+    np.testing.assert_allclose(outputs, identity, atol=ATOL)

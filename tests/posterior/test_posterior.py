@@ -320,6 +320,22 @@ def test_parameters_of_another_model_are_no_mean():
         make_posterior(matrix(), 2.0, params={"other": jnp.ones(3)})
 
 
+def test_samples_with_a_bar_are_the_same(capsys):
+    posterior = make_posterior(matrix(), 2.0, params=PARAMS)
+    key = jax.random.key(3)
+    expected = posterior.sample(key, 25, start=2)
+    assert capsys.readouterr().err == ""
+    found = posterior.sample(key, 25, start=2, progress=True)
+    np.testing.assert_allclose(flat(found), flat(expected), **tolerance(jnp.float64))
+    assert "25/25" in capsys.readouterr().err
+
+
+def test_the_number_of_samples_is_given_once():
+    v = tree(normal(SPACE.size, seed=5))
+    with pytest.raises(ValueError, match="`n` is another name of `num_samples`: pass one"):
+        as_curvature().sample(jax.random.key(0), 3, v, prior_prec=1.0, n=3)
+
+
 @pytest.mark.parametrize("number", [{"num_samples": 3}, {"n": 3}])
 def test_samples_of_a_curvature_by_either_name(number):
     key, curvature = jax.random.key(3), as_curvature()

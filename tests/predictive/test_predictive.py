@@ -285,6 +285,8 @@ def test_sampled_functions_have_the_joint_covariance():
     curvature, model_fn, params, inputs = mlp()
     arguments, n = (curvature, model_fn, params, inputs), 40_000
     found = predictive_samples(*arguments, jax.random.key(0), n, prior_prec=PRIOR).reshape(n, -1)
+    some = predictive_samples(*arguments, jax.random.key(0), 25, prior_prec=PRIOR, progress=True)
+    np.testing.assert_allclose(some.reshape(25, -1), found[:25], **CLOSE)
     joint = joint_covariance(*arguments, prior_prec=PRIOR)
     covariance = np.asarray(joint).reshape(found.shape[1], -1)
     variances = np.diag(covariance)

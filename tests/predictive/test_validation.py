@@ -139,6 +139,14 @@ def test_the_noise_of_a_regression_is_chosen_as_well():
     assert np.isnan(tuned.validated.confidence)
 
 
+def test_noise_of_a_start_that_is_too_large_does_not_hide_the_parameters():
+    """With as much noise the best parameters are certain ones, from where nothing leads back."""
+    tuned, far = tuned_by("mse", noise_variance=1.0), tuned_by("mse", noise_variance=100.0)
+    assert far.converged
+    assert not any(jax.tree.leaves(far.at_bound))
+    np.testing.assert_allclose(far.validated.loss, tuned.validated.loss, atol=1e-5)
+
+
 def test_an_objective_of_ones_own_and_one_hot_targets():
     def by_probit(predictive, y):
         p = laplax_kfac.class_probabilities(predictive, "probit")

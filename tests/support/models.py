@@ -1777,7 +1777,7 @@ def scan_over_no_layers() -> Built:
 
 # -- complex weights, made of real parameters -----------------------------------------------------
 
-TWICE = "the sum of 2 uses"
+TWICE = "the sum of 2 uses, of real and imaginary parts"
 """The parts of a complex product are two uses of the real and imaginary part of its weight."""
 
 
@@ -2022,4 +2022,6 @@ def weight_scaled_by_the_time() -> Built:
 
 
 # The rest of the catalogue, which is made of what is above.
+from support import frontends as frontends  # noqa: E402
+from support import primitives as primitives  # noqa: E402
 from support import solvers as solvers  # noqa: E402

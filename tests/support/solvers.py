@@ -12,6 +12,8 @@ from jax.experimental.ode import odeint
 
 from support.models import Built, dense, fallback, inputs, model, normal
 
+# -- solvers, implicit layers, and rules -------------------------------------------------------
+
 RULE = "derivative of its own"
 SOLVER = (fallback("u", "other", 12, RULE), fallback("w", "other", 16, RULE), dense("out", 4, 2))
 SHAPES = {"u": (3, 4), "w": (4, 4), "out": (4, 2)}
