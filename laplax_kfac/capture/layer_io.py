@@ -347,7 +347,7 @@ def as_one_use(record: tuple[LayerIO, ...]) -> tuple[LayerIO, ...]:
     A function that is called twice, and two copies of it that are vmapped, then are the same. Real
     and imaginary parts are no positions: those of all uses are one use each.
     """
-    if len(record) == 1:
+    if any(isinstance(use, MatrixIO) for use in record):
         return record
     groups: dict[tuple[bool, bool], list[LayerIO]] = {}
     for use in record:

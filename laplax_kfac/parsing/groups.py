@@ -66,7 +66,7 @@ def _without_fallbacks(groups: list[Group], fallbacks: list[Fallback], size: int
             if hit:
                 cause = fallbacks[hit - 1]
                 ids = mine[0].ids.ravel()
-                fallbacks.append(replace(cause, ids=ids, product=-1))
+                fallbacks.append(replace(cause, ids=ids, product=-1, added=False))
                 number[entries] = np.where(number[entries], number[entries], len(fallbacks))
             else:
                 kept.append(mine)

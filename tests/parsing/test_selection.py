@@ -173,10 +173,10 @@ def test_a_fallback_that_is_an_error_names_the_leaf_and_the_reason():
     ("limit", "blocks"),
     [
         (12, {"g": "dense", "v": "dense"}),
-        (11, {"g": "dense", "v": "diagonal"}),
-        (3, {"g": "dense", "v": "diagonal"}),
-        (2, {"g": "diagonal", "v": "diagonal"}),
-        (0, {"g": "diagonal", "v": "diagonal"}),
+        (11, {"g": "dense", "v": "kronecker"}),
+        (3, {"g": "dense", "v": "kronecker"}),
+        (2, {"g": "diagonal", "v": "kronecker"}),
+        (0, {"g": "diagonal", "v": "kronecker"}),
     ],
 )
 def test_the_limit_of_dense_blocks_is_inclusive(limit, blocks):
