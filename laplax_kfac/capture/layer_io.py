@@ -13,8 +13,7 @@ its second moment, of whatever kind the side's factor is, and its coordinates in
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -24,7 +23,6 @@ from jaxtyping import Array, Float, Inexact, Int, Num, Shaped
 from laplax_kfac import pytrees
 from laplax_kfac.bases import Basis, Kind, Sum, sum_into_rows
 from laplax_kfac.gram import bordered
-from laplax_kfac.parsing.grouping import Member, Resolved
 from laplax_kfac.patterns import Moments, one_hot
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -304,82 +302,6 @@ class LayerIO:
 
 @pytrees.register
 @dataclass(frozen=True)
-class MatrixIO(LayerIO):
-    """What a matrix of parameters without a use saw: its gradients G, as a position a row of G.
-
-    The inputs are the unit vectors e_i, the gradients the rows of G: their products add up to G.
-    Second moments over positions would say nothing of the rows. Those that do are
-
-        A = sum_nr G G^T,    B = sum_nr G^T G,    M = sum_nr ||G||^2 = tr A = tr B.
-
-    ``A kron B / M`` has the trace of the exact block ``F = sum_nr vec(G) vec(G)^T``, and is F where
-    F is a Kronecker product. It is one step of the power iteration for the product nearest to F,
-    from the identity (Van Loan & Pitsianis 1993; Morwani et al. 2024, arXiv 2406.17748).
-    """
-
-    @classmethod
-    def of(cls, gradients: Float[Array, "R p"], rows: int) -> "MatrixIO":
-        """Of one example's gradients in a matrix with so many rows."""
-        g = gradients.reshape(len(gradients), rows, 1, gradients.shape[1] // rows)
-        return cls(
-            Features(jnp.eye(rows, dtype=g.dtype)[:, None]),
-            Cotangents(g),
-            jnp.ones((rows, 1)),
-        )
-
-    def second_moments(
-        self, kinds: tuple[Kind, ...], counting: Counting
-    ) -> tuple[Sum, Sum, Float[Array, " stack"]]:
-        """Of columns and of rows of the gradients; identities if there are none."""
-        g, (inputs, outputs) = accumulate(self.gradients.features()), kinds
-        if g.shape[1] == 0:
-            total = jnp.sum(counting.examples)[None]
-            rows, columns = g.shape[2], g.shape[4]
-            return inputs.identity(total, rows), outputs.identity(total, columns), total
-        weights = counting.examples[:, None, None, None, None]
-        count = jnp.sum(weights * g**2)[None]
-        return inputs.sum(g.swapaxes(2, 4), weights), outputs.sum(g, weights), count
-
-
-def as_one_use(record: tuple[LayerIO, ...]) -> tuple[LayerIO, ...]:
-    """Uses of a weight as one with the positions of all; transposed uses for themselves.
-
-    A function that is called twice, and two copies of it that are vmapped, then are the same. Real
-    and imaginary parts are no positions: those of all uses are one use each.
-    """
-    if any(isinstance(use, MatrixIO) for use in record):
-        return record
-    groups: dict[tuple[bool, bool], list[LayerIO]] = {}
-    for use in record:
-        kind = isinstance(use.inputs, Cotangents), use.imaginary
-        groups.setdefault(kind, []).append(use)
-    return tuple(
-        LayerIO(
-            side_by_side([use.inputs for use in group]),
-            side_by_side([use.gradients for use in group]),
-            jnp.concatenate([use.active for use in group], axis=-2),
-            imaginary,
-        )
-        for (_, imaginary), group in sorted(groups.items(), key=lambda item: item[0])
-    )
-
-
-def side_by_side(sides: Sequence[SideIO]) -> SideIO:
-    """One side with the positions of several of one origin."""
-    if len(sides) == 1:
-        return sides[0]
-    cotangents = [side.values for side in sides if isinstance(side, Cotangents)]
-    if len(cotangents) == len(sides):
-        return Cotangents(jnp.concatenate(cotangents, axis=-3))
-    rows = [side for side in sides if isinstance(side, Rows)]
-    if len(rows) == len(sides):
-        numbers = jnp.concatenate([side.numbers for side in rows], axis=-2)
-        return replace(rows[0], numbers=numbers)
-    return Features(jnp.concatenate([side.features()[..., 0, :, :, :] for side in sides], axis=-3))
-
-
-@pytrees.register
-@dataclass(frozen=True)
 class ParameterIO:
     """What a zero perturbation of parameters saw, for one example or for many of them in front.
 
@@ -408,34 +330,3 @@ def sum_of_gradients(
 
 Record = tuple[LayerIO, ...] | ParameterIO | None
 """Of one layer: that of every use, or of its parameters; None if it plays no part."""
-
-
-# -- what is known before anything is captured -------------------------------------------------
-
-
-def side_types(member: Member) -> tuple[type[SideIO], type[SideIO]]:
-    """Types of the inputs and of the gradients that capture hands on for a use."""
-    return member.claim.as_layer_sides(computed_type(member), Cotangents)
-
-
-def computed_type(member: Member) -> type[SideIO]:
-    """Type of what the forward pass computes for a use: its other side is cotangents."""
-    if member.claim.lookup_side is not None:
-        return Rows
-    return Patches if has_moments(member) else Features
-
-
-def has_moments(member: Member) -> bool:
-    """Whether the second moment of a use's features is formed without them."""
-    return member.claim.moments is not None and member.claim.input_scale is None
-
-
-def needs_features(resolved: Resolved, *, reduce: bool) -> bool:
-    """Whether sums of a layer are formed from its features, and not from what these are made of."""
-    layer = resolved.layer
-    if layer.block != "kronecker" or reduce or not resolved.members:
-        return bool(resolved.members)
-    return any(
-        not (has_moments(member) and layer.kinds[member.claim.computed_side].holds_all)
-        for member in resolved.members
-    )

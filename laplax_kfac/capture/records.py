@@ -15,15 +15,15 @@ from laplax_kfac.capture.layer_io import (
     Cotangents,
     Features,
     LayerIO,
-    MatrixIO,
     ParameterIO,
     Patches,
     Record,
     Rows,
     SideIO,
-    computed_type,
 )
+from laplax_kfac.capture.matrix_io import MatrixIO
 from laplax_kfac.capture.plan import Perturbations, perturbation_of
+from laplax_kfac.capture.side_types import computed_type
 from laplax_kfac.parsing.claims import Part
 from laplax_kfac.parsing.grouping import Member
 from laplax_kfac.parsing.layer import MADE, Layer

@@ -14,11 +14,10 @@ from laplax_kfac.capture.layer_io import (
     ParameterIO,
     Record,
     accumulate,
-    as_one_use,
-    needs_features,
-    side_types,
     sum_of_gradients,
 )
+from laplax_kfac.capture.one_use import as_one_use
+from laplax_kfac.capture.side_types import needs_features, side_types
 from laplax_kfac.factors.eigenvalue_correction import second_moments
 from laplax_kfac.factors.gradients import NO_ROTATION, gradient_matrices, rotated_uses
 from laplax_kfac.factors.sums import KroneckerSums, ParameterSums, Sums

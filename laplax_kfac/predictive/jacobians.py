@@ -32,7 +32,8 @@ from laplax_kfac.blocks.blocks import Block, rotate
 from laplax_kfac.capture.batches import batch_size, even_batches, pad
 from laplax_kfac.capture.capture import capture, record_size, unit_vectors
 from laplax_kfac.capture.examples import map_examples
-from laplax_kfac.capture.layer_io import Cotangents, ParameterIO, Record, Rows, side_types
+from laplax_kfac.capture.layer_io import Cotangents, ParameterIO, Record, Rows
+from laplax_kfac.capture.side_types import side_types
 from laplax_kfac.curvature.memory import sum_bytes
 from laplax_kfac.factors.gradients import gradient_matrices, rotated_uses
 from laplax_kfac.parsing import cache_keys as fingerprint

@@ -15,11 +15,11 @@ from laplax_kfac.capture.layer_io import (
     Counting,
     Features,
     LayerIO,
-    MatrixIO,
     ParameterIO,
     Patches,
     Rows,
 )
+from laplax_kfac.capture.matrix_io import MatrixIO
 
 pytestmark = pytest.mark.usefixtures("x64")
 
