@@ -93,7 +93,7 @@ def sparse_data() -> Built:
     return model_fn, normal(TWO), inputs(5)
 
 
-@model(dense("one", 5, 6, 2), dense("two", 6, 3))
+@model(dense("one", 5, 6), dense("two", 6, 3))
 def constant_sparse_matrix_of_a_weight() -> Built:
     entries = jnp.asarray([[1.0, 0, 0, 2.0, 0], [0, 3.0, 1.0, 0, 0]], float)
     kept = sparse.BCOO.fromdense(entries)
