@@ -4,6 +4,7 @@ The peak of a pass is measured by what XLA says of its compiled program, that of
 by the resident memory of a process of their own. Run it as ``python benchmarks/memory.py``.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -75,9 +76,9 @@ def measured_finalization(sizes: tuple[int, ...]) -> int:
     acc = lk.accumulator(lambda input, params: forward(params, input), params, loss_fn="mse")
     x, y = jnp.ones((64, *workload.shape)), jnp.ones((64, workload.classes))
     shapes = jax.eval_shape(lambda: acc.update(acc.init(), (x, y)))
-    before = memory_of_process("VmRSS")
     state: Statistics = jax.tree.map(drawn, shapes)
     jax.block_until_ready(lk.factors.finalize(state))  # compiled, and gone
+    gc.collect()
     before = memory_of_process("VmRSS") - sum(x.nbytes for x in jax.tree.leaves(state))
     (PROCESS / "clear_refs").write_text("5")  # the peak begins anew
     jax.block_until_ready(lk.factors.finalize(state))
