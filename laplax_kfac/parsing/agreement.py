@@ -7,13 +7,13 @@ iteration that has converged has its implicit derivative up to rounding where it
 elsewhere. So are kinks and choices, beyond which a rule may be another one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import eval_jaxpr
-from jax.extend.core import Jaxpr
+from jax.extend.core import Jaxpr, Literal
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -115,5 +115,40 @@ def is_analytic(jaxpr: Jaxpr) -> bool:
             return False
         body = jaxprs.ruled_jaxpr(eqn) or jaxprs.called_jaxpr(eqn)
         if body is None or not is_analytic(body[0]):
+            return False
+    return True
+
+
+def is_analytic_in(jaxpr: Jaxpr, inputs: Collection[int]) -> bool:
+    """Whether a jaxpr is analytic in some of its inputs, as far as they have a derivative.
+
+    Others, and what they move under a `stop_gradient`, may enter in any way that chooses nothing.
+
+    Args:
+        jaxpr: The jaxpr.
+        inputs: The numbers of the inputs.
+    """
+    needed = jaxprs.with_derivative(jaxpr)
+    moved = {jaxpr.invars[k] for k in inputs}
+    reached = set(moved)  # under a `stop_gradient`, too
+    for number, eqn in enumerate(jaxpr.eqns):
+        variables = [(k, v) for k, v in enumerate(eqn.invars) if not isinstance(v, Literal)]
+        if not any(v in reached for _, v in variables):
+            continue
+        reached.update(eqn.outvars)
+        operands = [k for k, v in variables if v in moved]
+        if number not in needed or not operands:
+            continue
+        moved.update(eqn.outvars)
+        if eqn.primitive.name in ANALYTIC:
+            if eqn.primitive.name == "select_n" and eqn.invars[0] in reached:
+                return False
+            continue
+        body = jaxprs.ruled_jaxpr(eqn) or jaxprs.called_jaxpr(eqn)
+        if body is None:
+            return False
+        inside, consts = body
+        shifted = [len(consts) + k for k in operands]
+        if not is_analytic_in(jaxprs.with_consts(inside), shifted):
             return False
     return True

@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 from laplax_kfac import jaxprs, machine, patterns
 from laplax_kfac.caches import Cache
+from laplax_kfac.parsing.agreement import is_analytic_in
 from laplax_kfac.parsing.biases import Bias
 from laplax_kfac.parsing.claims import constant_along
 from laplax_kfac.parsing.separable_maps import MadeWeight, SeparableMap, separable
@@ -195,6 +196,9 @@ class Making:
         order = self._ids_of(touched)
         places = np.searchsorted(order, index)
         varied = tuple(self.made.num_consts + self.leaves.index(leaf) for leaf in touched)
+        # Of an analytic function, what holds at drawn values holds at all.
+        if not is_analytic_in(self.made.jaxpr, [len(self.made.own) + k for k in varied]):
+            return None
         consts = [self.given.consts[k] for k in self.made.inputs[: self.made.num_consts]]
         key = Structure().of(self.made.jaxpr), of_value((self.made.own, consts, varied, places))
 
