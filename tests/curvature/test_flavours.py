@@ -500,7 +500,7 @@ def test_every_flavour_goes_through_laplax(curv_type, flavour):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"curvature": "full"}, "`curvature` must be one of"),
+        ({"curvature": "dense"}, "`curvature` must be one of"),
         ({"curvature": "diagonal", "eigenvalue_correction": True}, "`eigenvalue_correction` refin"),
         ({"fisher_type": "forward_only", "optimal_factors": True}, "`optimal_factors` refines"),
         ({"fisher_type": "forward_only", "curvature": "block"}, "defines Kronecker factors alone"),

@@ -591,12 +591,18 @@ def test_fallback_blocks_are_exact_for_all_data(target, fisher_type):
     }
     data = normal(7, 20, seed=1), make_target(7, 3)
     curv = laplax_kfac.kfac(
-        normalized, params, data, loss_fn=loss_fn, fisher_type=fisher_type, batch_size=4
+        normalized,
+        params,
+        data,
+        loss_fn=loss_fn,
+        fisher_type=fisher_type,
+        batch_size=4,
+        fallback={"norm/v": "diagonal"},
     )
     kinds = {path: layer.block for layer in curv.layers for path in layer.params}
     assert kinds == {
         "['norm']['g']": "dense",
-        "['norm']['v']": "diagonal",  # 260 parameters: more than a dense block may have
+        "['norm']['v']": "diagonal",
         "['out']['b']": "kronecker",
         "['out']['w']": "kronecker",
         "['scale']": "dense",

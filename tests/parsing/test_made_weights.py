@@ -282,6 +282,7 @@ REFUSED = {
     "cut": (lambda w: jnp.clip(w, -0.5, 0.5), "used by"),
     "bounded": (lambda w: by_norm(w, 2.0), "multiplied by another"),
     "bounded loosely": (lambda w: by_norm(w, 100.0), "multiplied by another"),
+    "flipped far away": (lambda w: jnp.where(jnp.max(w) > 1e9, w[::-1], w), "used by `select_n`"),
 }
 
 
