@@ -10,6 +10,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+import jax
 import pytest
 
 import laplax_kfac
@@ -26,6 +27,14 @@ PAGES = {
 }
 
 
+@pytest.fixture
+def single_precision():
+    """As before a page that changes it."""
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.usefixtures("single_precision")
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if BLOCK.search(text)])
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
