@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from laplax_kfac.capture.batches import WeightedBatch
@@ -23,7 +24,7 @@ def trainable(params: PyTree) -> PyTree:
     JAX's gradient in a complex number is the conjugate of the direction in which a function grows.
     """
 
-    def moved(p: Array) -> Array | None:
+    def moved(p: ArrayLike) -> ArrayLike | None:
         if jnp.iscomplexobj(p):
             return jnp.stack([jnp.real(p), jnp.imag(p)], axis=-1)
         return p if jnp.issubdtype(jnp.result_type(p), jnp.inexact) else None
@@ -34,10 +35,11 @@ def trainable(params: PyTree) -> PyTree:
 def completed(moving: PyTree, params: PyTree) -> PyTree:
     """The parameters with their leaves of integers and of complex numbers again."""
 
-    def pick(new: Array | None, old: Array) -> Array:
+    def pick(new: ArrayLike | None, old: ArrayLike) -> ArrayLike:
         if new is None:
             return old
-        return jax.lax.complex(new[..., 0], new[..., 1]) if jnp.iscomplexobj(old) else new
+        pairs = jnp.asarray(new)
+        return jax.lax.complex(pairs[..., 0], pairs[..., 1]) if jnp.iscomplexobj(old) else new
 
     return jax.tree.map(pick, moving, params, is_leaf=lambda x: x is None)
 

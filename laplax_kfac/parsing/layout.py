@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num, PyTree, Shaped
 
 from laplax_kfac.arguments import listed, shown
@@ -131,12 +132,14 @@ class ParameterSpace:
                 f"{self.treedef} with shapes {self.shapes}, found {treedef} with shapes {shapes}."
             )
             raise ValueError(msg)
-        return self.as_real([jnp.asarray(leaf) for leaf in leaves])
+        return self.as_real(leaves)
 
-    def as_real(self, leaves: Sequence[Array]) -> list[Array]:
+    def as_real(self, leaves: Sequence[ArrayLike]) -> list[Array]:
         """Leaves as real numbers: those that the model takes as complex ones as pairs."""
         return [
-            jnp.stack([jnp.real(x), jnp.imag(x)], axis=-1) if self.is_complex(leaf) else x
+            jnp.stack([jnp.real(x), jnp.imag(x)], axis=-1)
+            if self.is_complex(leaf)
+            else jnp.asarray(x)
             for leaf, x in enumerate(leaves)
         ]
 
