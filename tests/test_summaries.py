@@ -10,7 +10,7 @@ import pytest
 import laplax_kfac
 from laplax_kfac.summaries import MOST_LINES, WIDTH, brief
 
-NUM_LAYERS = 20
+NUM_LAYERS = 14
 
 
 def model_fn(input, params):
@@ -21,8 +21,8 @@ def model_fn(input, params):
 
 @pytest.fixture(scope="module")
 def objects():
-    """Every kind of public object, of a network with layers of different sizes."""
-    widths = [4 + k for k in range(NUM_LAYERS + 1)]
+    """Every kind of public object, of a network with many layers."""
+    widths = [4, 5, 6, 4, 4, 5, 5, 6, 6, 4, 6, 5, 4, 4, 6]
     params = {
         f"layer{k}": {"w": jnp.ones((n, m)) / n, "b": jnp.zeros(m)}
         for k, (n, m) in enumerate(itertools.pairwise(widths))
