@@ -77,7 +77,7 @@ def drawn(inputs: Sequence[Atom], values: Sequence[Value]) -> list[list[np.ndarr
         return [
             np.asarray(value.value())
             if isinstance(value, Known)
-            else (magnitude * rng.normal(size=s.shape) / max(s.size, 1) ** 0.25).astype(s.dtype)
+            else np.asarray(magnitude * rng.normal(size=s.shape) / max(s.size, 1) ** 0.25, s.dtype)
             for s, value in zip(specs, values, strict=True)
         ]
 
