@@ -27,7 +27,7 @@ from laplax_kfac.parsing.values import Known, Value
 ANALYTIC = (frozenset(INDEX_RULES) - {"reduce_precision"}) | frozenset(
     "add add_any sub mul div neg exp exp2 expm1 log log1p sin cos tan sinh cosh tanh asinh atan "
     "logistic erf erfc integer_pow square sqrt rsqrt pow reduce_sum cumsum cumprod dot_general "
-    "conv_general_dilated pad iota".split()
+    "conv_general_dilated bcoo_dot_general pad iota".split()
 )
 """Functions that are analytic wherever they are defined."""
 LARGEST = 2**22

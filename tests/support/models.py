@@ -1709,7 +1709,7 @@ def reduction_with_an_operator_of_its_own() -> Built:
     return model_fn, normal({"lin": {"w": (4, 3), "b": (3,)}}), inputs(2, 4)
 
 
-@model(dense("w", 6, 2))
+@model(fallback("w", "other", 12, "reduce"))
 def reduction_of_a_weight() -> Built:
     def model_fn(input: Array, params: Any) -> Array:
         weight = lax.reduce(params["w"], np.asarray(0.0, float), lambda a, b: a + 2.0 * b, (0,))
