@@ -178,12 +178,16 @@ def check_blocks(program, curvature, dense, exact, tolerance):
 
 
 def check_single_pair(program, curvature, dense, exact, outputs, tolerance):
-    """Of one example, one position and one column, the Kronecker product is the block."""
+    """Of one example, one position and one column, the Kronecker product is the block.
+
+    But not that of a matrix of which a function makes a weight: its gradient is of any rank.
+    """
     one_column = program["options"].get("fisher_type") == "empirical" or outputs[0].size == 1
     if len(outputs) > 1 or not one_column:
         return
     for layer, ids in layer_ids(curvature):
-        if layer.block == "kronecker" and layer.positions == 1 and layer.uses == 1:
+        single = layer.positions == 1 and layer.uses == 1 and layer.pattern != "made"
+        if layer.block == "kronecker" and single:
             for flat in ids.reshape(layer.stack, -1):
                 at = np.ix_(flat, flat)
                 claim = f"one pair of {layer.pattern!r}"
