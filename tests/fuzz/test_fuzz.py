@@ -170,8 +170,12 @@ def without_last(curvature):
 
 def rotated(curvature):
     """The right eigenvalues, and so the right trace, in a wrong basis."""
-    blocks = [replace(b, basis=(b.basis[0][:, ::-1], *b.basis[1:])) for b in curvature.blocks]
-    return replace(curvature, blocks=tuple(blocks))
+
+    def wrong(block):
+        first, *others = block.sides
+        return replace(block, sides=(replace(first, vectors=first.vectors[:, ::-1]), *others))
+
+    return replace(curvature, blocks=tuple(map(wrong, curvature.blocks)))
 
 
 @pytest.mark.parametrize(
