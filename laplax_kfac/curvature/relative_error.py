@@ -180,7 +180,7 @@ def _product(
         return None
     if isinstance(record, ParameterIO):
         g = record.gradients
-        sizes = jnp.real(jnp.einsum("nrp,vp->nrv", g, vectors, precision=_HIGHEST))
+        sizes = jnp.einsum("nrp,vp->nrv", g, vectors, precision=_HIGHEST)
         sizes = sizes * weights[:, None, None]
         return jnp.einsum("nrv,nrp->vp", sizes, g, precision=_HIGHEST)
     layer = resolved.layer

@@ -14,6 +14,7 @@ from laplax_kfac.curvature.curvature import Curvature
 from laplax_kfac.evidence.evidence import Evidence
 from laplax_kfac.evidence.fit import FitOfBatch
 from laplax_kfac.evidence.problem import PriorFunction, Problem
+from laplax_kfac.parsing.layout import as_pairs, of_pairs
 from laplax_kfac.posterior.posterior import as_prior, prior_mean_of
 from laplax_kfac.posterior.prior import Scalar, prior_distance
 
@@ -26,7 +27,7 @@ def trainable(params: PyTree) -> PyTree:
 
     def moved(p: ArrayLike) -> ArrayLike | None:
         if jnp.iscomplexobj(p):
-            return jnp.stack([jnp.real(p), jnp.imag(p)], axis=-1)
+            return as_pairs(p)
         return p if jnp.issubdtype(jnp.result_type(p), jnp.inexact) else None
 
     return jax.tree.map(moved, params)
@@ -38,8 +39,7 @@ def completed(moving: PyTree, params: PyTree) -> PyTree:
     def pick(new: ArrayLike | None, old: ArrayLike) -> ArrayLike:
         if new is None:
             return old
-        pairs = jnp.asarray(new)
-        return jax.lax.complex(pairs[..., 0], pairs[..., 1]) if jnp.iscomplexobj(old) else new
+        return of_pairs(jnp.asarray(new)) if jnp.iscomplexobj(old) else new
 
     return jax.tree.map(pick, moving, params, is_leaf=lambda x: x is None)
 

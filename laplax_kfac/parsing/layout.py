@@ -137,8 +137,10 @@ class ParameterSpace:
     def as_real(self, leaves: Sequence[ArrayLike]) -> list[Array]:
         """Leaves as real numbers: those that the model takes as complex ones as pairs."""
         return [
-            jnp.stack([jnp.real(x), jnp.imag(x)], axis=-1)
+            as_pairs(x)
             if self.is_complex(leaf)
+            else x
+            if isinstance(x, jax.Array)  # with every batch: what is one stays as it is
             else jnp.asarray(x)
             for leaf, x in enumerate(leaves)
         ]
@@ -189,10 +191,7 @@ class ParameterSpace:
 
     def unflatten(self, leaves: Sequence[Array]) -> PyTree:
         """The pytree with these leaves of real numbers."""
-        found = [
-            jax.lax.complex(x[..., 0], x[..., 1]) if self.is_complex(leaf) else x
-            for leaf, x in enumerate(leaves)
-        ]
+        found = [of_pairs(x) if self.is_complex(leaf) else x for leaf, x in enumerate(leaves)]
         return jax.tree.unflatten(self.treedef, found)
 
     def ravel(self, leaves: Sequence[Array]) -> Shaped[Array, " P"]:
@@ -269,6 +268,16 @@ class ParameterSpace:
         dtype = jnp.float32 if like is None else like.dtype
         empty = jnp.zeros(math.prod(self.real_shapes[leaf]), dtype)
         return buffers.get(leaf, empty)
+
+
+def as_pairs(x: ArrayLike) -> Array:
+    """Complex numbers as pairs of real ones, along a last axis."""
+    return jnp.stack([jnp.real(x), jnp.imag(x)], axis=-1)
+
+
+def of_pairs(pairs: Array) -> Array:
+    """The complex numbers of such pairs."""
+    return jax.lax.complex(pairs[..., 0], pairs[..., 1])
 
 
 def _slashed(path: tuple[Any, ...]) -> str:

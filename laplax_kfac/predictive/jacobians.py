@@ -198,8 +198,7 @@ def covariance(
     """
     if isinstance(first, DenseJacobian) and isinstance(second, DenseJacobian):
         weighted = first.entries * variances.reshape(-1)
-        product = jnp.matmul(weighted, second.entries.T, precision=jax.lax.Precision.HIGHEST)
-        return jnp.real(product)
+        return jnp.matmul(weighted, second.entries.T, precision=jax.lax.Precision.HIGHEST)
     assert not isinstance(first, DenseJacobian)
     assert not isinstance(second, DenseJacobian)
     weighted = _weighted(first, second, variances)
