@@ -136,14 +136,13 @@ class ParameterSpace:
 
     def as_real(self, leaves: Sequence[ArrayLike]) -> list[Array]:
         """Leaves as real numbers: those that the model takes as complex ones as pairs."""
-        return [
-            as_pairs(x)
-            if self.is_complex(leaf)
-            else x
-            if isinstance(x, jax.Array)  # with every batch: what is one stays as it is
-            else jnp.asarray(x)
-            for leaf, x in enumerate(leaves)
-        ]
+
+        def real(leaf: int, x: ArrayLike) -> Array:
+            if self.is_complex(leaf):
+                return as_pairs(x)
+            return x if isinstance(x, jax.Array) else jnp.asarray(x)  # with every batch
+
+        return [real(leaf, x) for leaf, x in enumerate(leaves)]
 
     def require_like(self, tree: PyTree, name: str) -> None:
         """Refuse a pytree with leaves at other places, or of other shapes, than the parameters.
